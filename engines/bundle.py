@@ -1,0 +1,178 @@
+"""Open a bundle: the folder that holds everything a picture needs. docs/bundle.md describes the format.
+
+Opening never executes anything that is in it. In order, cheapest first: schema version, schema, paths, presence, sizes, where the
+graphs say their weights are, digests. After that, a file of the bundle holds the bytes that its writer wrote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from engines.digest import file_sha256
+from engines.errors import (
+    ArchitectureError,
+    DigestError,
+    MissingFileError,
+    SchemaVersionError,
+    TensorRTVersionError,
+    UnsafePathError,
+)
+from engines.manifest import (
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    BundleInfo,
+    FileEntry,
+    FileRole,
+    LatentInfo,
+    Manifest,
+    PromptInfo,
+    ScheduleInfo,
+    TensorRTInfo,
+    graph_name,
+)
+from engines.onnx_locations import external_locations
+from engines.paths import inside
+from engines.spec import ComponentName
+from engines.strict import loads, read_bounded, validate_json
+
+__all__ = [
+    "Bundle",
+    "BundleInfo",
+    "FileEntry",
+    "FileRole",
+    "LatentInfo",
+    "Manifest",
+    "PromptInfo",
+    "ScheduleInfo",
+    "TensorRTInfo",
+    "parse_manifest",
+]
+
+TotalProgress = Callable[[int, int], None]  # bytes done, bytes in all
+
+
+def parse_manifest(data: bytes, *, source: str) -> Manifest:
+    """Raises SchemaVersionError for a newer schema, ManifestError or UnsafePathError for anything else that is wrong."""
+    document = loads(data, source=source)
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{source}: got schema {version}, this program reads {SCHEMA_VERSION}: upgrade, or rebuild the bundle here."
+        )
+    return validate_json(Manifest, data, source=source)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """A bundle that was opened, and so checked."""
+
+    path: Path
+    manifest: Manifest
+    digest: str  # SHA-256 of manifest.json, which names the SHA-256 of every other file: one string for the whole bundle
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: bool = True, progress: TotalProgress | None = None) -> Bundle:
+        """Check the folder at `path` and describe it.
+
+        verify: also compare every file's SHA-256. Without it, a changed byte passes; everything else is still checked.
+        progress: called with the bytes digested so far and the bytes in all.
+        Raises a BundleError: MissingFileError, SchemaVersionError, ManifestError, UnsafePathError, DigestError.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            found = "a file" if path.exists() else "nothing"
+            raise MissingFileError(
+                f"{path}: got {found}; expected the folder of a bundle. Make one with: sana build --out {path} …"
+            )
+        data = read_bounded(path / MANIFEST_NAME)
+        bundle = cls(
+            path=path,
+            manifest=parse_manifest(data, source=str(path / MANIFEST_NAME)),
+            digest=hashlib.sha256(data).hexdigest(),
+        )
+        bundle._check_files()
+        bundle._check_external_data()
+        if verify:
+            bundle.verify(progress=progress)
+        return bundle
+
+    def verify(self, *, progress: TotalProgress | None = None) -> None:
+        """Compare the SHA-256 of every file with the manifest's. Raises DigestError for the first that differs."""
+        total = sum(entry.size for entry in self.manifest.files.values())
+        done = 0
+
+        def advance(num_bytes: int) -> None:
+            nonlocal done
+            done += num_bytes
+            if progress is not None:
+                progress(done, total)
+
+        for name, entry in self.manifest.files.items():
+            got = file_sha256(self.file(name), progress=advance)
+            if got != entry.sha256:
+                raise DigestError(
+                    f"{self.path}: {name} was changed: got SHA-256 {got}; expected {entry.sha256}. Copy the file again, or rebuild."
+                )
+
+    def file(self, name: str) -> Path:
+        """A file that the manifest names. Raises MissingFileError for any other, UnsafePathError if it leads out by now."""
+        if name not in self.manifest.files:
+            raise MissingFileError(f"{self.path}: the bundle has no {name!r}. Rebuild with a program that writes it.")
+        return inside(self.path, name, source=MANIFEST_NAME)
+
+    def onnx_path(self, component: ComponentName) -> Path:
+        """The portable graph of `component`; its weights lie beside it. Raises MissingFileError."""
+        return self.file(graph_name(component))
+
+    def engine_path(self, component: ComponentName, sm: str) -> Path | None:
+        """The TensorRT engine that runs `component` on the architecture `sm` ("sm89"), or None if there is none."""
+        name = self.manifest.engine_name(component, sm)
+        return None if name is None else self.file(name)
+
+    def require_engine(self, component: ComponentName, sm: str) -> Path:
+        """As engine_path. Raises ArchitectureError where that gives None."""
+        found = self.engine_path(component, sm)
+        if found is None:
+            targets = self.manifest.targets
+            have = f"engines for {', '.join(targets)}" if targets else "no engines, only portable graphs"
+            raise ArchitectureError(
+                f"{self.path}: this GPU is {sm}, and the bundle has {have}. Rebuild on this machine with --target current, "
+                "or run the portable graphs with --backend onnxruntime."
+            )
+        return found
+
+    def check_tensorrt(self, *, flavor: str, version: str) -> None:
+        """Raises TensorRTVersionError unless the engines were compiled by just this TensorRT: engines are not portable across
+        versions. flavor: "rtx" or "full"; version: as TensorRT itself writes it."""
+        built = self.manifest.tensorrt
+        if built is not None and (built.flavor, built.version) != (flavor, version):
+            names = {"rtx": "TensorRT for RTX", "full": "TensorRT"}
+            raise TensorRTVersionError(
+                f"{self.path}: the engines were compiled by {names[built.flavor]} {built.version}; "
+                f"this program runs {names.get(flavor, flavor)} {version}. Install that version, rebuild the bundle with this one, "
+                "or run the portable graphs with --backend onnxruntime."
+            )
+
+    def _check_files(self) -> None:
+        for name, entry in self.manifest.files.items():
+            size = self.file(name).stat().st_size
+            if size != entry.size:
+                raise DigestError(
+                    f"{self.path}: {name} was changed or cut off: got {size} bytes; expected {entry.size}. "
+                    "Copy the file again, or rebuild."
+                )
+
+    def _check_external_data(self) -> None:
+        """A graph may name weights in files of the manifest only: what is not digested is not read."""
+        for component in self.manifest.components:
+            for location in external_locations(self.onnx_path(component)):
+                name = str(PurePosixPath(component) / location)
+                # checked as it is written: PurePosixPath would drop a "./", and join() everything before a "/"
+                if location != PurePosixPath(name).name or name not in self.manifest.files:
+                    raise UnsafePathError(
+                        f"{self.path}: {component}/model.onnx keeps weights in {location[:200]!r}; expected the name of a file "
+                        "beside it that the manifest lists. Do not use this bundle unless you know who made it."
+                    )

@@ -1,0 +1,35 @@
+"""SHA-256 of files and of plain data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["BLOCK_BYTES", "Progress", "digest_of", "file_sha256"]
+
+BLOCK_BYTES = 8 << 20  # large enough that hashing dominates the calls, small beside any model
+
+Progress = Callable[[int], None]  # called with the number of bytes done since the last call
+
+
+def file_sha256(path: Path, *, progress: Progress | None = None) -> str:
+    """SHA-256 of a file in hexadecimal, read in blocks of 8 MB."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        block = memoryview(bytearray(BLOCK_BYTES))
+        while num_read := file.readinto(block):
+            digest.update(block[:num_read])
+            if progress is not None:
+                progress(num_read)
+    return digest.hexdigest()
+
+
+def digest_of(value: object) -> str:
+    """SHA-256 in hexadecimal of `value` as canonical JSON: keys sorted, no spaces, no NaN.
+
+    Equal values have equal digests across machines and runs. Raises TypeError for what JSON has no word for, ValueError for NaN.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,116 @@
+"""parity.json: how far a bundle's numbers are from the reference's, and how far they may be. docs/bundle.md describes it.
+
+The rule, for every output of every component: rms and maximum of the error are at most twice those of PyTorch at the same precision,
+both against a wider reference; and the mean of the error stays under a quarter of its rms, so that a bias cannot hide behind noise.
+Every error is divided by the rms of the reference, so that one number means the same for each output.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from engines.errors import ParityError
+from engines.spec import ComponentName, Precision
+from engines.strict import validate_json
+
+__all__ = [
+    "Bound",
+    "ComponentParity",
+    "ErrorStats",
+    "OutputParity",
+    "ParityReport",
+    "bound_from",
+    "check",
+    "measure",
+    "parse_report",
+]
+
+FACTOR = 2.0  # times PyTorch's own error
+MEAN_SHARE = 0.25  # of the measured rms
+
+Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ErrorStats(_Model):
+    """Of the error of one output, relative to the rms of the reference."""
+
+    rms: Positive
+    max: Positive  # of the absolute value
+    mean: Annotated[float, Field(allow_inf_nan=False)]  # signed
+
+
+class Bound(_Model):
+    """The most that each may be."""
+
+    rms: Positive
+    max: Positive
+    mean_share: Positive = MEAN_SHARE  # |mean| as a share of the rms that was measured
+
+
+class OutputParity(_Model):
+    pytorch: ErrorStats  # PyTorch at the component's precision
+    onnxruntime: ErrorStats | None = None  # the portable graph
+    tensorrt: ErrorStats | None = None  # the engine; none where no GPU was there
+    bound: Bound
+
+
+class ComponentParity(_Model):
+    precision: Precision
+    outputs: dict[str, OutputParity]
+
+
+class ParityReport(_Model):
+    schema_version: Literal[1] = 1
+    reference: Literal["fp32 PyTorch", "fp64 PyTorch"]  # fp64 where the component itself is fp32
+    components: dict[ComponentName, ComponentParity]
+    machine: str
+    versions: dict[str, str]
+
+
+def parse_report(data: bytes, *, source: str) -> ParityReport:
+    """Raises ManifestError."""
+    return validate_json(ParityReport, data, source=source)
+
+
+def bound_from(pytorch: ErrorStats) -> Bound:
+    return Bound(rms=FACTOR * pytorch.rms, max=FACTOR * pytorch.max)
+
+
+def measure(got: np.ndarray, reference: np.ndarray) -> ErrorStats:
+    """The error of `got`, summed in float64.
+
+    Both of one shape, any float type. Raises ParityError for another shape, for a number that is not finite in either, and for a
+    reference that is zero everywhere, against which nothing is relative.
+    """
+    if got.shape != reference.shape:
+        raise ParityError(f"got an output of shape {got.shape}; expected {reference.shape}, as the reference has.")
+    exact = reference.astype(np.float64)
+    error = got.astype(np.float64) - exact
+    if not np.isfinite(error).all():
+        raise ParityError(f"got {int((~np.isfinite(got)).sum())} numbers that are not finite, of {got.size}; expected none.")
+    scale = math.sqrt(float(np.mean(exact * exact))) if exact.size else 0.0
+    if scale == 0.0:
+        raise ParityError("the reference is empty or zero everywhere: nothing can be compared with it. Use other inputs.")
+    return ErrorStats(
+        rms=math.sqrt(float(np.mean(error * error))) / scale,
+        max=float(np.abs(error).max()) / scale,
+        mean=float(error.mean()) / scale,
+    )
+
+
+def check(measured: ErrorStats, bound: Bound) -> list[str]:
+    """What is wrong with `measured`, a sentence each: empty if it is within `bound`."""
+    rows = (
+        ("rms", measured.rms, bound.rms, "twice PyTorch's at the same precision"),
+        ("max", measured.max, bound.max, "twice PyTorch's at the same precision"),
+        ("|mean|", abs(measured.mean), bound.mean_share * measured.rms, "a quarter of the rms: more is a bias"),
+    )
+    return [f"{name} error: got {got:.3e}; expected at most {most:.3e}, {why}" for name, got, most, why in rows if not got <= most]
