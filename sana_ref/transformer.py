@@ -1,0 +1,218 @@
+"""Sana's image transformer. Sizes, Sana-1.5 (norms on q and k) and Sprint (guidance scale as an input) are configs of one class.
+
+Tokens are the cells of the DC-AE latent. A block is linear self-attention, softmax cross-attention to the text and a convolutional
+feed-forward; self-attention and feed-forward are modulated by the time (adaLN-single), cross-attention is not.
+Parameter names are those of diffusers' SanaTransformer2DModel. Source: Sana, arXiv:2410.10629; Sprint, arXiv:2503.09641.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_ref import ops
+from sana_ref.config import config_from_json, refuse_unless
+from sana_ref.embeddings import CaptionProjection, PatchEmbed, TimeEmbed, TimeGuidanceEmbed
+from sana_ref.layers import GLUMBConv, RMSNorm
+
+MASKED = -10000.0  # added to the scores of padding; fits fp16, and exp of it is 0 in every type
+FP16_MAX = 65504.0
+QK_NORMS = (None, "rms_norm_across_heads")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SanaTransformerConfig:
+    """Fields of a published transformer/config.json. Defaults are diffusers' (Sana-1.6B but for sample_size)."""
+
+    in_channels: int = 32
+    out_channels: int | None = 32
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_layers: int = 20
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    cross_attention_dim: int = 2240
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    dropout: float = 0.0
+    attention_bias: bool = False
+    sample_size: int = 32  # latent cells a side at the size the model was trained for
+    patch_size: int = 1
+    norm_elementwise_affine: bool = False
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None  # a number: 2-D sinusoid positions (2K: 1, 4K: 2)
+    guidance_embeds: bool = False
+    guidance_embeds_scale: float = 0.1
+    qk_norm: str | None = None
+    timestep_scale: float = 1.0  # the sampler multiplies the timestep by this
+
+    def __post_init__(self) -> None:
+        refuse_unless(
+            self.qk_norm in QK_NORMS, f"qk_norm: got {self.qk_norm!r}; expected one of {QK_NORMS}, which are the published ones"
+        )
+        refuse_unless(self.dropout == 0, f"dropout: got {self.dropout}; expected 0: no published model has it. Set it to 0.0")
+        refuse_unless(
+            self.cross_attention_dim == self.dim,
+            f"cross_attention_dim: got {self.cross_attention_dim}; expected num_attention_heads x attention_head_dim = {self.dim}, "
+            "because the text is projected to the width of the hidden states",
+        )
+        refuse_unless(
+            self.interpolation_scale is None or self.dim % 4 == 0,
+            f"interpolation_scale: got {self.interpolation_scale} with a hidden width of {self.dim}; expected a multiple of 4",
+        )
+
+    @property
+    def dim(self) -> int:
+        """Width D of the hidden states."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def num_out_channels(self) -> int:
+        return self.out_channels or self.in_channels
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """From a parsed config.json. Raises SpecError for unknown keys and unsupported values."""
+        return config_from_json(cls, values)
+
+
+class LinearAttention(nn.Module):
+    """Self-attention with ReLU instead of softmax: cost grows with N, not N^2. x and result: (B, N, D)."""
+
+    def __init__(self, config: SanaTransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_attention_heads
+        self.to_q = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.to_k = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.to_v = nn.Linear(dim, dim, bias=config.attention_bias)
+        self.norm_q = RMSNorm(dim) if config.qk_norm else None
+        self.norm_k = RMSNorm(dim) if config.qk_norm else None
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)  # fp32 norms under autocast: the op takes one type
+        q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
+        out = self.to_out[0](merge_heads(ops.relu_linear_attention(q, k, v)))
+        return out.clip(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else out
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention to the text. x and result (B, N, D); text (B, L, D); bias (B, 1, 1, L) is added to the scores."""
+
+    def __init__(self, config: SanaTransformerConfig) -> None:
+        super().__init__()
+        inner = config.num_cross_attention_heads * config.cross_attention_head_dim
+        self.num_heads = config.num_cross_attention_heads
+        self.to_q = nn.Linear(config.dim, inner)
+        self.to_k = nn.Linear(config.cross_attention_dim, inner)
+        self.to_v = nn.Linear(config.cross_attention_dim, inner)
+        self.norm_q = RMSNorm(inner) if config.qk_norm else None
+        self.norm_k = RMSNorm(inner) if config.qk_norm else None
+        self.to_out = nn.ModuleList([nn.Linear(inner, config.dim)])
+
+    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(text), self.to_v(text)
+        if self.norm_q is not None and self.norm_k is not None:
+            q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
+        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
+
+
+class SanaTransformerBlock(nn.Module):
+    """h = h + gate * attention(modulated h); h = h + attention to text(h); h = h + gate * feed-forward(modulated h).
+
+    hidden: (B, N, D), N = height x width. time6: (B, 6D), to which the block's own table is added.
+    """
+
+    def __init__(self, config: SanaTransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=False)
+        self.attn1 = LinearAttention(config)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps, elementwise_affine=config.norm_elementwise_affine)
+        self.attn2 = CrossAttention(config)
+        self.ff = GLUMBConv(dim, expand_ratio=config.mlp_ratio, norm=False)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
+
+    def forward(self, hidden: Tensor, text: Tensor, text_bias: Tensor | None, time6: Tensor, height: int, width: int) -> Tensor:
+        table = self.scale_shift_table[None] + time6.unflatten(1, (6, -1))
+        shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.chunk(6, dim=1)
+        hidden = hidden + gate_attn * self.attn1(modulate(self.norm1(hidden), shift_attn, scale_attn).to(hidden.dtype))
+        hidden = hidden + self.attn2(hidden, text, text_bias)
+        picture = modulate(self.norm2(hidden), shift_ff, scale_ff).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return hidden + gate_ff * self.ff(picture).flatten(2).transpose(1, 2)
+
+
+class SanaTransformer2DModel(nn.Module):
+    """Predicts the flow velocity noise - image of a latent."""
+
+    def __init__(self, config: SanaTransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.dim, config.patch_size
+        scale = config.interpolation_scale
+        span = None if scale is None else config.sample_size // patch / scale
+        self.patch_embed = PatchEmbed(config.in_channels, dim, patch_size=patch, span=span)
+        self.time_embed = TimeGuidanceEmbed(dim) if config.guidance_embeds else TimeEmbed(dim)
+        self.caption_projection = CaptionProjection(config.caption_channels, dim)
+        self.caption_norm = RMSNorm(dim)
+        self.transformer_blocks = nn.ModuleList(SanaTransformerBlock(config) for _ in range(config.num_layers))
+        self.scale_shift_table = nn.Parameter(torch.randn(2, dim) / dim**0.5)
+        self.norm_out = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.proj_out = nn.Linear(dim, patch * patch * config.num_out_channels)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Return the velocity, (B, out_channels, h, w), in the type of the weights.
+
+        hidden_states: (B, in_channels, h, w) latents, in the type of the weights; patch_size divides h and w.
+        encoder_hidden_states: (B, L, caption_channels) text, in the type of the weights.
+        timestep: (B,), 0 to 1000 (Sprint: 0 to 1), of any type; its sinusoid is fp32.
+        encoder_attention_mask: (B, L), 1 for text and 0 for padding; None: no padding.
+        guidance: (B,), guidance scale x guidance_embeds_scale; required by models with guidance_embeds,
+            refused by the others (ValueError).
+        """
+        patch = self.config.patch_size
+        height, width = hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch
+        hidden = self.patch_embed(hidden_states)
+        time6, time = self.time_embed(timestep, guidance, hidden.dtype)
+        text = self.caption_norm(self.caption_projection(encoder_hidden_states))
+        text_bias = None
+        if encoder_attention_mask is not None:
+            text_bias = ((1 - encoder_attention_mask.to(hidden.dtype)) * MASKED)[:, None, None]
+
+        for block in self.transformer_blocks:
+            hidden = block(hidden, text, text_bias, time6, height, width)
+
+        shift, scale = (self.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)
+        pixels = self.proj_out(modulate(self.norm_out(hidden), shift, scale))  # (B, N, p p C)
+        pixels = pixels.unflatten(2, (patch, patch, -1)).unflatten(1, (height, width))  # (B, h, w, p, q, C)
+        return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def split_heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, N, H D) -> (B, H, N, D)."""
+    return x.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, N, H D)."""
+    return x.transpose(1, 2).flatten(2)
