@@ -1,0 +1,209 @@
+"""Gemma-2 as a text encoder: the decoder's trunk, token ids in, hidden states after the last norm out.
+
+Our own module rather than transformers' Gemma2Model: attention written out (no fused kernel has the cap on the scores), no cache,
+no buffers, so that it exports with batch and length free and needs torch alone. Parameter names are transformers'.
+Scores, softmax, norms and rotations are fp32 whatever the type of the weights; fp16 weights overflow in between: use bf16 or fp32.
+Source: Gemma 2, arXiv:2408.00118; Sana uses gemma-2-2b-it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_ref.config import config_from_json, refuse_unless
+
+BLOCKED = torch.finfo(torch.float32).min  # added to the scores of keys that a query may not see
+# What config.json may say about the mathematics and only in this way.
+FIXED = {
+    "model_type": ("gemma2",),
+    "hidden_activation": ("gelu_pytorch_tanh",),
+    "attention_bias": (False,),
+    "use_bidirectional_attention": (None, False),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gemma2Config:
+    """Fields of a Gemma-2 config.json that decide the trunk's result. Defaults are those of the 2B model."""
+
+    vocab_size: int = 256000
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    query_pre_attn_scalar: float = 256  # scores are divided by its root
+    attn_logit_softcapping: float | None = 50.0
+    sliding_window: int | None = 4096  # tokens that a query of a "sliding_attention" layer looks back on, itself included
+    layer_types: tuple[str, ...] | None = None  # None: sliding, full, sliding, ...
+
+    def __post_init__(self) -> None:
+        refuse_unless(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_key_value_heads: got {self.num_key_value_heads}; expected a divisor of {self.num_attention_heads} query heads",
+        )
+        refuse_unless(self.head_dim % 2 == 0, f"head_dim: got {self.head_dim}; expected an even number: rotations take pairs")
+        types = self.layer_types
+        refuse_unless(
+            types is None or (len(types) == self.num_hidden_layers and set(types) <= {"sliding_attention", "full_attention"}),
+            f"layer_types: got {types}; expected {self.num_hidden_layers} of 'sliding_attention' or 'full_attention'",
+        )
+
+    def looks_back(self, layer: int) -> int | None:
+        """How many tokens the layer sees, counted back from each token; None: all of them."""
+        sliding = layer % 2 == 0 if self.layer_types is None else self.layer_types[layer] == "sliding_attention"
+        return self.sliding_window if sliding else None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """From a parsed config.json of transformers.
+
+        Unlike in our other configs unknown keys are skipped: transformers writes dozens that concern generation and output. Those
+        that concern the trunk are checked. Raises SpecError for a value that is not Gemma-2's.
+        """
+        for key, allowed in FIXED.items():
+            value = values.get(key, allowed[0])
+            refuse_unless(
+                value in allowed, f"{key}: got {value!r}; expected {allowed[0]!r}: only Gemma-2 text encoders are supported"
+            )
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        refuse_unless(kind == "default", f"rope_type: got {kind!r}; expected 'default', as Gemma-2 has")
+        given = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
+        if "rope_theta" in rope:
+            given["rope_theta"] = rope["rope_theta"]
+        return config_from_json(cls, given)
+
+
+class Gemma2RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * (1 + weight), in fp32, returned in x's type."""
+
+    def __init__(self, num_channels: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * (1 + self.weight.float())).to(x.dtype)
+
+
+class Gemma2Attention(nn.Module):
+    """Causal attention with rotary positions and capped scores; groups of query heads share a key and value head. x: (B, S, C)."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.num_kv = config.num_key_value_heads
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        self.scale = config.query_pre_attn_scalar**-0.5
+        self.cap = config.attn_logit_softcapping
+        width = config.num_attention_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_kv * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+        q = self.q_proj(x).unflatten(2, (self.num_kv * self.group, -1)).transpose(1, 2)  # (B, H, S, D)
+        k = self.k_proj(x).unflatten(2, (self.num_kv, -1)).transpose(1, 2)  # (B, K, S, D)
+        v = self.v_proj(x).unflatten(2, (self.num_kv, -1)).transpose(1, 2)
+        scores = (rotate(q, cos, sin) @ repeat_heads(rotate(k, cos, sin), self.group).mT).float() * self.scale
+        if self.cap is not None:
+            scores = (scores / self.cap).tanh() * self.cap
+        out = (scores + bias).softmax(-1).to(v.dtype) @ repeat_heads(v, self.group)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class Gemma2MLP(nn.Module):
+    """down(gelu(gate x) * up x), tanh GELU."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class Gemma2Layer(nn.Module):
+    """Attention and MLP, each between two norms and added to its input."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.self_attn = Gemma2Attention(config)
+        self.mlp = Gemma2MLP(config)
+        self.input_layernorm = Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.pre_feedforward_layernorm = Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_feedforward_layernorm = Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, bias))
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
+class Gemma2Encoder(nn.Module):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: Gemma2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        nn.init.normal_(self.embed_tokens.weight, std=0.02)  # as Gemma; they are multiplied by the root of the width
+        self.layers = nn.ModuleList(Gemma2Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the last hidden states after the final norm, (B, S, hidden_size), in the type of the weights.
+
+        input_ids: (B, S) integers below vocab_size. attention_mask: (B, S), 1 for text and 0 for padding, which is on the right and
+        never a whole row. States of padding are defined, and meaningless.
+        """
+        config = self.config
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        back = position[:, None] - position[None]  # (S, S) how far the key lies behind the query
+        visible = (back >= 0) & (attention_mask != 0)[:, None, None]  # (B, 1, S, S)
+        cos, sin = rotations(position, config.head_dim, config.rope_theta)
+        x = self.embed_tokens(input_ids) * config.hidden_size**0.5
+        windows = [config.looks_back(i) for i in range(config.num_hidden_layers)]
+        biases = {window: blocking_bias(visible if window is None else visible & (back < window)) for window in set(windows)}
+        for layer, window in zip(self.layers, windows, strict=True):
+            x = layer(x, cos, sin, biases[window])
+        return self.norm(x)
+
+
+def blocking_bias(visible: Tensor) -> Tensor:
+    """fp32 of the same shape: 0 where a query may see a key, else so low that its weight is 0."""
+    return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, BLOCKED)
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """(B, K, S, D) -> (B, K times, S, D), each head `times` times in a row."""
+    return x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
+
+
+def rotations(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine (S, head_dim) fp32 of each token's rotation; the two halves of a head turn alike."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
+    angles = position.float()[:, None] * (1.0 / theta**exponent)[None]
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + D/2}) of (B, H, S, D) by their token's angle; in fp32, returned in x's type."""
+    wide = x.float()
+    low, high = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)
