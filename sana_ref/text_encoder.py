@@ -178,7 +178,7 @@ class Gemma2Encoder(nn.Module):
         cos, sin = rotations(position, config.head_dim, config.rope_theta)
         x = self.embed_tokens(input_ids) * config.hidden_size**0.5
         windows = [config.looks_back(i) for i in range(config.num_hidden_layers)]
-        biases = {window: blocking_bias(visible if window is None else visible & (back < window)) for window in set(windows)}
+        biases = {w: blocking_bias(visible if w is None else visible & (back < w)) for w in dict.fromkeys(windows)}
         for layer, window in zip(self.layers, windows, strict=True):
             x = layer(x, cos, sin, biases[window])
         return self.norm(x)
