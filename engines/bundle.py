@@ -15,6 +15,7 @@ from engines.digest import file_sha256
 from engines.errors import (
     ArchitectureError,
     DigestError,
+    ManifestError,
     MissingFileError,
     SchemaVersionError,
     TensorRTVersionError,
@@ -57,8 +58,10 @@ TotalProgress = Callable[[int, int], None]  # bytes done, bytes in all
 def parse_manifest(data: bytes, *, source: str) -> Manifest:
     """Raises SchemaVersionError for a newer schema, ManifestError or UnsafePathError for anything else that is wrong."""
     document = loads(data, source=source)
-    version = document.get("schema_version") if isinstance(document, dict) else None
-    if type(version) is int and version > SCHEMA_VERSION:
+    version = document.get("schema_version", SCHEMA_VERSION) if isinstance(document, dict) else SCHEMA_VERSION
+    if type(version) is not int or version < 1:  # True equals 1
+        raise ManifestError(f"{source}: schema_version: got {version!r}; expected {SCHEMA_VERSION}.")
+    if version > SCHEMA_VERSION:
         raise SchemaVersionError(
             f"{source}: got schema {version}, this program reads {SCHEMA_VERSION}: upgrade, or rebuild the bundle here."
         )
@@ -75,13 +78,17 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: bool = True, progress: TotalProgress | None = None) -> Bundle:
-        """Check the folder at `path` and describe it.
+        """Check the folder at `path` and describe it. Finishes the work of a writer that was killed (docs/bundle.md).
 
         verify: also compare every file's SHA-256. Without it, a changed byte passes; everything else is still checked.
         progress: called with the bytes digested so far and the bytes in all.
         Raises a BundleError: MissingFileError, SchemaVersionError, ManifestError, UnsafePathError, DigestError.
         """
         path = Path(path)
+        if not path.is_dir():
+            from engines.atomic import recover  # only here: it needs POSIX, and reading a bundle does not
+
+            recover(path)
         if not path.is_dir():
             found = "a file" if path.exists() else "nothing"
             raise MissingFileError(

@@ -1,6 +1,6 @@
 """parity/<component>.safetensors: inputs, and what the reference makes of them. Written at build time, read by `sana verify`.
 
-One file holds one or more cases (a batch, a size); the tensors of a case are named `<case>/input/<name>` and `<case>/output/<name>`.
+One file holds one or more cases (a batch, a size). The tensors of a case are named `<case>/input/<name>`, `<case>/output/<name>`.
 """
 
 from __future__ import annotations

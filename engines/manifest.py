@@ -58,9 +58,8 @@ class ScheduleInfo(_Model):
     num_inference_steps: int = Field(ge=1, le=1000)
     guidance_scale: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
     timestep_scale: Positive = 1.0  # the transformer config's factor on the timestep it is fed
-    sigma_data: Positive | None = None  # scm only: standard deviation of the latents
-    max_timestep: Positive | None = None  # scm only: radians, at most pi / 2
-    intermediate_timestep: Positive | None = None  # scm only: radians, for two steps
+    max_timestep: Positive | None = None  # scm only: radians, where it starts
+    intermediate_timestep: Positive | None = None  # scm only: radians, the middle of two steps
 
 
 class PromptInfo(_Model):

@@ -1,8 +1,8 @@
 """parity.json: how far a bundle's numbers are from the reference's, and how far they may be. docs/bundle.md describes it.
 
-The rule, for every output of every component: rms and maximum of the error are at most twice those of PyTorch at the same precision,
-both against a wider reference; and the mean of the error stays under a quarter of its rms, so that a bias cannot hide behind noise.
-Every error is divided by the rms of the reference, so that one number means the same for each output.
+The rule, for every output of every component: rms and maximum of the error are at most twice those of PyTorch at the same
+precision, both against a wider reference; and the mean of the error stays under a quarter of its rms, so that a bias cannot hide
+behind noise. Every error is divided by the rms of the reference, so that one number means the same for each output.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def loads(data: bytes, *, source: str) -> Any:
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        cut = error.pos >= len(error.doc.rstrip())
+        cut = not error.doc.rstrip().endswith("}")  # our documents are objects
         hint = "the file ends too early: copy it again, or rebuild." if cut else "rebuild, or copy the file again."
         raise ManifestError(f"{source}: not JSON at line {error.lineno}, column {error.colno} ({error.msg}); {hint}") from None
     except RecursionError:

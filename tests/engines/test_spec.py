@@ -1,0 +1,62 @@
+import pytest
+from pydantic import ValidationError
+
+from engines.errors import SpecError
+from engines.spec import Precision, ShapeRange, Target, component_precision, parse_precision, parse_targets
+
+RANGE = {"min_side": 256, "opt_side": 512, "max_side": 1024, "max_batch": 2, "max_sequence_length": 300}
+
+
+def test_fp16_is_the_denoisers_alone():
+    assert component_precision(Precision.FP16) == {"text_encoder": "bf16", "denoiser": "fp16", "decoder": "bf16"}
+    assert set(component_precision(Precision.BF16).values()) == {"bf16"}
+    assert set(component_precision(Precision.FP32).values()) == {"fp32"}
+
+
+@pytest.mark.parametrize("name", ["int8", "fp8", "nvfp4"])
+def test_quantized_precisions_say_that_they_do_not_exist_yet(name):
+    with pytest.raises(SpecError, match=r"does not exist yet.*Use one of fp32, fp16, bf16"):
+        parse_precision(name)
+    with pytest.raises(SpecError, match="does not exist yet"):
+        component_precision(Precision(name))
+
+
+def test_unknown_precision_names_the_nearest():
+    with pytest.raises(SpecError, match=r"got 'f16'; did you mean 'fp16'\? Valid: fp32, fp16, bf16"):
+        parse_precision("f16")
+
+
+def test_targets_are_sorted_and_each_is_once():
+    assert parse_targets("sm120, sm80,sm120") == (Target.SM80, Target.SM120)
+    assert parse_targets("onnx") == ()
+
+
+def test_current_target_is_the_gpu_that_is_there():
+    assert parse_targets("current", current=lambda: Target.SM90) == (Target.SM90,)
+    assert parse_targets("sm80,current", current=lambda: Target.SM90) == (Target.SM80, Target.SM90)
+    with pytest.raises(SpecError, match="this machine has no GPU"):
+        parse_targets("current", current=lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("sm81", r"got 'sm81'; did you mean 'sm80'\?|Valid:"),
+        ("", "got ''; Valid: sm80"),
+        ("sm80,", "got ''"),
+        ("sm90", "compiles ahead of time for sm80, sm86, sm89, sm120, sm121 only. Build on that GPU"),
+        ("sm80,onnx", "stands alone"),
+    ],
+)
+def test_bad_targets_are_refused(text, words):
+    with pytest.raises(SpecError, match=words):
+        parse_targets(text)
+
+
+@pytest.mark.parametrize(
+    "change", [{"min_side": 250}, {"min_side": 0}, {"min_side": 768}, {"max_batch": 0}, {"max_side": 1 << 20}, {"x": 1}]
+)
+def test_bad_ranges_are_refused(change):
+    ShapeRange(**RANGE)
+    with pytest.raises(ValidationError):
+        ShapeRange(**RANGE | change)
