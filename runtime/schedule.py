@@ -26,7 +26,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -40,6 +40,7 @@ __all__ = [
     "MAX_STEPS",
     "SCHEDULERS",
     "SPACINGS",
+    "Recipe",
     "Schedule",
     "SchedulerName",
     "apply_row",
@@ -65,6 +66,22 @@ F64 = NDArray[np.float64]
 Array: TypeAlias = Any  # NumPy or torch: apply_row only adds and multiplies
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """What a schedule was computed from: make_schedule's arguments, so that it can be written down and computed again."""
+
+    scheduler: SchedulerName
+    num_steps: int
+    flow_shift: float = 3.0
+    spacing: str | tuple[float, ...] = "linear"
+    timestep_scale: float = 1.0
+    max_timestep: float | None = None
+    intermediate_timestep: float | None = INTERMEDIATE_TIMESTEP
+
+    def make(self) -> Schedule:
+        return make_schedule(**asdict(self))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Schedule:
     """The steps of one sampler. Arrays are float32 and read-only.
@@ -73,11 +90,15 @@ class Schedule:
     table: (N, 8), columns as in COEFFICIENTS. initial_scale: what standard normal noise is multiplied with to begin; 1 for all.
     """
 
-    scheduler: SchedulerName
+    recipe: Recipe
     sigmas: NDArray[np.float32]
     timesteps: NDArray[np.float32]
     table: NDArray[np.float32]
     initial_scale: float = 1.0
+
+    @property
+    def scheduler(self) -> SchedulerName:
+        return self.recipe.scheduler
 
     @property
     def num_steps(self) -> int:
@@ -127,23 +148,21 @@ def make_schedule(
     if custom is None and spacing not in SPACINGS:
         raise SpecError(f"spacing: got {spacing!r}; {_nearest(str(spacing), SPACINGS)}, or a falling list of numbers.")
     _check_positive("timestep_scale", timestep_scale)
+    recipe = Recipe(
+        scheduler=scheduler,
+        num_steps=steps,
+        flow_shift=float(flow_shift),
+        spacing=str(spacing) if custom is None else tuple(custom.tolist()),
+        timestep_scale=float(timestep_scale),
+        max_timestep=max_timestep,
+        intermediate_timestep=intermediate_timestep,
+    )
     if scheduler == "scm":
         if custom is None and spacing != "linear":
             raise SpecError(f"spacing: got {spacing!r}; scm takes 'linear' or a list of times in radians.")
-        return _scm(steps, custom, max_timestep, intermediate_timestep)
+        return _scm(recipe, custom)
     _check_positive("flow_shift", flow_shift)
-    sigmas = _flow_sigmas(scheduler == "flow_dpm_solver", steps, flow_shift, str(spacing), custom)
-    rounded = np.append(sigmas, 0.0).astype(np.float32)
-    if np.any(np.diff(rounded) >= 0):
-        raise SpecError(
-            f"flow_shift {flow_shift} with {steps} steps: neighbouring noise levels are the same in float32. "
-            "Use fewer steps or a flow_shift nearer to 1."
-        )
-    if scheduler == "flow_euler":
-        timesteps = rounded[:-1].astype(np.float64) * NUM_TRAIN_TIMESTEPS
-        return _freeze("flow_euler", rounded, _euler(rounded.astype(np.float64), timesteps * timestep_scale))
-    timesteps = np.trunc(sigmas * NUM_TRAIN_TIMESTEPS)  # diffusers' integer timesteps
-    return _freeze("flow_dpm_solver", rounded, _dpm_solver(rounded.astype(np.float64), timesteps * timestep_scale))
+    return _flow(recipe, custom)
 
 
 def load_schedule(path: Path | str, *, num_steps: int | None = None) -> Schedule:
@@ -156,21 +175,39 @@ def load_schedule(path: Path | str, *, num_steps: int | None = None) -> Schedule
     return read_schedule_file(Path(path), num_steps=num_steps)
 
 
-def _flow_sigmas(dpm: bool, steps: int, shift: float, spacing: str, custom: F64 | None) -> F64:
+def _flow(recipe: Recipe, custom: F64 | None) -> Schedule:
+    sigmas = _flow_sigmas(recipe, custom)
+    rounded = np.append(sigmas, 0.0).astype(np.float32)
+    if np.any(np.diff(rounded) >= 0):
+        raise SpecError(
+            f"flow_shift {recipe.flow_shift} with {recipe.num_steps} steps: neighbouring noise levels are the same in float32. "
+            "Use fewer steps or a flow_shift nearer to 1."
+        )
+    levels = rounded.astype(np.float64)
+    if recipe.scheduler == "flow_euler":
+        timesteps = levels[:-1] * NUM_TRAIN_TIMESTEPS
+        return _freeze(recipe, rounded, _euler(levels, timesteps * recipe.timestep_scale))
+    timesteps = np.trunc(sigmas * NUM_TRAIN_TIMESTEPS)  # diffusers' integer timesteps
+    return _freeze(recipe, rounded, _dpm_solver(levels, timesteps * recipe.timestep_scale))
+
+
+def _flow_sigmas(recipe: Recipe, custom: F64 | None) -> F64:
+    steps, shift = recipe.num_steps, recipe.flow_shift
+
     def shifted(s: F64) -> F64:
         return shift * s / (1.0 + (shift - 1.0) * s)
 
     if custom is not None:
         return shifted(custom)
-    if dpm:  # the noisiest level is 0.999 shifted, the grid's last point (0) is not a step
+    if recipe.scheduler == "flow_dpm_solver":  # the noisiest level is 0.999 shifted, the grid's last point (0) is not a step
         sigmas = shifted(1.0 - np.linspace(1.0, 1.0 / NUM_TRAIN_TIMESTEPS, steps + 1))[:0:-1]
     else:  # diffusers shifts the lowest level (0.001) when the scheduler is made, and again with the whole grid
         lowest = shifted(np.array(1.0 / NUM_TRAIN_TIMESTEPS))
         sigmas = shifted(np.linspace(1.0, float(lowest), steps))
     first, last = sigmas[0], sigmas[-1]
-    if spacing == "exponential":
+    if recipe.spacing == "exponential":
         sigmas = np.exp(np.linspace(math.log(first), math.log(last), steps))
-    elif spacing == "karras":
+    elif recipe.spacing == "karras":
         ramp = np.linspace(0.0, 1.0, steps)
         sigmas = (first ** (1 / _KARRAS_RHO) + ramp * (last ** (1 / _KARRAS_RHO) - first ** (1 / _KARRAS_RHO))) ** _KARRAS_RHO
     return sigmas
@@ -200,7 +237,8 @@ def _dpm_solver(sigmas: F64, timesteps: F64) -> F64:
     return table
 
 
-def _scm(steps: int, custom: F64 | None, max_timestep: float | None, intermediate_timestep: float | None) -> Schedule:
+def _scm(recipe: Recipe, custom: F64 | None) -> Schedule:
+    max_timestep, middle = recipe.max_timestep, recipe.intermediate_timestep
     if custom is not None:
         if max_timestep is not None:
             raise SpecError(
@@ -209,12 +247,12 @@ def _scm(steps: int, custom: F64 | None, max_timestep: float | None, intermediat
         times = np.append(custom, 0.0)
     else:
         start = MAX_TIMESTEP if max_timestep is None else max_timestep
-        times = np.linspace(start, 0.0, steps + 1)
-        if steps == 2 and intermediate_timestep is not None:
-            times[1] = intermediate_timestep
+        times = np.linspace(start, 0.0, recipe.num_steps + 1)
+        if recipe.num_steps == 2 and middle is not None:
+            times[1] = middle
         if not (0 < start <= MAX_TIMESTEP and np.all(np.diff(times) < 0)):
             raise SpecError(
-                f"scm times: got max_timestep {start} and intermediate_timestep {intermediate_timestep}; "
+                f"scm times: got max_timestep {start} and intermediate_timestep {middle}; "
                 f"expected {MAX_TIMESTEP} >= max_timestep > intermediate_timestep > 0 (radians)."
             )
     t = times.astype(np.float32).astype(np.float64)  # the network saw float32 times
@@ -224,15 +262,15 @@ def _scm(steps: int, custom: F64 | None, max_timestep: float | None, intermediat
     c_x0, c_noise = np.cos(after), np.sin(after)
     c_x0[-1], c_noise[-1] = 1.0, 0.0  # the last step returns x0
     table = np.stack([s[:-1], r, c_x0 * r, -c_x0 * s[:-1], np.zeros_like(r), c_noise, r, -s[:-1]], axis=1)
-    return _freeze("scm", s.astype(np.float32), table)
+    return _freeze(recipe, s.astype(np.float32), table)
 
 
-def _freeze(scheduler: SchedulerName, sigmas: NDArray[np.float32], table: F64) -> Schedule:
+def _freeze(recipe: Recipe, sigmas: NDArray[np.float32], table: F64) -> Schedule:
     table_32 = table.astype(np.float32)
     timesteps = table_32[:, 0].copy()
     for array in (sigmas, timesteps, table_32):
         array.flags.writeable = False
-    return Schedule(scheduler=scheduler, sigmas=sigmas, timesteps=timesteps, table=table_32)
+    return Schedule(recipe=recipe, sigmas=sigmas, timesteps=timesteps, table=table_32)
 
 
 def _check_steps(num_steps: int | None, custom: F64 | None) -> int:

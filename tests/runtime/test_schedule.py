@@ -70,6 +70,11 @@ def test_timestep_scale_reaches_the_network_alone() -> None:
     assert np.array_equal(plain.table[:, 1:], scaled.table[:, 1:])
 
 
+@given(schedules())
+def test_a_recipe_makes_the_same_table(schedule: Schedule) -> None:
+    assert schedule.recipe.make().table.tobytes() == schedule.table.tobytes()
+
+
 def test_dpm_solver_from_pure_noise() -> None:
     """sigma = 1 has no finite log signal-to-noise ratio; the step after it falls back to first order."""
     schedule = make_schedule("flow_dpm_solver", flow_shift=1.0, spacing=[1.0, 0.8, 0.5, 0.2])
