@@ -1,0 +1,81 @@
+"""Inputs for the parity check: seeded noise, rows of a real schedule, and real prompts through the model's own tokenizer.
+
+Two cases a component. Together they cover both numbers of texts (with guidance and without), one image and several, the smallest
+size and one that is not square. Sizes are the smallest that the engine serves: errors do not grow with the picture, time does.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.spec import PX_PER_LATENT, ShapeRange
+from runtime.noise import normal_batch
+from runtime.prompt import PromptTokenizer
+from runtime.schedule import Schedule
+
+__all__ = ["Arrays", "decoder_cases", "denoiser_cases", "text_cases"]
+
+Arrays = dict[str, NDArray[np.generic]]
+
+PROMPTS = ("a red apple on a yellow background", "Two cats under a blue umbrella, seen from above, soft evening light")
+NEGATIVE_PROMPTS = ("", "blurry, low quality")
+GUIDANCE = 4.5
+_SEED = 20241010  # any; noise streams apart from those of pictures are not needed, the bundle keeps the arrays
+
+
+def text_cases(tokenizer: PromptTokenizer, max_batch: int) -> tuple[dict[str, Arrays], dict[str, NDArray[np.float32]]]:
+    """Inputs of the text encoder for the cases "prompt" and "negative", and the masks (B, L) that the denoiser sees with them."""
+    batch = min(2, max_batch)
+    inputs: dict[str, Arrays] = {}
+    masks = {}
+    for case, prompts, negative in (("prompt", PROMPTS, False), ("negative", NEGATIVE_PROMPTS, True)):
+        tokens = tokenizer.encode(prompts[:batch], negative=negative)
+        inputs[case] = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
+        masks[case] = tokens.selected_mask
+    return inputs, masks
+
+
+def _sizes(ranges: ShapeRange) -> dict[str, tuple[int, int, int]]:
+    """Case: images, latent rows, latent columns."""
+    least, most = ranges.min_side // PX_PER_LATENT, ranges.max_side // PX_PER_LATENT
+    return {"square": (1, least, least), "wide": (min(2, ranges.max_batch), least, min(most, least + max(1, least // 2)))}
+
+
+def denoiser_cases(
+    embeds: Mapping[str, NDArray[np.float32]],
+    masks: Mapping[str, NDArray[np.float32]],
+    *,
+    channels: int,
+    ranges: ShapeRange,
+    schedule: Schedule,
+    embedded_guidance: bool,
+) -> dict[str, Arrays]:
+    """Inputs of the step: the first row with guidance, a middle one without. `embeds` and `masks` as of text_cases."""
+    cases = {}
+    for case, (batch, height, width) in _sizes(ranges).items():
+        guided = case == "square" and not embedded_guidance
+        texts = ("negative", "prompt") if guided else ("prompt",)
+        seeds = [_SEED + i for i in range(batch)]
+        shape = (channels, height, width)
+        inputs: Arrays = {
+            "latents": normal_batch(seeds, shape, stream=0),
+            "previous": normal_batch(seeds, shape, stream=1),
+            "coefficients": np.array(schedule.table[0 if case == "square" else schedule.num_steps // 2]),
+            "guidance_weights": np.array([1 - GUIDANCE, GUIDANCE] if guided else [1.0], np.float32),
+            "prompt_embeds": np.stack([embeds[text][:batch] for text in texts]),
+            "prompt_mask": np.stack([masks[text][:batch] for text in texts]),
+        }
+        if embedded_guidance:
+            inputs["guidance_scale"] = np.array([GUIDANCE], np.float32)
+            inputs["noise"] = normal_batch(seeds, shape, stream=2)
+        cases[case] = inputs
+    return cases
+
+
+def decoder_cases(*, channels: int, ranges: ShapeRange) -> dict[str, Arrays]:
+    """Inputs of the decoder. Latents as the sampler leaves them have a standard deviation near 1."""
+    return {
+        case: {"latents": normal_batch([_SEED + i for i in range(batch)], (channels, height, width), stream=3)}
+        for case, (batch, height, width) in _sizes(ranges).items()
+    }

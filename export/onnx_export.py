@@ -1,0 +1,194 @@
+"""From a PyTorch module without weights to an ONNX graph without weights.
+
+The module lives on the meta device, so an export costs no memory whatever the model's size; parameters become initializers that
+carry only name, type and shape, and `export.weights` binds them to the bytes of the checkpoint by name. Constant folding would
+otherwise need their values, so parameters are inputs of the graph while it is simplified.
+
+The result depends on the module alone: node metadata (stack traces, file paths) is removed and names are the exporter's, so the
+same module gives the same bytes.
+"""
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as passes
+import torch
+from onnxscript import optimizer
+
+from engines.errors import BuildError
+from export.translation import OPSET, SANA_DOMAIN, translation_table
+from plugins import relu_linear_attention
+
+__all__ = ["Axis", "ExportSpec", "TensorSpec", "count_plugin_nodes", "export_module", "with_function_bodies"]
+
+_DTYPES = {"float32": torch.float32, "int64": torch.int64}
+_ONNX_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
+IR_VERSION = 11  # of opset 23
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """A dimension that is chosen when the graph runs. Exported at `example`, which must be neither 0 nor 1: those specialise."""
+
+    name: str
+    minimum: int = 1
+    maximum: int = 1 << 20
+    example: int = 2
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorSpec:
+    """An input or output of a graph. Each dimension is a number, or the name of an Axis."""
+
+    name: str
+    dims: tuple[int | str, ...]
+    dtype: str = "float32"
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where each axis has the size that `sizes` gives."""
+        return tuple(sizes[dim] if isinstance(dim, str) else dim for dim in self.dims)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportSpec:
+    """Names, shapes and plugin counts of one component's graph: what the exported graph is held to."""
+
+    axes: tuple[Axis, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    plugins: Mapping[str, int]  # op: nodes expected, counted from the model's config and not from the graph
+
+    @property
+    def examples(self) -> dict[str, int]:
+        return {axis.name: axis.example for axis in self.axes}
+
+
+def export_module(module: torch.nn.Module, spec: ExportSpec) -> ir.Model:
+    """The graph of `module`, at the module's own precision; initializers are the parameters, by name, without values.
+
+    module: on the meta device, in eval mode; forward takes the tensors of `spec.inputs` in that order and returns those of
+    `spec.outputs`. Raises BuildError if a parameter or an expected plugin node did not arrive in the graph.
+    """
+    dims = {axis.name: torch.export.Dim(axis.name, min=axis.minimum, max=axis.maximum) for axis in spec.axes}
+    examples = tuple(torch.empty(t.shape(spec.examples), dtype=_DTYPES[t.dtype], device="meta") for t in spec.inputs)
+    dynamic = tuple({i: dims[dim] for i, dim in enumerate(t.dims) if isinstance(dim, str)} for t in spec.inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporter uses its own deprecated names
+        warnings.simplefilter("ignore", DeprecationWarning)
+        program = torch.export.export(module.eval(), examples, dynamic_shapes=(*dynamic,), strict=False)
+        model = _to_onnx(program, spec)
+    parameters = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
+    _simplify(model, parameters)
+    _name_dimensions(model, spec)
+    missing = sorted(parameters - set(model.graph.initializers))
+    if missing:
+        raise BuildError(
+            f"export: {len(missing)} parameters have no place in the graph, the first is {missing[0]!r}; expected all of them. "
+            "A module that ignores a weight exports a different model: remove the parameter or use it."
+        )
+    found = count_plugin_nodes(model)
+    if found != dict(spec.plugins):
+        raise BuildError(
+            f"export: got plugin nodes {found}; expected {dict(spec.plugins)}. An op was decomposed on the way to ONNX."
+        )
+    return model
+
+
+def _to_onnx(program: torch.export.ExportedProgram, spec: ExportSpec) -> ir.Model:
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = registration.level
+    registration.setLevel(logging.ERROR)  # it warns that torchvision, which nothing here needs, is absent
+    try:
+        onnx_program = torch.onnx.export(
+            program,
+            (),
+            input_names=[t.name for t in spec.inputs],
+            output_names=[t.name for t in spec.outputs],
+            opset_version=OPSET,
+            dynamo=True,
+            custom_translation_table=translation_table(),
+            optimize=False,  # folds constants, which parameters without values cannot take part in
+            verbose=False,
+        )
+    finally:
+        registration.setLevel(level)
+    assert onnx_program is not None
+    return onnx_program.model
+
+
+def _simplify(model: ir.Model, parameters: set[str]) -> None:
+    """Fold constants and drop what is unused, with the parameters out of reach; then strip all metadata."""
+    graph = model.graph
+    hidden = {name: value for name, value in graph.initializers.items() if name in parameters}
+    for name, value in hidden.items():
+        del graph.initializers[name]
+        value.const_value = None
+        graph.inputs.append(value)
+    optimizer.optimize_ir(model)
+    for name, value in hidden.items():
+        graph.inputs.remove(value)
+        if value.uses():
+            graph.initializers[name] = value
+    passes.ClearMetadataAndDocStringPass()(model)
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+    model.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.name = "main"
+    model.ir_version = IR_VERSION
+    model.producer_name = "sana-deploy"
+    model.producer_version = ""
+
+
+def _name_dimensions(model: ir.Model, spec: ExportSpec) -> None:
+    """The exporter names dimensions after its symbols; readers should see `batch`, `height`, `width`."""
+    by_name = {value.name: value for value in (*model.graph.inputs, *model.graph.outputs)}
+    renamed: dict[str, str] = {}
+    for tensor in spec.inputs:
+        shape = by_name[tensor.name].shape
+        assert shape is not None
+        for exported, dim in zip(shape, tensor.dims, strict=True):
+            if isinstance(exported, ir.SymbolicDim) and isinstance(dim, str):
+                renamed[str(exported.value)] = dim
+    for tensor in (*spec.inputs, *spec.outputs):
+        value = by_name[tensor.name]
+        assert value.shape is not None
+        if len(value.shape) != len(tensor.dims):
+            raise BuildError(f"export: {tensor.name} has {len(value.shape)} dimensions; expected {len(tensor.dims)}: {tensor.dims}")
+        for got, expected in zip(value.shape, tensor.dims, strict=True):
+            if isinstance(expected, int) and got != expected:
+                raise BuildError(f"export: {tensor.name} has shape {value.shape}; expected {tensor.dims}")
+        value.shape = ir.Shape(tensor.dims)
+        if value.dtype != _ONNX_DTYPES[tensor.dtype]:
+            raise BuildError(
+                f"export: {tensor.name} is {value.dtype}; expected {tensor.dtype}, as the contract of the component says"
+            )
+
+
+def count_plugin_nodes(model: ir.Model) -> dict[str, int]:
+    """How many nodes of domain `sana` there are, by op."""
+    counts: dict[str, int] = {}
+    for node in model.graph:
+        if node.domain == SANA_DOMAIN:
+            counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    return counts
+
+
+def with_function_bodies(model: ir.Model) -> ir.Model:
+    """Attach the body of every custom op that the graph uses, so that the model means something anywhere."""
+    bodies = {relu_linear_attention.OP: relu_linear_attention.function_body}
+    model.functions.clear()
+    for op_name in sorted(count_plugin_nodes(model)):
+        function = ir.serde.deserialize_function(bodies[op_name](OPSET))
+        model.functions[function.identifier()] = function
+        model.opset_imports[SANA_DOMAIN] = 1
+    return model
+
+
+def check(model: onnx.ModelProto, path: str, outputs: Sequence[str] = ()) -> None:
+    """Run onnx's checker on the file at `path`, which also refuses external data outside its folder."""
+    onnx.checker.check_model(path, full_check=False)

@@ -1,0 +1,87 @@
+"""What a build tells while it runs: each stage, its time and its peak memory. Live on a terminal, else a line a stage."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+__all__ = ["Progress", "Stage", "peak_memory_bytes", "reset_peak_memory"]
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+def reset_peak_memory() -> bool:
+    """Start a new measurement of this process's peak memory. False where the system has none: the peak is then the process's."""
+    try:
+        _CLEAR_REFS.write_text("5")  # Linux: sets VmHWM to what is resident now
+    except OSError:
+        return False
+    return True
+
+
+def peak_memory_bytes() -> int:
+    """Most memory that was resident at once since the last reset, files mapped into it included."""
+    try:
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts in KiB, but on macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclass
+class Stage:
+    """One finished or running stage. `cached` is set when an earlier run's result served."""
+
+    name: str
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    cached: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """A fact for the stage's line: a size, a count."""
+        self.notes.append(text)
+
+    def line(self) -> str:
+        work = "unchanged, nothing done" if self.cached else f"{self.seconds:7.1f} s  peak {self.peak_bytes / 1e9:5.2f} GB"
+        return f"{self.name:<28}{work}{'  ' if self.notes else ''}{', '.join(self.notes)}"
+
+
+class Progress:
+    """Runs stages and prints them. `stages` keeps what was measured."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.stages: list[Stage] = []
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Stage]:
+        """Time the block and take its peak memory; print its line when it ends. An error passes through, named."""
+        stage = Stage(name)
+        reset_peak_memory()
+        begin = time.perf_counter()
+        try:
+            if self.console.is_terminal:
+                with self.console.status(f"{name} …"):
+                    yield stage
+            else:
+                yield stage
+        except BaseException:
+            self.say(f"{name:<28}failed after {time.perf_counter() - begin:.1f} s")
+            raise
+        stage.seconds = time.perf_counter() - begin
+        stage.peak_bytes = peak_memory_bytes()
+        self.stages.append(stage)
+        self.say(stage.line())

@@ -1,0 +1,80 @@
+"""How PyTorch operators that need care become ONNX nodes.
+
+- `sana::*` custom ops stay single nodes of domain `sana`: TensorRT meets them as plugins, everything else runs their function body.
+- Scaled dot-product attention: the exporter's own rule splits the scale over q and k, reshapes k through computed shapes, and
+  rounds twice; ours is the textbook form that TensorRT recognises and fuses.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import onnx
+import torch
+from onnx.defs import OpSchema
+from onnxscript import values
+from onnxscript.onnx_opset import opset23 as op
+
+from plugins import relu_linear_attention
+
+__all__ = ["OPSET", "SANA_DOMAIN", "translation_table"]
+
+OPSET = 23  # from 22 on Conv takes bf16
+SANA_DOMAIN = "sana"
+_FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
+
+
+def _sana_op(name: str, inputs: tuple[str, ...], attributes: dict[str, OpSchema.AttrType]) -> values.Op:
+    """An operator of domain `sana` with one output, all tensors of one floating type."""
+    schema = OpSchema(
+        name,
+        SANA_DOMAIN,
+        1,
+        type_constraints=[("T", _FLOATS, "floating point")],
+        inputs=[OpSchema.FormalParameter(each, "T") for each in inputs],
+        outputs=[OpSchema.FormalParameter("out", "T")],
+        attributes=[OpSchema.Attribute(each, kind, "") for each, kind in attributes.items()],
+    )
+    return values.Op(values.Opset(SANA_DOMAIN, 1), name, schema)
+
+
+_RELU_LINEAR_ATTENTION = _sana_op(relu_linear_attention.OP, ("q", "k", "v"), {"eps": OpSchema.AttrType.FLOAT})
+
+
+def _relu_linear_attention(q: Any, k: Any, v: Any, eps: float = 1e-15) -> Any:
+    return _RELU_LINEAR_ATTENTION(q, k, v, eps=eps)
+
+
+def _scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(q k^T scale + mask) v. q: (B, H, N, D), k and v: (B, H, L, D), mask additive, broadcast to (B, H, N, L)."""
+    if dropout_p or is_causal or enable_gqa:
+        raise ValueError(
+            f"attention: got {dropout_p=}, {is_causal=}, {enable_gqa=}; expected none of them: only a mask is exported"
+        )
+    head_dim = query.shape[-1]
+    factor = head_dim**-0.5 if scale is None else scale
+    constant: Any = op.Constant(value_float=factor)
+    scaled = op.Mul(query, op.CastLike(constant, query))
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """The table for `torch.onnx.export(custom_translation_table=...)`. Importing `sana_ref.ops` registers the custom ops."""
+    import sana_ref.ops  # noqa: F401
+
+    assert onnx.defs.onnx_opset_version() >= OPSET
+    return {
+        torch.ops.sana.relu_linear_attention.default: _relu_linear_attention,
+        torch.ops.aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
+    }

@@ -1,0 +1,85 @@
+"""Writing a graph's external data straight from the checkpoint, one tensor at a time.
+
+Both graphs of a component, the typed and the portable one, refer to the same file, so a weight exists once on disk and at most once
+in memory while it is converted. Tensors lie sorted by name; those of a page or more start on a page, so that readers can map them.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from engines.errors import BuildError, CheckpointError
+
+__all__ = ["DATA_NAME", "ORT_MODEL_NAME", "TYPED_MODEL_NAME", "bind_weights", "parameter_names", "write_weights"]
+
+DATA_NAME = "model.onnx.data"
+ORT_MODEL_NAME = "model.onnx"  # the portable graph, which goes into the bundle
+TYPED_MODEL_NAME = "typed.onnx"  # what TensorRT compiles; stays in the cache
+_PAGE = 4096  # bytes; ONNX asks for external data to start on such a boundary
+_SMALL = 64  # bytes; alignment of tensors that are smaller than a page
+_TORCH = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+
+
+def parameter_names(model: ir.Model) -> list[str]:
+    """Initializers that wait for the checkpoint's bytes, sorted. Constants of the graph itself already have theirs."""
+    return sorted(name for name, value in model.graph.initializers.items() if value.const_value is None)
+
+
+def _as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, little-endian, without a copy."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def write_weights(model: ir.Model, load: Callable[[str], Tensor], path: Path) -> int:
+    """Write every parameter of `model` to `path` in the graph's type, and bind the graph to it. Returns bytes written.
+
+    load: name -> CPU tensor of any floating type; called once a name, so it can read lazily. It raises CheckpointError for an
+    unknown name. The bound location is the file's name: graph and data belong in one folder.
+    Raises CheckpointError if a shape differs or a value overflows the component's precision.
+    """
+    slots: dict[str, ir.ExternalTensor] = {}
+    with path.open("wb") as file:
+        for name in parameter_names(model):
+            value = model.graph.initializers[name]
+            assert value.dtype is not None
+            assert value.shape is not None
+            tensor = _converted(name, load(name), value.shape.numpy(), _TORCH[value.dtype])
+            data = _as_bytes(tensor)
+            alignment = _PAGE if len(data) >= _PAGE else _SMALL
+            file.write(bytes(-file.tell() % alignment))
+            offset = file.tell()
+            file.write(data)
+            slots[name] = ir.ExternalTensor(
+                path.name, offset, len(data), value.dtype, shape=value.shape, name=name, base_dir=path.parent
+            )
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    bind_weights(model, slots)
+    return size
+
+
+def _converted(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise CheckpointError(
+            f"weight {name!r}: got shape {tuple(tensor.shape)}; the config asks for {shape}. Fix config.json or the weights."
+        )
+    converted = tensor.to(dtype).contiguous()
+    if not torch.isfinite(converted).all():
+        finite = torch.isfinite(tensor).all()
+        bad = f"overflows {dtype}: its maximum is {tensor.abs().max():.3g}" if finite else "holds NaN or infinity"
+        raise CheckpointError(f"weight {name!r} {bad}; expected finite numbers. Take another precision, or mend the checkpoint.")
+    return converted
+
+
+def bind_weights(model: ir.Model, slots: dict[str, ir.ExternalTensor]) -> None:
+    """Point the parameters of `model` at their places in the data file. Raises BuildError unless each has one."""
+    names = parameter_names(model)
+    for name in names:
+        if name not in slots:
+            raise BuildError(f"weights: {name!r} has no place in the data file; expected all {len(names)} parameters there")
+        model.graph.initializers[name].const_value = slots[name]
