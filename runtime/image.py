@@ -1,0 +1,107 @@
+"""Pixels: from the decoder's output to a picture, and to and from PNG files that say how they were drawn."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from engines.disk import human_bytes
+from engines.errors import DiskFullError, RequestError, SanaError
+from runtime.picture_info import PictureInfo, parse_picture_info
+
+__all__ = ["INFO_KEY", "read_picture", "read_picture_info", "save_png", "to_images"]
+
+INFO_KEY = "sana"  # the keyword of the PNG's iTXt chunk, and the key in PIL's Image.info
+
+
+def to_images(decoded: NDArray[np.float32]) -> list[Image.Image]:
+    """Decoder output as pictures.
+
+    decoded: (B, 3, H, W) float32, RGB, nominally -1 to 1. Clamped, scaled to 0..255 and rounded half to even, in float32, as
+    diffusers' VaeImageProcessor does it. Raises SanaError if a number is not finite.
+    """
+    if not np.isfinite(decoded).all():
+        bad = int(np.size(decoded) - np.isfinite(decoded).sum())
+        raise SanaError(
+            f"decoder: got {bad} pixels that are not finite numbers; expected none. A precision is too narrow for this model: "
+            "rebuild with --precision bf16 or fp32."
+        )
+    unit = np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
+    return [Image.fromarray(picture) for picture in (unit * np.float32(255)).round().astype(np.uint8)]
+
+
+def save_png(image: Image.Image, path: Path | str) -> Path:
+    """Write `image` with the PictureInfo that generate() put into it, if any. Appears whole or not at all.
+
+    Missing folders are made. Raises RequestError for another suffix than .png, DiskFullError.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise RequestError(f"picture file: got {path.name!r}; expected a name that ends in .png, which keeps pixels and metadata.")
+    info = PngInfo()
+    if INFO_KEY in image.info:
+        info.add_itxt(INFO_KEY, image.info[INFO_KEY])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "xb") as file:
+            image.save(file, format="PNG", pnginfo=info)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = os.statvfs(path.parent).f_bavail * os.statvfs(path.parent).f_frsize
+        raise DiskFullError(
+            f"disk full: got {human_bytes(free)} free at {path.parent}; expected room for a picture of "
+            f"{image.width}x{image.height} px. Free some space, or choose another folder."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def read_picture_info(path: Path | str) -> PictureInfo:
+    """How a PNG was drawn, without decoding its pixels. Raises as read_picture."""
+    with _open(Path(path)) as image:
+        return _info(image, path)
+
+
+def read_picture(path: Path | str) -> tuple[Image.Image, PictureInfo]:
+    """A PNG that save_png wrote, and how it was drawn.
+
+    Raises RequestError for a file that is missing, not a PNG, or without our metadata; ManifestError if that is broken.
+    """
+    with _open(Path(path)) as image:
+        info = _info(image, path)
+        try:
+            image.load()
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RequestError(f"{path}: the pixels cannot be read ({error}). Was the file cut off?") from None
+        return image.copy(), info
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=["PNG"])
+    except FileNotFoundError:
+        raise RequestError(f"{path}: no such file; expected a PNG that sana drew.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise RequestError(f"{path}: cannot be read as a PNG ({error}); expected a picture that sana drew.") from None
+
+
+def _info(image: Image.Image, path: Path | str) -> PictureInfo:
+    text = image.info.get(INFO_KEY)  # what stands before the pixels, where save_png puts it
+    if not isinstance(text, str):
+        raise RequestError(
+            f"{path}: a PNG without metadata of sana; expected a picture that sana drew. Some programs drop metadata."
+        )
+    return parse_picture_info(text, source=f"{path} (metadata)")
