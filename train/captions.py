@@ -103,14 +103,18 @@ class Scene:
 
 
 def with_article(name: str) -> str:
-    """"a cat", "an owl"; nothing before plurals and masses."""
-    if name.split()[0] in {"grapes", "cherries", "corn", "broccoli", "bread", "cheese", "popcorn", "scissors"} or name.endswith("fries"):
+    """ "a cat", "an owl"; nothing before plurals and masses."""
+    if name.split()[0] in {"grapes", "cherries", "corn", "broccoli", "bread", "cheese", "popcorn", "scissors"} or name.endswith(
+        "fries"
+    ):
         return name
     sounds_like_you = name.startswith(("uni", "euro"))
     return f"an {name}" if name[0] in "aeiou" and not sounds_like_you else f"a {name}"
 
 
-def caption(scene: Scene, names: list[Names], rng: np.random.Generator, *, language: str | None = None, template: int | None = None) -> str:
+def caption(
+    scene: Scene, names: list[Names], rng: np.random.Generator, *, language: str | None = None, template: int | None = None
+) -> str:
     """One caption of the scene, lower case. Language, template and English synonym are drawn from `rng` unless given."""
     if language is None:
         language = rng.choice(list(LANGUAGES), p=list(LANGUAGES.values()))

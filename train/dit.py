@@ -98,7 +98,8 @@ class FactHeads(nn.Module):
         """Summed cross-entropy of the four facts, and the share of captions whose kind and first object both readings give."""
         weights = mask.to(text.dtype)
         mean = (text * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
-        last = text[torch.arange(len(text), device=text.device), mask.sum(1) - 1]
+        final = torch.arange(text.shape[1], device=text.device) == mask.sum(1, keepdim=True) - 1  # (B, L)
+        last = (text * final.to(text.dtype)[..., None]).sum(1)
         kind, first, second, colour = facts.unbind(1)
         targets = (kind, first, second + 1, colour)
         loss, right = text.new_zeros((), dtype=torch.float32), torch.ones_like(kind, dtype=torch.bool)

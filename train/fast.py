@@ -38,7 +38,8 @@ def _shifted_forward(self: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _one_hot_forward(self: nn.Embedding, ids: Tensor) -> Tensor:
-    return F.one_hot(ids, self.num_embeddings).to(self.weight.dtype) @ self.weight
+    rows = ids[..., None] == torch.arange(self.num_embeddings, device=ids.device)
+    return rows.to(self.weight.dtype) @ self.weight
 
 
 def use_attention(*, truth: bool) -> None:
@@ -46,16 +47,18 @@ def use_attention(*, truth: bool) -> None:
     ops.relu_linear_attention = ops.relu_linear_attention_truth if truth else _OP
 
 
-def prepare(transformer: SanaTransformer2DModel, text_encoder: Gemma2Encoder, option: str) -> None:
-    """Switch the modules, in place, to an option.
+def one_hot_embedding(text_encoder: Gemma2Encoder) -> None:
+    """The embedding as a product with one-hot rows: its gradient is then a matrix product, summed in fp32 and the same every time, where
+    the embedding's own adds bf16 numbers in any order (and sorts on the way, which a graph may not capture)."""
+    text_encoder.embed_tokens.forward = types.MethodType(_one_hot_forward, text_encoder.embed_tokens)  # type: ignore[method-assign]
 
-    The embedding becomes a product with one-hot rows: its gradient is then a matrix product, summed in fp32 and the same every time,
-    where the embedding's own adds bf16 numbers in any order (and its kernel may not be captured).
-    """
+
+def prepare(transformer: SanaTransformer2DModel, text_encoder: Gemma2Encoder, option: str) -> None:
+    """Switch the modules, in place, to an option; the embedding as in `one_hot_embedding`."""
     if option not in OPTIONS:
         raise ValueError(f"option: got {option!r}; expected one of {OPTIONS}")
     use_attention(truth=option != "eager")
-    text_encoder.embed_tokens.forward = types.MethodType(_one_hot_forward, text_encoder.embed_tokens)  # type: ignore[method-assign]
+    one_hot_embedding(text_encoder)
     if option == "shifted":
         for part in transformer.modules():
             if isinstance(part, GLUMBConv):

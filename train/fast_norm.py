@@ -23,7 +23,19 @@ MAX_PROGRAMS = 528  # 4 for each of an H100's 132 multiprocessors; bounds the pa
 
 
 @triton.jit
-def _forward(x, weight, bias, y, inverse, num_rows, EPS: tl.constexpr, C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _forward(
+    x,
+    weight,
+    bias,
+    y,
+    inverse,
+    num_rows,
+    EPS: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns = tl.arange(0, BLOCK_C)
     live_C = columns < C
@@ -93,7 +105,9 @@ class _RMSNorm(torch.autograd.Function):
         programs = min(MAX_PROGRAMS, triton.cdiv(num_rows, block_r))
         dx = torch.empty_like(x)
         partial = torch.empty(2, programs, channels, device=x.device, dtype=torch.float32)
-        _backward[(programs,)](dy.contiguous(), x, weight, inverse, dx, partial[0], partial[1], num_rows, channels, block_c, block_r)
+        _backward[(programs,)](
+            dy.contiguous(), x, weight, inverse, dx, partial[0], partial[1], num_rows, channels, block_c, block_r
+        )
         dweight, dbias = partial.sum(1).to(weight.dtype).unbind(0)
         return dx, dweight, dbias if ctx.has_bias else None, None
 

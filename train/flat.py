@@ -106,7 +106,9 @@ class FlatParameters:
             norm = self.gradient.norm()
             finite = torch.isfinite(norm) & torch.isfinite(loss.detach())
             keep = finite.float()
-            g = torch.nan_to_num(self.gradient, nan=0.0, posinf=0.0, neginf=0.0).mul_((config.clip / (norm + 1e-6)).clamp(max=1).nan_to_num())
+            g = torch.nan_to_num(self.gradient, nan=0.0, posinf=0.0, neginf=0.0).mul_(
+                (config.clip / (norm + 1e-6)).clamp(max=1).nan_to_num()
+            )
             beta1, beta2 = config.betas
             self.step += keep
             self.skipped += 1 - keep

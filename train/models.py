@@ -13,7 +13,12 @@ from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 from train.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 PX_PER_LATENT = 32
-BUCKETS: dict[str, tuple[int, int]] = {"256x256": (256, 256), "320x192": (320, 192), "192x320": (192, 320), "320x320": (320, 320)}  # w, h
+BUCKETS: dict[str, tuple[int, int]] = {
+    "256x256": (256, 256),
+    "320x192": (320, 192),
+    "192x320": (192, 320),
+    "320x320": (320, 320),
+}  # w, h
 BUCKET_WEIGHTS = {"256x256": 0.7, "320x192": 0.1, "192x320": 0.1, "320x320": 0.1}
 FLOW_SHIFT = 2.0  # 64 tokens: less than the 3.0 of 1024 tokens, since a smaller latent is drowned by less noise
 
@@ -111,7 +116,13 @@ MINUSCULE: dict[str, dict[str, Any]] = {
         "decoder_layers_per_block": [0, 1, 1, 1, 1, 1],
     },
     "transformer": TRANSFORMER
-    | {"num_attention_heads": 2, "num_layers": 2, "num_cross_attention_heads": 2, "cross_attention_dim": 64, "caption_channels": 32},
+    | {
+        "num_attention_heads": 2,
+        "num_layers": 2,
+        "num_cross_attention_heads": 2,
+        "cross_attention_dim": 64,
+        "caption_channels": 32,
+    },
     "text_encoder": TEXT_ENCODER
     | {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1},
 }

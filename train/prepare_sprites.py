@@ -35,7 +35,9 @@ def draw(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
     # Two transparent pixels around it, so that the filter does not ring at a cut edge.
     cut = canvas.crop((box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2)).convert("RGBa")
     scale = FIT / max(cut.size)
-    cut = cut.resize((max(1, round(cut.width * scale)), max(1, round(cut.height * scale))), Image.Resampling.LANCZOS).convert("RGBA")
+    cut = cut.resize((max(1, round(cut.width * scale)), max(1, round(cut.height * scale))), Image.Resampling.LANCZOS).convert(
+        "RGBA"
+    )
     sprite = Image.new("RGBA", (SIDE, SIDE))
     sprite.paste(cut, ((SIDE - cut.width) // 2, (SIDE - cut.height) // 2))
     return np.asarray(sprite)
@@ -78,7 +80,9 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({"rgba": rgba}, args.out, metadata=metadata)
-    print(f"{args.out}: {len(entries)} sprites ({len(CLASSES)} classes), {tokenizer.get_vocab_size()} tokens, {args.out.stat().st_size / 1e6:.1f} MB")
+    print(
+        f"{args.out}: {len(entries)} sprites ({len(CLASSES)} classes), {tokenizer.get_vocab_size()} tokens, {args.out.stat().st_size / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

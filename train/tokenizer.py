@@ -30,7 +30,9 @@ def train_tokenizer(names: list[Names], *, num_captions: int = 60_000, vocab_siz
     for index in range(num_captions):
         kind = index % 5
         first, second = rng.choice(len(names), size=2, replace=False)
-        scene = Scene(kind, int(first), int(second) if kind in (LEFT_RIGHT, ABOVE_BELOW) else -1, int(rng.integers(len(COLOUR_NAMES))))
+        scene = Scene(
+            kind, int(first), int(second) if kind in (LEFT_RIGHT, ABOVE_BELOW) else -1, int(rng.integers(len(COLOUR_NAMES)))
+        )
         corpus.append(caption(scene, names, rng, language=languages[int(rng.integers(len(languages)))]))
 
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -43,7 +45,9 @@ def train_tokenizer(names: list[Names], *, num_captions: int = 60_000, vocab_siz
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS_ID)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", BOS_ID)]
+    )
     return tokenizer
 
 

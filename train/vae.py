@@ -74,7 +74,9 @@ def latent_penalty(latent: Tensor) -> Tensor:
     return REGULARISE * spread.mean() + DECORRELATE * off.square().sum(0).mean() / latent.shape[1]
 
 
-def make_step(vae: AutoencoderDC, flat: FlatParameters, source: SceneSource, bucket: str, batch: int, stats: Tensor) -> Callable[[], None]:
+def make_step(
+    vae: AutoencoderDC, flat: FlatParameters, source: SceneSource, bucket: str, batch: int, stats: Tensor
+) -> Callable[[], None]:
     """One training step on `batch` new pictures of a bucket. stats: (5,), sums of loss, norm, 1, pixel L1, latent penalty."""
     dtype = flat.working.dtype
 

@@ -1,0 +1,131 @@
+"""A small classifier that says which emoji a picture shows, and on which colour. It is trained on composed scenes and never on pictures
+of the model that it is to judge.
+
+Half of its training pictures went through the autoencoder, so that the blur of decoding is not taken for another object.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.flat import FlatParameters
+from train.scenes import SceneArrays, SceneTensors, compose
+
+INPUT_SIDE = 96  # px
+RECOGNISER: dict[str, Any] = {"widths": [24, 48, 96, 160], "blocks": 1, "input_side": INPUT_SIDE}
+
+
+class Residual(nn.Module):
+    def __init__(self, num_in: int, num_out: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(8, num_in)
+        self.conv1 = nn.Conv2d(num_in, num_out, 3, stride=stride, padding=1, bias=False)
+        self.norm2 = nn.GroupNorm(8, num_out)
+        self.conv2 = nn.Conv2d(num_out, num_out, 3, padding=1, bias=False)
+        self.skip = nn.Identity() if stride == 1 and num_in == num_out else nn.Conv2d(num_in, num_out, 1, stride=stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+class Recogniser(nn.Module):
+    """Pictures (B, 3, H, W), -1 to 1, of any size (resized to 96 x 96 inside) -> logits of emoji (B, classes) and of colour (B, 10)."""
+
+    def __init__(self, num_classes: int, num_colours: int, *, widths: list[int], blocks: int, input_side: int) -> None:
+        super().__init__()
+        self.input_side = input_side
+        self.num_classes = num_classes
+        self.stem = nn.Conv2d(3, widths[0], 3, padding=1, stride=2)
+        stages: list[nn.Module] = []
+        for index, width in enumerate(widths):
+            stages.append(Residual(widths[max(0, index - 1)], width, 1 if index == 0 else 2))
+            stages += [Residual(width, width, 1) for _ in range(blocks - 1)]
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.GroupNorm(8, widths[-1])
+        self.head = nn.Linear(widths[-1], num_classes + num_colours)
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        side = (self.input_side, self.input_side)
+        if pictures.shape[2:] != side:
+            pictures = F.interpolate(pictures.float(), size=side, mode="bilinear", antialias=True, align_corners=False)
+        x = self.stages(self.stem(pictures.to(self.stem.weight.dtype)))
+        logits = self.head(F.silu(self.norm(x)).mean(dim=(2, 3))).float()
+        return logits[:, : self.num_classes], logits[:, self.num_classes :]
+
+
+def close_ups(num: int, *, seed: int, num_classes: int) -> SceneArrays:
+    """Scenes of one object each, in the sizes and places in which the judge meets objects: whole pictures, and parts of pictures that
+    were cut around one object of several."""
+    import numpy as np
+
+    from train.scenes import SINGLE, draw_scenes
+
+    scenes = draw_scenes(num, seed=seed, num_objects=num_classes, kind=SINGLE)
+    rng = np.random.Generator(np.random.Philox(seed + 1))
+    scenes.geometry[:, 0, :2] = 0.5 + rng.uniform(-0.08, 0.08, size=(num, 2))
+    scenes.geometry[:, 0, 2] = rng.uniform(0.5, 0.98, size=num)
+    return scenes
+
+
+def augment(pictures: Tensor) -> Tensor:
+    """Small changes of brightness and contrast, noise, and blur for a part of them: what a generated picture may do. Values stay in -1..1."""
+    num, device = len(pictures), pictures.device
+    gain = 1 + 0.1 * (2 * torch.rand(num, 1, 1, 1, device=device) - 1)
+    lift = 0.08 * (2 * torch.rand(num, 3, 1, 1, device=device) - 1)
+    pictures = pictures * gain + lift
+    blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    pictures = torch.where(torch.rand(num, 1, 1, 1, device=device) < 0.3, blurred, pictures)
+    return (pictures + 0.05 * torch.rand(num, 1, 1, 1, device=device) * torch.randn_like(pictures)).clamp(-1, 1)
+
+
+def make_step(
+    recogniser: Recogniser,
+    flat: FlatParameters,
+    scenes: SceneTensors,
+    decoded: Tensor,
+    decoded_labels: Tensor,
+    sprites: Tensor,
+    colours: Tensor,
+    *,
+    batch: int,
+    stats: Tensor,
+) -> Callable[[], None]:
+    """One step: half composed close-ups, half pictures that the autoencoder decoded. decoded: (m, 3, 96, 96) uint8; decoded_labels: (m, 2)
+    int64 emoji and colour. stats: (4,), sums of loss, norm, 1, accuracy."""
+    half, device = batch // 2, sprites.device
+
+    def step() -> None:
+        with torch.no_grad():
+            rows = torch.randint(len(scenes.colour), (half,), device=device)
+            chosen = scenes[rows]
+            fresh = compose(chosen, sprites, width=INPUT_SIDE, height=INPUT_SIDE, colours=colours)
+            others = torch.randint(len(decoded), (batch - half,), device=device)
+            pictures = augment(torch.cat([fresh, decoded[others].float() / 127.5 - 1]))
+            emoji = torch.cat([chosen.objects[:, 0], decoded_labels[others, 0]])
+            colour = torch.cat([chosen.colour, decoded_labels[others, 1]])
+        guess, guess_colour = recogniser(pictures.contiguous(memory_format=torch.channels_last))
+        loss = F.cross_entropy(guess, emoji, label_smoothing=0.05) + 0.3 * F.cross_entropy(guess_colour, colour)
+        norm = flat.step_with(loss)
+        with torch.no_grad():
+            right = (guess.argmax(1) == emoji).float().mean()
+            stats.add_(torch.stack([loss.detach(), norm, torch.ones_like(norm), right]).nan_to_num(0.0, 0.0, 0.0))
+
+    return step
+
+
+@torch.no_grad()
+def accuracy(recogniser: Recogniser, pictures: Tensor, emoji: Tensor, colour: Tensor, *, batch: int = 512) -> dict[str, float]:
+    """Share of pictures whose emoji and whose colour is recognised."""
+    right, right_colour = 0, 0
+    for start in range(0, len(pictures), batch):
+        part = slice(start, start + batch)
+        guess, guess_colour = recogniser(pictures[part])
+        right += int((guess.argmax(1) == emoji[part]).sum())
+        right_colour += int((guess_colour.argmax(1) == colour[part]).sum())
+    return {"emoji": right / len(pictures), "colour": right_colour / len(pictures)}
