@@ -95,15 +95,17 @@ class Bundle:
                 f"{path}: got {found}; expected the folder of a bundle. Make one with: sana build --out {path} …"
             )
         data = read_bounded(path / MANIFEST_NAME)
-        bundle = cls(
-            path=path,
-            manifest=parse_manifest(data, source=str(path / MANIFEST_NAME)),
-            digest=hashlib.sha256(data).hexdigest(),
-        )
-        bundle._check_files()
-        bundle._check_external_data()
-        if verify:
-            bundle.verify(progress=progress)
+        manifest = parse_manifest(data, source=str(path / MANIFEST_NAME))
+        bundle = cls(path=path, manifest=manifest, digest=hashlib.sha256(data).hexdigest())
+        try:
+            bundle._check_files()
+            bundle._check_external_data()
+            if verify:
+                bundle.verify(progress=progress)
+        except FileNotFoundError as error:  # it was there a moment ago
+            raise MissingFileError(
+                f"{path}: the bundle was replaced while it was read ({error.filename}). Open it again."
+            ) from None
         return bundle
 
     def verify(self, *, progress: TotalProgress | None = None) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from engines.atomic import TemporaryFolder, fsync_tree, make_temporary, recover, remove_dead, replace_folder
@@ -68,10 +69,10 @@ class BundleWriter:
             files[name] = FileEntry(sha256=file_sha256(path, progress=advance), size=path.stat().st_size, role=_role(name))
         manifest = Manifest(**dict(info), files=files)
         (self.path / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        Bundle.open(self.path, verify=False)  # never swap in what a reader would refuse
+        bundle = Bundle.open(self.path, verify=False)  # never swap in what a reader would refuse
         fsync_tree(self.path)
         replace_folder(self.path, self.out)
-        return Bundle.open(self.out, verify=False)
+        return replace(bundle, path=self.out)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +19,7 @@ def file_sha256(path: Path, *, progress: Progress | None = None) -> str:
     """SHA-256 of a file in hexadecimal, read in blocks of 8 MB."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
-        block = memoryview(bytearray(BLOCK_BYTES))
+        block = memoryview(bytearray(min(BLOCK_BYTES, max(1, os.fstat(file.fileno()).st_size))))
         while num_read := file.readinto(block):
             digest.update(block[:num_read])
             if progress is not None:

@@ -171,13 +171,17 @@ def save_fake_tokenizer(path: Path) -> None:
 
 
 def fake_info(
-    *, precision: Precision = Precision.FP16, targets: Sequence[Target] = (), tensorrt_version: str = "1.2.3", **changes: Any
+    *,
+    precision: Precision | dict[ComponentName, Precision] = Precision.FP16,
+    targets: Sequence[Target] = (),
+    tensorrt_version: str = "1.2.3",
+    **changes: Any,
 ) -> BundleInfo:
     values: dict[str, Any] = {
         "model": "fake",
         "model_digest": "0" * 64,
         "variant": "custom",
-        "precision": component_precision(precision),
+        "precision": component_precision(precision) if isinstance(precision, Precision) else precision,
         "ranges": ShapeRange(min_side=32, opt_side=64, max_side=128, max_batch=4, max_sequence_length=LENGTH),
         "targets": tuple(targets),
         "tensorrt": TensorRTInfo(flavor="rtx", version=tensorrt_version) if targets else None,
