@@ -114,6 +114,14 @@ class Checkpoint:
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def component_digest(self, component: ComponentName) -> str:
+        """sha256 of one network's weights and config: what a result that depends on this network alone is kept by."""
+        content = {
+            "weights": [_file_sha256(file) for file in self._source(component).files],
+            "config": asdict(self.configs[component]),
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     def _config(self, component: ComponentName) -> Any:
         self._source(component)
         return self.configs[component]
