@@ -1,0 +1,188 @@
+"""The CUDA driver, as far as a runtime needs it: one context, one stream, memory, copies and events.
+
+All work goes to one stream, in order. Addresses are plain integers, as TensorRT takes them. A `Slot` is device memory for one
+tensor with page-locked host memory beside it: it grows and never shrinks, so that a second picture of the same size allocates
+nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import pairwise
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from engines.disk import human_bytes
+from engines.errors import NoGpuError, SanaError
+
+__all__ = ["ALIGNMENT", "Cuda", "Marks", "Slot"]
+
+ALIGNMENT = 256  # bytes; what TensorRT asks of the addresses it is given
+
+
+class Cuda:
+    """The primary context of the first visible GPU (CUDA_VISIBLE_DEVICES chooses which that is)."""
+
+    def __init__(self) -> None:
+        """Raises NoGpuError if there is no driver or no device."""
+        from cuda.bindings import driver
+
+        self._driver = driver
+        try:
+            self._call("cuInit", 0)
+            self._device = self._call("cuDeviceGet", 0)
+            self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        except (SanaError, RuntimeError) as error:  # cuda-bindings raises RuntimeError where libcuda is missing
+            raise NoGpuError(f"CUDA: {error}. Install a driver, or use the backend 'onnxruntime'.") from None
+        self.make_current()
+        self._stream = self._call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self.stream = int(self._stream)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        status, *values = getattr(self._driver, name)(*arguments)
+        if int(status):
+            text = self._driver.cuGetErrorString(status)[1]
+            raise SanaError(f"{name}: {text.decode() if text else status}")
+        return values[0] if values else None
+
+    def make_current(self) -> None:
+        """CUDA's current context belongs to the thread: each thread calls this before it works."""
+        self._call("cuCtxSetCurrent", self._context)
+
+    def allocate(self, size: int) -> int:
+        """Device memory, aligned to ALIGNMENT. Raises SanaError, saying how much there was, if it is not to be had."""
+        status, address = self._driver.cuMemAlloc(size)
+        if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            _, free, total = self._driver.cuMemGetInfo()
+            raise SanaError(
+                f"GPU memory: got {human_bytes(free)} free of {human_bytes(total)}; expected {human_bytes(size)}. "
+                "Draw smaller pictures, or fewer at a time, or close other programs that use the GPU."
+            )
+        if int(status):
+            raise SanaError(f"cuMemAlloc of {size} bytes: {status}")
+        return int(address)
+
+    def free(self, address: int) -> None:
+        self._call("cuMemFree", address)
+
+    def allocate_pinned(self, size: int) -> int:
+        return int(self._call("cuMemAllocHost", size))
+
+    def free_pinned(self, address: int) -> None:
+        self._call("cuMemFreeHost", address)
+
+    def to_device(self, device: int, host: int, size: int) -> None:
+        """Queue a copy. The host memory must stay as it is until the stream has done it."""
+        self._call("cuMemcpyHtoDAsync", device, host, size, self._stream)
+
+    def to_host(self, host: int, device: int, size: int) -> None:
+        """Queue a copy. The host memory holds it after synchronize()."""
+        self._call("cuMemcpyDtoHAsync", host, device, size, self._stream)
+
+    def zero(self, device: int, size: int) -> None:
+        self._call("cuMemsetD8Async", device, 0, size, self._stream)
+
+    def synchronize(self) -> None:
+        """Wait until the stream is empty."""
+        self._call("cuStreamSynchronize", self._stream)
+
+    def mark(self) -> Any:
+        """An event at this point of the stream. Marks gives it back."""
+        event = self._call("cuEventCreate", int(self._driver.CUevent_flags.CU_EVENT_DEFAULT))
+        self._call("cuEventRecord", event, self._stream)
+        return event
+
+    def seconds(self, first: Any, second: Any) -> float:
+        """Time between two events that have passed."""
+        return float(self._call("cuEventElapsedTime", first, second)) / 1000
+
+    def destroy(self, event: Any) -> None:
+        self._call("cuEventDestroy", event)
+
+    def close(self) -> None:
+        self._call("cuStreamDestroy", self._stream)
+        self._call("cuDevicePrimaryCtxRelease", self._device)
+
+
+class Marks:
+    """Points of the stream, to measure between: `with Marks(cuda) as marks: marks.add()`."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self._events: list[Any] = []
+
+    def __enter__(self) -> Marks:
+        return self
+
+    def add(self) -> None:
+        self._events.append(self._cuda.mark())
+
+    def seconds(self) -> list[float]:
+        """Between neighbouring marks, all of which have passed."""
+        return [self._cuda.seconds(a, b) for a, b in pairwise(self._events)]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for event in self._events:
+            self._cuda.destroy(event)
+
+
+class Slot:
+    """Device memory of one tensor, and its page-locked twin."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self.address = 0  # on the device
+        self._size = 0  # bytes, of both
+        self._host = 0
+        self._written = False  # a copy from the host memory may still be under way
+
+    def reserve(self, size: int) -> int:
+        """At least `size` bytes; what they held may be lost. Returns the device address."""
+        if size > self._size:
+            self.close()
+            self.address = self._cuda.allocate(size)
+            self._size = size
+        return self.address
+
+    def write(self, array: NDArray[Any]) -> int:
+        """Queue a copy of `array` to the device. Returns the device address."""
+        array = np.ascontiguousarray(array)
+        self.reserve(array.nbytes)
+        if self._written:  # twice without reading in between: the first copy must have left the host memory
+            self._cuda.synchronize()
+        self._view(array.dtype, array.shape)[...] = array
+        self._cuda.to_device(self.address, self._host, array.nbytes)
+        self._written = True
+        return self.address
+
+    def read(self, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
+        """Wait for the stream, and copy the tensor to an array of its own."""
+        view = self._view(np.dtype(dtype), shape)
+        self._cuda.to_host(self._host, self.address, view.nbytes)
+        self._cuda.synchronize()
+        self._written = False
+        return view.copy()
+
+    def settled(self) -> None:
+        """The stream is known to be empty: the host memory is free to be written."""
+        self._written = False
+
+    def _view(self, dtype: np.dtype[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        if not self._host:
+            self._host = self._cuda.allocate_pinned(self._size)
+        size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        memory = (ctypes.c_uint8 * size).from_address(self._host)
+        return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
+
+    def close(self) -> None:
+        """Free both, after the stream is done with them."""
+        if self._size:
+            self._cuda.synchronize()
+            self._cuda.free(self.address)
+            if self._host:
+                self._cuda.free_pinned(self._host)
+        self.address = self._size = self._host = 0
+        self._written = False

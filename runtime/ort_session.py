@@ -1,0 +1,76 @@
+"""The portable graphs in ONNX Runtime, on any machine's CPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from engines.errors import BundleError, SanaError
+from runtime.session import Arrays
+
+__all__ = ["OrtSession", "cpu_name", "default_threads"]
+
+
+class OrtSession:
+    """One component.
+
+    num_threads: for one operator. release_memory: give the working memory back after each run, for components that run once a
+    picture and would otherwise hold it while others work.
+    """
+
+    def __init__(self, path: Path, *, num_threads: int | None = None, release_memory: bool = False) -> None:
+        """Raises BundleError for a graph that ONNX Runtime does not take."""
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = num_threads or default_threads()  # a count of our own also keeps threads unpinned
+        options.inter_op_num_threads = 1
+        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+        options.use_deterministic_compute = True
+        options.log_severity_level = 3  # errors; warnings are about graph clean-up
+        self._path = path
+        self._run_options = onnxruntime.RunOptions()
+        if release_memory:
+            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self._errors = (state.Fail, state.InvalidArgument, state.RuntimeException, state.EPFail)
+        try:
+            self._session: Any = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except (*self._errors, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, state.NoSuchFile) as error:
+            raise BundleError(f"{path}: ONNX Runtime {onnxruntime.__version__} does not take it ({error}). Rebuild.") from None
+        self.inputs = tuple(each.name for each in self._session.get_inputs())
+        self.outputs = tuple(each.name for each in self._session.get_outputs())
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Inputs that the graph does not have are left out. Raises SanaError for one that is missing, and when the run fails."""
+        if missing := [name for name in self.inputs if name not in inputs]:
+            raise SanaError(f"{self._path}: the graph wants {', '.join(missing)}; got {', '.join(inputs)}. Rebuild the bundle.")
+        try:
+            values = self._session.run(self.outputs, {name: inputs[name] for name in self.inputs}, self._run_options)
+        except self._errors as error:
+            shapes = {name: inputs[name].shape for name in self.inputs}
+            raise SanaError(f"{self._path}: ONNX Runtime failed ({error}); got {shapes}.") from None
+        return dict(zip(self.outputs, values, strict=True))
+
+    def close(self) -> None:
+        self._session = None
+
+
+def default_threads() -> int:
+    """As many as this process may use: containers and task sets hide cores that os.cpu_count() counts."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """This machine's processor in words."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"CPU, {model or platform.processor() or platform.machine()}"

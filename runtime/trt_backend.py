@@ -1,0 +1,170 @@
+"""Pictures from TensorRT engines. Between the first step and the pixels nothing leaves the GPU and nobody waits for it.
+
+The schedule's table is uploaded once; a step differs from the one before in addresses alone: its row of the table, and which of two
+buffers holds the latents (and the prediction) that it reads and writes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.bundle import Bundle
+from engines.spec import COMPONENTS, ComponentName
+from runtime.cuda import ALIGNMENT, Cuda, Marks, Slot
+from runtime.session import BackendName, Drawn, Job, StepCallback, Timings
+from runtime.text_cache import TextCache
+from runtime.trt_session import Arena, TensorRTSession
+
+__all__ = ["TensorRTBackend", "open_tensorrt"]
+
+_ROW = ALIGNMENT // 4  # float32s from one row of the table to the next on the device, so that every row is aligned
+
+
+def open_tensorrt(bundle: Bundle) -> TensorRTBackend:
+    """The backend for the GPU that is here. Cheapest check first; nothing of TensorRT loads before all have passed.
+
+    Raises NoGpuError, ArchitectureError if the bundle has no engine for this GPU, TensorRTVersionError.
+    """
+    from engines import tensorrt
+    from plugins import shell
+
+    info = tensorrt.device_info()
+    for component in COMPONENTS:
+        bundle.require_engine(component, info.target)
+    bundle.check_tensorrt(flavor=tensorrt.flavor(), version=tensorrt.version())
+    trt = tensorrt.load()
+    shell.register(trt)
+    return TensorRTBackend(bundle, trt=trt, load=tensorrt.deserialize, cuda=Cuda(), sm=info.target, device=info.name)
+
+
+class TensorRTBackend:
+    """load: makes a component's engine from its file. Engines load when they are first used, and stay."""
+
+    name: BackendName = "tensorrt"
+
+    def __init__(self, bundle: Bundle, *, trt: Any, load: Callable[[Path], Any], cuda: Cuda, sm: str, device: str) -> None:
+        """Raises ArchitectureError if a component has no engine for `sm`."""
+        self.device, self.max_batch = device, bundle.manifest.ranges.max_batch
+        self._paths = {component: bundle.require_engine(component, sm) for component in COMPONENTS}
+        self._trt, self._load, self._cuda = trt, load, cuda
+        self._arena = Arena(cuda)
+        self._sessions: dict[ComponentName, TensorRTSession] = {}
+        self._slots: dict[str, Slot] = {}
+        self._texts = TextCache(
+            lambda ids, mask: self.session("text_encoder").run({"input_ids": ids, "attention_mask": mask})["prompt_embeds"]
+        )
+
+    def session(self, component: ComponentName) -> TensorRTSession:
+        if component not in self._sessions:
+            self._cuda.make_current()
+            path = self._paths[component]
+            self._sessions[component] = TensorRTSession(
+                self._load(path), trt=self._trt, cuda=self._cuda, arena=self._arena, path=path
+            )
+        return self._sessions[component]
+
+    def draw(self, job: Job, on_step: StepCallback | None, tick: Callable[[], None]) -> Drawn:
+        self._cuda.make_current()
+        try:
+            return self._draw(job, on_step, tick)
+        finally:  # also after an error: buffers are used again by whoever comes next
+            self._cuda.synchronize()
+            for slot in self._slots.values():
+                slot.settled()
+
+    def _draw(self, job: Job, on_step: StepCallback | None, tick: Callable[[], None]) -> Drawn:
+        denoiser, decoder, schedule = self.session("denoiser"), self.session("decoder"), job.schedule
+        began = time.perf_counter()
+        embeds = self._texts.embed_job(job)
+        text_s = time.perf_counter() - began
+
+        shape = job.latents.shape
+        fixed = self._upload_fixed(job, embeds)
+        noise = self._upload_noise(job)
+        table = self._slot("table").write(_padded(schedule.table))
+        state = [(self._slot(f"latents_{i}"), self._slot(f"prediction_{i}")) for i in (0, 1)]
+        for latents, prediction in state:
+            latents.reserve(job.latents.nbytes)
+            prediction.reserve(job.latents.nbytes)
+        state[0][0].write(job.latents * np.float32(schedule.initial_scale))
+        self._cuda.zero(state[0][1].address, job.latents.nbytes)
+
+        pixels = decoder.prepare({"latents": shape})["images"]
+        images = self._slot("images")
+        images.reserve(decoder.output_size("images", pixels))
+        shapes = {name: array.shape for name, array in fixed.items()}
+        denoiser.prepare(
+            shapes | dict.fromkeys(("latents", "previous", "noise"), shape) | {"coefficients": (schedule.table.shape[1],)}
+        )
+        addresses = {name: self._slot(name).address for name in fixed}
+
+        with Marks(self._cuda) as marks:
+            marks.add()
+            for i in range(schedule.num_steps):
+                (latents, previous), (after, prediction) = state[i % 2], state[(i + 1) % 2]
+                step = {
+                    "latents": latents.address,
+                    "previous": previous.address,
+                    "coefficients": table + i * ALIGNMENT,
+                    "noise": noise[i],
+                    "next_latents": after.address,
+                    "prediction": prediction.address,
+                }
+                denoiser.launch(addresses | step)
+                marks.add()
+                tick()
+                if on_step is not None:
+                    on_step(i + 1, after.read(np.float32, shape))
+            decoder.launch({"latents": state[schedule.num_steps % 2][0].address, "images": images.address})
+            marks.add()
+            decoded = images.read(np.float32, pixels)  # the one wait
+            *steps_s, decode_s = marks.seconds()
+        return Drawn(images=decoded, timings=Timings(text_s=text_s, steps_s=tuple(steps_s), decode_s=decode_s))
+
+    def _upload_fixed(self, job: Job, embeds: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """What is the same for every step."""
+        fixed = {"guidance_weights": job.guidance_weights, "prompt_embeds": embeds, "prompt_mask": job.prompt_mask}
+        if job.guidance_scale is not None:
+            fixed["guidance_scale"] = np.array([job.guidance_scale], np.float32)
+        for name, array in fixed.items():
+            self._slot(name).write(array)
+        return fixed
+
+    def _upload_noise(self, job: Job) -> list[int]:
+        """Addresses of each step's fresh noise; of zeros where there is none."""
+        steps = [i for i in range(job.schedule.num_steps) if job.schedule.needs_noise(i)]
+        zeros = np.zeros_like(job.latents)
+        stride = -(-job.latents.nbytes // ALIGNMENT) * ALIGNMENT
+        rows = np.zeros((1 + len(steps), stride // 4), np.float32)
+        for row, i in zip(rows[1:], steps, strict=True):
+            row[: zeros.size] = job.noise(i).reshape(-1)
+        start = self._slot("noise").write(rows)
+        place = {i: start + (1 + n) * stride for n, i in enumerate(steps)}
+        return [place.get(i, start) for i in range(job.schedule.num_steps)]
+
+    def _slot(self, name: str) -> Slot:
+        return self._slots.setdefault(name, Slot(self._cuda))
+
+    def close(self) -> None:
+        self._cuda.make_current()
+        self._cuda.synchronize()
+        for session in self._sessions.values():
+            session.close()
+        for slot in self._slots.values():
+            slot.close()
+        self._sessions.clear()
+        self._slots.clear()
+        self._arena.close()
+        self._cuda.close()
+
+
+def _padded(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    padded = np.zeros((len(table), _ROW), np.float32)
+    padded[:, : table.shape[1]] = table
+    return padded

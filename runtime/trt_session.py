@@ -1,0 +1,142 @@
+"""One component as a TensorRT engine: shapes in, device addresses in, work queued on the stream.
+
+Memory for activations belongs to the `Arena` that all engines of a bundle share: they run one after another on one stream, so the
+arena is as large as the largest need and not the sum. Shape-specialised kernels are compiled eagerly, when a shape is first seen:
+TensorRT for RTX would else run a fallback kernel until a background thread is done, and the pixels would depend on when that was.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.errors import BundleError, RequestError, SanaError
+from plugins import shell
+from runtime.cuda import Cuda, Slot
+from runtime.session import Arrays
+
+__all__ = ["Arena", "TensorRTSession"]
+
+Shape = tuple[int, ...]
+
+
+class Arena:
+    """Activation memory for engines that never run at the same time."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._memory, self.size = Slot(cuda), 0
+
+    def require(self, size: int) -> None:
+        """Grow to `size` bytes, if it is smaller. May wait for the stream."""
+        self._memory.reserve(size)
+        self.size = max(self.size, size)
+
+    @property
+    def address(self) -> int:
+        return self._memory.address
+
+    def close(self) -> None:
+        self._memory.close()
+        self.size = 0
+
+
+class TensorRTSession:
+    """engine: a deserialized ICudaEngine. trt: the TensorRT module it came from. path: for messages."""
+
+    def __init__(self, engine: Any, *, trt: Any, cuda: Cuda, arena: Arena, path: Path) -> None:
+        self._engine, self._trt, self._cuda, self._arena, self._path = engine, trt, cuda, arena, path
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        self.inputs = tuple(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
+        self.outputs = tuple(name for name in names if name not in self.inputs)
+        self._dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        self._shapes: dict[str, Shape] = {}
+        self._slots: dict[str, Slot] = {}
+        self._context = self._make_context()
+
+    def _make_context(self) -> Any:
+        trt = self._trt
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):  # TensorRT for RTX only
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        context = self._engine.create_execution_context(config)
+        if context is None:
+            raise BundleError(f"{self._path}: TensorRT made no execution context for it.{_plugin_failure()}")
+        return context
+
+    def prepare(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Set the input shapes, and have the arena hold what they need. Returns the output shapes.
+
+        Raises RequestError for a shape outside the engine's range, BundleError if an input is missing.
+        """
+        wanted = {name: tuple(shapes[name]) for name in self.inputs if name in shapes}
+        if missing := [name for name in self.inputs if name not in wanted]:
+            raise BundleError(f"{self._path}: the engine wants {', '.join(missing)}; got {', '.join(shapes)}. Rebuild the bundle.")
+        if wanted != self._shapes:
+            self._shapes = {}
+            for name, shape in wanted.items():
+                self._check_range(name, shape)
+                if not self._context.set_input_shape(name, shape):
+                    raise SanaError(f"{self._path}: TensorRT refused the shape {shape} of {name!r}.{_plugin_failure()}")
+            self._shapes = wanted
+            self._needed = int(self._context.update_device_memory_size_for_shapes())
+        self._arena.require(self._needed)
+        return {name: tuple(self._context.get_tensor_shape(name)) for name in self.outputs}
+
+    def _check_range(self, name: str, shape: Shape) -> None:
+        low, _, high = (tuple(each) for each in self._engine.get_tensor_profile_shape(name, 0))
+        fits = len(shape) == len(low) and all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True))
+        if not fits:
+            raise RequestError(
+                f"{self._path}, input {name!r}: got shape {shape}; the engine serves {low} to {high}. "
+                "Ask for another size or a smaller batch, or rebuild with another range."
+            )
+
+    def launch(self, addresses: Mapping[str, int]) -> None:
+        """Queue one run on the stream, for the shapes that were prepared. addresses: device memory of every input and output."""
+        self._context.set_device_memory(self._arena.address, self._arena.size)
+        for name in (*self.inputs, *self.outputs):
+            if not self._context.set_tensor_address(name, addresses[name]):
+                raise SanaError(f"{self._path}: TensorRT refused the address of {name!r}.")
+        if not self._context.execute_async_v3(self._cuda.stream):
+            raise SanaError(f"{self._path}: TensorRT could not run the engine.{_plugin_failure()}")
+
+    def output_size(self, name: str, shape: Shape) -> int:
+        """bytes"""
+        return math.prod(shape) * int(self._dtypes[name].itemsize)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
+        """Arrays in, arrays out, and wait. Inputs that the engine does not have are left out."""
+        self._cuda.make_current()
+        shapes = self.prepare({name: array.shape for name, array in inputs.items()})
+        addresses = {}
+        for name in self.inputs:
+            if inputs[name].dtype != self._dtypes[name]:
+                raise SanaError(f"{self._path}, input {name!r}: got {inputs[name].dtype}; expected {self._dtypes[name]}.")
+            addresses[name] = self._slot(name).write(inputs[name])
+        for name, shape in shapes.items():
+            addresses[name] = self._slot(name).reserve(self.output_size(name, shape))
+        self.launch(addresses)
+        found = {name: self._slot(name).read(self._dtypes[name], shape) for name, shape in shapes.items()}
+        for slot in self._slots.values():
+            slot.settled()
+        return found
+
+    def _slot(self, name: str) -> Slot:
+        return self._slots.setdefault(name, Slot(self._cuda))
+
+    def close(self) -> None:
+        for slot in self._slots.values():
+            slot.close()
+        self._slots.clear()
+        self._context = self._engine = None  # in this order: a context must not outlive its engine
+
+
+def _plugin_failure() -> str:
+    """What a plugin raised last, which TensorRT's own status does not say."""
+    return f" A plugin said: {shell.failures[-1]}" if shell.failures else ""
