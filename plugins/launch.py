@@ -95,9 +95,7 @@ class Launch:
             counts = (kernel.warps, kernel.shared, kernel.offset, kernel.size)
             whole = all(type(count) is int and 0 <= count < 2**31 for count in counts)
             if not whole or kernel.size == 0 or not 1 <= kernel.warps <= 32 or not kernel.entry:
-                raise LaunchError(
-                    f"{self.op}, {sm}: got {kernel}; expected 1 to 32 warps, whole numbers, a non-empty cubin and an entry name"
-                )
+                raise LaunchError(f"{self.op}, {sm}: got {kernel}; expected whole numbers, 1 to 32 warps, a cubin and an entry")
 
     def _check_arg(self, arg: list[Any]) -> None:
         match arg:

@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from attention_graph import DTYPES, HEADS, as_numpy, attention_model, qkv
 from onnx import TensorProto, helper
 from parity.bound import assert_parity
 from parity.interpreter import interpret
@@ -20,19 +21,11 @@ from plugins import relu_linear_attention as op
 from plugins.launch import Launch, evaluate
 from sana_ref import ops
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-HEADS = 6
 # tokens: 1, and around the tile of 64, and many; batch 1 to 4. Thousands of values, so that the largest error is not luck.
 SHAPES = [(batch, HEADS, tokens) for batch, tokens in ((4, 1), (2, 63), (1, 64), (3, 65), (1, 1000))]
 # q and k of this size bring relu(q) z down to eps, so that a wrong eps shows
 SMALL = {"fp16": 2e-7, "bf16": 3e-9, "fp32": 3e-9}
 WRONG_EPS = {"fp16": 1e-8, "fp32": 3e-15}  # fp16 values are multiples of 6e-8: no product of two goes below 3.6e-15
-
-
-def qkv(shape, dtype, scale=1.0, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
-    return tuple(t.to(DTYPES[dtype]) for t in (q * scale, k * scale, v))
 
 
 def cases(dtypes):
@@ -111,29 +104,17 @@ def test_kernel_on_gpu(name, inputs):
     assert torch.equal(ops.relu_linear_attention(q, k, v), out), "the registered op must run this kernel, to the same bits"
 
 
-def model_of(dtype, **attributes):
-    """One node of the op, with its function body, batch and tokens dynamic."""
-    shape = ["batch", HEADS, "tokens", 32]
-    kind = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16, "fp32": TensorProto.FLOAT}[dtype]
-    node = helper.make_node(op.OP, ["q", "k", "v"], ["out"], domain=op.DOMAIN, **attributes)
-    values = {name: helper.make_tensor_value_info(name, kind, shape) for name in ("q", "k", "v", "out")}
-    graph = helper.make_graph([node], "attention", [values["q"], values["k"], values["v"]], [values["out"]])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
-    model = helper.make_model(graph, functions=[op.function_body()], opset_imports=opsets, ir_version=10)
-    onnx.checker.check_model(model, full_check=True)
-    return model
-
-
 def run_body(model, q, k, v):
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"q": q.numpy(), "k": k.numpy(), "v": v.numpy()})[0])
+    return torch.from_numpy(session.run(None, {"q": as_numpy(q), "k": as_numpy(k), "v": as_numpy(v)})[0])
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("with_cubins", [True, False])
 def test_function_body(dtype, with_cubins):
     """In ONNX Runtime as it is, with the plugin's attributes and without."""
-    model = model_of(dtype, **(op.compile_cubins(["sm80"], dtype, 32) if with_cubins else {}))
+    model = attention_model(dtype, **(op.compile_cubins(["sm80"], dtype, 32) if with_cubins else {}))
+    onnx.checker.check_model(model, full_check=True)
     for shape in SHAPES:
         inputs = qkv((*shape, 32), dtype)
         check(run_body(model, *inputs), inputs, f"function body {shape} {dtype}")
@@ -145,7 +126,7 @@ def test_function_body(dtype, with_cubins):
 def test_planted_errors_in_the_body_are_caught(name, call, right, dtype):
     inputs, keywords = call
     with pytest.raises(AssertionError, match="expected at most"):
-        check(run_body(model_of(dtype, **keywords), *inputs), right, name)
+        check(run_body(attention_model(dtype, **keywords), *inputs), right, name)
 
 
 def test_function_body_in_bf16():
@@ -155,7 +136,7 @@ def test_function_body_in_bf16():
     q, k, v = qkv((1, HEADS, 65, 32), "bf16")
     bf16 = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
     feeds = {name: t.float().numpy().astype(bf16) for name, t in (("q", q), ("k", k), ("v", v))}
-    out = ReferenceEvaluator(model_of("bf16", eps=op.EPS)).run(None, feeds)[0]
+    out = ReferenceEvaluator(attention_model("bf16", eps=op.EPS)).run(None, feeds)[0]
     assert out.dtype == bf16
     check(torch.from_numpy(out.astype(np.float32)).bfloat16(), (q, k, v), "function body bf16")
 

@@ -1,0 +1,311 @@
+"""One TensorRT plugin for every op: it launches what its node carries.
+
+A node's `launch` attribute (plugins/launch.py) says how its `cubins` are launched, so a new op needs a name here and no code. The
+plugin is TensorRT's IPluginV3, in Python; it needs numpy and cuda-bindings, never Triton or PyTorch.
+
+When which part runs:
+    build     the ONNX parser makes the plugin from the node; shapes and types come from the description; both attributes go into
+              the engine. No GPU is needed.
+    load      TensorRT makes the plugin again from the engine; attach_to_context loads the cubin for the GPU that is there.
+    execute   on_shape_change fills in grid and scalars; enqueue writes addresses and launches. Neither allocates, waits or loads
+              anything, so that execution can be captured into a CUDA graph.
+
+TensorRT prints an exception in a callback to stderr and answers with a bare failure, so each is also kept in `failures`.
+"""
+
+import ctypes
+import functools
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from plugins.launch import Expression, Launch, LaunchError, evaluate
+
+__all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
+
+OPS = ("ReluLinearAttention",)
+FIELDS = ("launch", "cubins")
+VERSION, NAMESPACE = "1", ""
+WARP = 32  # threads
+ALIGNMENT = 16  # bytes: the kernels load this much at once
+MAX_GRID = (2**31 - 1, 65535, 65535)  # blocks, on every CUDA GPU
+PLAIN_SHARED = 48 * 1024  # bytes of dynamic shared memory that a kernel may have without asking
+
+failures: deque[Exception] = deque(maxlen=16)  # the latest exceptions of plugins, newest last; TensorRT's own errors don't say why
+
+_creators: dict[tuple[str, str], Any] = {}  # TensorRT keeps no reference to a Python creator, so this does
+_functions: dict[tuple[int, str], Any] = {}  # (CUDA context id, cubin's SHA-256): the loaded kernel, never unloaded
+
+
+class DriverError(RuntimeError):
+    """A CUDA driver call failed."""
+
+
+def _ok(result: tuple[Any, ...], call: str) -> Any:
+    """Unpack what a cuda-bindings call returned. Raises DriverError with the call and CUDA's own name and text for the error."""
+    if int(result[0]):
+        from cuda.bindings import driver
+
+        name, text = (driver.cuGetErrorName(result[0])[1], driver.cuGetErrorString(result[0])[1])
+        raise DriverError(f"{call}: got {(name or b'?').decode()}: {(text or b'?').decode()}")
+    return result[1] if len(result) > 1 else None
+
+
+def _load(launch: Launch, cubins: bytes) -> tuple[Any, int, int]:
+    """(function, threads a block, bytes of shared memory) of the kernel for the current CUDA context's device.
+
+    Raises LaunchError if the node has no cubin for it, DriverError if CUDA refuses the cubin.
+    """
+    from cuda.bindings import driver
+
+    context = _ok(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
+    if not int(context):
+        raise DriverError(f"{launch.op}: no CUDA context is current in this thread; expected TensorRT to have made one")
+    device = _ok(driver.cuCtxGetDevice(), "cuCtxGetDevice")
+    attribute = driver.CUdevice_attribute
+    major, minor = (
+        _ok(driver.cuDeviceGetAttribute(which, device), "cuDeviceGetAttribute")
+        for which in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    )
+    sm = f"sm{major}{minor}"
+    cubin = launch.cubin(cubins, sm)
+    kernel = launch.kernels[sm]
+    key = (_ok(driver.cuCtxGetId(context), "cuCtxGetId"), kernel.sha256)  # an id, unlike a handle, is never used again
+    if key not in _functions:
+        module = _ok(driver.cuModuleLoadData(cubin), f"{launch.op}: cuModuleLoadData of the {sm} cubin")
+        function = _ok(
+            driver.cuModuleGetFunction(module, kernel.entry.encode()), f"{launch.op}: cuModuleGetFunction({kernel.entry})"
+        )
+        if kernel.shared > PLAIN_SHARED:
+            which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            _ok(driver.cuFuncSetAttribute(function, which, kernel.shared), f"{launch.op}: {kernel.shared} bytes of shared memory")
+        _functions[key] = function
+    return _functions[key], WARP * kernel.warps, kernel.shared
+
+
+class Arguments:
+    """A kernel's arguments as cuLaunchKernel takes them: 8 bytes for each, and the array of their addresses.
+
+    Made once; a launch then only writes pointers. `at` is the address to pass as kernelParams.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self._values = (ctypes.c_uint64 * len(launch.args))()  # a scalar lies in the first, little-endian, bytes of its slot
+        start, size = ctypes.addressof(self._values), ctypes.sizeof(ctypes.c_uint64)
+        self._addresses = (ctypes.c_void_p * len(launch.args))(*(start + size * i for i in range(len(launch.args))))
+        self.at = ctypes.addressof(self._addresses)
+        self._inputs = [(slot, arg[1]) for slot, arg in enumerate(launch.args) if arg[0] == "in"]
+        self._outputs = [(slot, arg[1]) for slot, arg in enumerate(launch.args) if arg[0] == "out"]
+        self._numbers = [(slot, arg[1]) for slot, arg in enumerate(launch.args) if arg[0] == "i32"]
+        self._op = launch.op
+        for slot, arg in enumerate(launch.args):
+            if arg[0] == "f32":
+                self._values[slot] = int(np.float32(arg[1]).view(np.uint32))
+
+    def set_shapes(self, dims: list[tuple[int, ...]]) -> None:
+        """Write the scalars for input shapes `dims`. Raises LaunchError for one that 32 bits do not hold."""
+        for slot, expression in self._numbers:
+            value = evaluate(expression, dims)
+            if not -(2**31) <= value < 2**31:
+                raise LaunchError(f"{self._op}: got shapes {dims}, where {expression!r} is {value}; expected a number of 32 bits")
+            self._values[slot] = value & 0xFFFFFFFF
+
+    def set_addresses(self, inputs: list[int], outputs: list[int]) -> None:
+        """Write device addresses. Raises LaunchError unless all are aligned, which the kernel relies on."""
+        values, seen = self._values, 0
+        for slot, index in self._inputs:
+            values[slot] = inputs[index]
+            seen |= inputs[index]
+        for slot, index in self._outputs:
+            values[slot] = outputs[index]
+            seen |= outputs[index]
+        if seen % ALIGNMENT:
+            found = ", ".join(map(hex, (*inputs, *outputs)))
+            raise LaunchError(f"{self._op}: got tensors at {found}; expected addresses that are multiples of {ALIGNMENT} bytes")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _keeps_failures(callback: Callable[P, R]) -> Callable[P, R]:
+    """What a callback raises goes into `failures` and to the log before TensorRT swallows it."""
+
+    @functools.wraps(callback)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return callback(*args, **kwargs)
+        except Exception as error:
+            failures.append(error)
+            logging.getLogger(__name__).error("%s", error)
+            raise
+
+    return call
+
+
+def _tensorrt_types(trt: Any) -> dict[str, Any]:
+    kind = trt.DataType
+    types = {"fp32": kind.FLOAT, "fp16": kind.HALF, "bf16": kind.BF16, "int32": kind.INT32, "int64": kind.INT64}
+    return types | {"int8": kind.INT8, "uint8": kind.UINT8, "bool": kind.BOOL}
+
+
+def _dimension(expression: Expression, inputs: Any, builder: Any, trt: Any) -> Any:
+    """The expression as TensorRT's own, over dimensions that are not known yet."""
+    if isinstance(expression, int):
+        return builder.constant(expression)
+    if expression[0] == "dim":
+        return inputs[expression[1]][expression[2]]
+    kind = trt.DimensionOperation
+    operation = {
+        "add": kind.SUM,
+        "sub": kind.SUB,
+        "mul": kind.PROD,
+        "floordiv": kind.FLOOR_DIV,
+        "ceildiv": kind.CEIL_DIV,
+        "min": kind.MIN,
+        "max": kind.MAX,
+    }[expression[0]]
+    left, right = (_dimension(part, inputs, builder, trt) for part in expression[1:])
+    return builder.operation(operation, left, right)
+
+
+@functools.cache
+def _classes(trt: Any) -> tuple[Any, Any]:
+    """(plugin class, creator class), which derive from the classes of the TensorRT module that is in use."""
+    types = _tensorrt_types(trt)
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):  # type: ignore[misc]
+        """One node: its description and cubins, and, once attached to an execution context, its kernel and arguments."""
+
+        def __init__(self, launch: Launch, cubins: bytes) -> None:
+            for base in (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuild, trt.IPluginV3OneRuntime):
+                base.__init__(self)
+            self.plugin_name, self.plugin_namespace, self.plugin_version = launch.op, NAMESPACE, VERSION
+            self.num_outputs = len(launch.outputs)
+            self._launch, self._cubins = launch, cubins
+            self._arguments = Arguments(launch)
+            self._kernel: tuple[Any, int, int] | None = None
+            self._grid: tuple[int, ...] | None = None
+            self._fields: tuple[Any, ...] = ()
+
+        def get_capability_interface(self, kind: Any) -> Any:
+            return self
+
+        def clone(self) -> Any:
+            copy = Plugin(self._launch, self._cubins)
+            copy._kernel = self._kernel
+            return copy
+
+        # Build
+
+        @_keeps_failures
+        def get_output_data_types(self, input_types: Any) -> list[Any]:
+            return [types[output.type] for output in self._launch.outputs]
+
+        @_keeps_failures
+        def get_output_shapes(self, inputs: Any, shape_inputs: Any, builder: Any) -> list[Any]:
+            return [trt.DimsExprs([_dimension(e, inputs, builder, trt) for e in output.shape]) for output in self._launch.outputs]
+
+        @_keeps_failures
+        def supports_format_combination(self, pos: int, in_out: Any, num_inputs: int) -> bool:
+            if num_inputs != len(self._launch.inputs):
+                raise LaunchError(f"{self._launch.op}: got {num_inputs} inputs; expected {len(self._launch.inputs)}")
+            wanted = (*self._launch.inputs, *(output.type for output in self._launch.outputs))[pos]
+            return bool(in_out[pos].desc.type == types[wanted] and in_out[pos].desc.format == trt.TensorFormat.LINEAR)
+
+        def configure_plugin(self, inputs: Any, outputs: Any) -> None:
+            pass
+
+        def get_valid_tactics(self) -> list[int]:
+            return []
+
+        def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
+            return 0
+
+        def get_fields_to_serialize(self) -> Any:
+            # TensorRT reads the arrays after this returns, so they live as long as the plugin.
+            self._fields = tuple(np.frombuffer(data, np.int8) for data in (self._launch.to_json(), self._cubins))
+            kind = trt.PluginFieldType.CHAR
+            return trt.PluginFieldCollection([trt.PluginField(n, d, kind) for n, d in zip(FIELDS, self._fields, strict=True)])
+
+        # Run
+
+        @_keeps_failures
+        def attach_to_context(self, context: Any) -> Any:
+            attached = self.clone()
+            attached._kernel = _load(self._launch, self._cubins)
+            return attached
+
+        def set_tactic(self, tactic: int) -> None:
+            pass
+
+        @_keeps_failures
+        def on_shape_change(self, inputs: Any, outputs: Any) -> None:
+            dims = [tuple(desc.dims) for desc in inputs]
+            grid = tuple(evaluate(expression, dims) for expression in self._launch.grid)
+            if any(not 0 <= size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):
+                raise LaunchError(f"{self._launch.op}: got shapes {dims}, a grid of {grid}; expected at most {MAX_GRID}")
+            self._arguments.set_shapes(dims)
+            self._grid = grid
+
+        @_keeps_failures
+        def enqueue(self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int) -> None:
+            if self._grid is None or self._kernel is None:
+                raise LaunchError(f"{self._launch.op}: enqueued before attach_to_context and on_shape_change; expected after both")
+            if 0 in self._grid:
+                return  # an empty tensor; CUDA refuses an empty grid
+            function, threads, shared = self._kernel
+            self._arguments.set_addresses(inputs, outputs)
+            result = _launch_kernel()(function, *self._grid, threads, 1, 1, shared, stream, self._arguments.at, 0)
+            if int(result[0]):
+                _ok(result, f"{self._launch.op}: cuLaunchKernel, grid {self._grid}, {threads} threads, {shared} bytes shared")
+
+    class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
+        def __init__(self, op: str) -> None:
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_namespace, self.plugin_version = op, NAMESPACE, VERSION
+            empty = np.array([], np.int8)
+            kind = trt.PluginFieldType.CHAR
+            self.field_names = trt.PluginFieldCollection([trt.PluginField(field, empty, kind) for field in FIELDS])
+
+        @_keeps_failures
+        def create_plugin(self, name: str, fields: Any, phase: Any) -> Any:
+            data = {field.name: np.asarray(field.data).tobytes() for field in fields}
+            if missing := [field for field in FIELDS if not data.get(field)]:
+                raise LaunchError(f"{self.name}, node {name!r}: got no attribute {missing[0]!r}; expected {' and '.join(FIELDS)}")
+            # The ONNX parser appends a zero byte to a string attribute.
+            launch = Launch.from_json(data["launch"].rstrip(b"\0"))
+            if launch.op != self.name:
+                raise LaunchError(f"{self.name}, node {name!r}: got the launch description of {launch.op!r}")
+            return Plugin(launch, data["cubins"][: max((k.offset + k.size for k in launch.kernels.values()), default=0)])
+
+    return Plugin, Creator
+
+
+@functools.cache
+def _launch_kernel() -> Any:
+    from cuda.bindings import driver
+
+    return driver.cuLaunchKernel
+
+
+def register(trt: ModuleType, ops: Iterable[str] = OPS) -> None:
+    """Tell TensorRT (the module `tensorrt` or `tensorrt_rtx`) about the plugins of these ops, once a process however often called.
+
+    Needed before an ONNX file with such nodes is parsed and before an engine with such plugins is loaded.
+    Raises RuntimeError if another plugin of that name and version is registered already.
+    """
+    for op in ops:
+        if (trt.__name__, op) in _creators:
+            continue
+        creator = _classes(trt)[1](op)
+        if not trt.get_plugin_registry().register_creator(creator, NAMESPACE):
+            raise RuntimeError(f"TensorRT plugin {op!r}: got its name, version {VERSION}, from another library; expected it unused")
+        _creators[trt.__name__, op] = creator
