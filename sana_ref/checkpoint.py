@@ -281,7 +281,7 @@ def _how_to_sample(folder: Path, index: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         "scheduler_config": scheduler_config,
-        "sampler": read_sampler(scheduler_config),
+        "sampler": read_sampler(scheduler_config, index),
         "prompt": PromptTemplate(complex_human_instruction="\n".join(lines), max_sequence_length=length),
     }
 

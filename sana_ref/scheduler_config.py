@@ -50,14 +50,20 @@ SUPPORTED: dict[str, tuple[SchedulerName, str | None, dict[str, tuple[Any, Any]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampler:
-    """How a checkpoint samples unless told otherwise: arguments of runtime.schedule.make_schedule. scm does not read flow_shift."""
+    """How a checkpoint samples unless told otherwise."""
 
     scheduler: SchedulerName
-    flow_shift: float
+    flow_shift: float  # scm does not read it
+    num_steps: int
+    guidance_scale: float
 
 
-def read_sampler(config: Mapping[str, Any]) -> Sampler:
-    """The sampler of a parsed scheduler_config.json. Raises CheckpointError for one that would draw other pictures here."""
+def read_sampler(config: Mapping[str, Any], index: Mapping[str, Any]) -> Sampler:
+    """The sampler of a parsed scheduler_config.json.
+
+    index: the parsed model_index.json, which may have "num_inference_steps" and "guidance_scale"; else 20 steps (scm: 2) and 4.5.
+    Raises CheckpointError for a scheduler that would draw other pictures here, and for numbers that are none.
+    """
     kind = config.get("_class_name")
     if kind not in SUPPORTED:
         raise CheckpointError(f"scheduler _class_name: got {kind!r}; expected one of {', '.join(SUPPORTED)}.")
@@ -69,4 +75,11 @@ def read_sampler(config: Mapping[str, Any]) -> Sampler:
                 f"{kind} {key}: got {value!r}; expected {expected!r}, as the published models have. "
                 "This project's samplers do not do that; change scheduler_config.json."
             )
-    return Sampler(scheduler=scheduler, flow_shift=float(config.get(shift_key, 1.0)) if shift_key else 1.0)
+    num_steps = index.get("num_inference_steps", 2 if scheduler == "scm" else 20)
+    guidance_scale = index.get("guidance_scale", 4.5)
+    shift = config.get(shift_key, 1.0) if shift_key else 1.0
+    if not isinstance(num_steps, int) or not isinstance(guidance_scale, int | float) or not isinstance(shift, int | float):
+        raise CheckpointError(
+            f"num_inference_steps, guidance_scale, {shift_key}: got {num_steps!r}, {guidance_scale!r}, {shift!r}; expected numbers."
+        )
+    return Sampler(scheduler=scheduler, flow_shift=float(shift), num_steps=num_steps, guidance_scale=float(guidance_scale))

@@ -1,12 +1,17 @@
 """Checkpoints from a folder and from the Hub's cache: what is loaded, and how each kind of damage is reported."""
 
 import json
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import (
     EULER,
@@ -67,7 +72,7 @@ def test_folder(whole):
     assert checkpoint.vae_config == VAE
     assert checkpoint.text_encoder_config == TEXT_ENCODER
     assert checkpoint.tokenizer_path == whole / "tokenizer" / "tokenizer.json"
-    assert checkpoint.sampler == Sampler(scheduler="flow_dpm_solver", flow_shift=3.0)
+    assert checkpoint.sampler == Sampler(scheduler="flow_dpm_solver", flow_shift=3.0, num_steps=20, guidance_scale=4.5)
     assert checkpoint.scheduler_config["flow_shift"] == 3.0
     assert checkpoint.prompt.complex_human_instruction == "\n".join(INSTRUCTION)
     assert checkpoint.prompt.max_sequence_length == MAX_SEQUENCE_LENGTH
@@ -321,13 +326,21 @@ def test_scheduler_that_would_draw_other_pictures(folder, changes, message):
 @pytest.mark.parametrize(
     ("config", "sampler"),
     [
-        (EULER | {"shift": 6}, Sampler(scheduler="flow_euler", flow_shift=6.0)),
-        (SCM, Sampler(scheduler="scm", flow_shift=1.0)),
+        (EULER | {"shift": 6}, Sampler(scheduler="flow_euler", flow_shift=6.0, num_steps=20, guidance_scale=4.5)),
+        (SCM, Sampler(scheduler="scm", flow_shift=1.0, num_steps=2, guidance_scale=4.5)),
     ],
 )
 def test_schedulers(folder, config, sampler):
     write_json(folder / "scheduler" / "scheduler_config.json", config)
     assert load(folder).sampler == sampler
+
+
+def test_own_defaults(folder):
+    edit(folder / "model_index.json", num_inference_steps=12, guidance_scale=3)
+    assert load(folder).sampler == Sampler(scheduler="flow_dpm_solver", flow_shift=3.0, num_steps=12, guidance_scale=3.0)
+    edit(folder / "model_index.json", guidance_scale="a lot")
+    with pytest.raises(CheckpointError, match=r"got 12, 'a lot', 3\.0; expected numbers"):
+        load(folder)
 
 
 def test_bad_prompt_settings(folder):
@@ -426,3 +439,50 @@ def test_repositories_in_another_format():
         hub.wanted_files(["checkpoints/Sana_600M_512px_MultiLing.pth"], None, where="x")
     with pytest.raises(CheckpointError, match=r"vae has no diffusion_pytorch_model\.safetensors; got no safetensors at all"):
         hub.wanted_files(FILES[:-1], None, where="x")
+
+
+def answer(monkeypatch, error=None):
+    """Let the Hub answer with an error, or with its list of files."""
+
+    def repo_info(self, repository, *, revision):
+        if error is not None:
+            raise error
+        return SimpleNamespace(sha=COMMIT, siblings=[SimpleNamespace(rfilename=name) for name in FILES])
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+
+
+def hub_error(kind):
+    return kind("no", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+
+
+def test_download_asks_for_the_commit_and_only_for_what_is_needed(monkeypatch, tmp_path):
+    asked = {}
+    answer(monkeypatch)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repository, **how: asked.update(how) or str(tmp_path))
+    assert hub.snapshot("owner/tiny", revision="v1", variant="fp16", cache_dir=None) == tmp_path
+    assert asked["revision"] == COMMIT
+    assert asked["allow_patterns"] == hub.wanted_files(FILES, "fp16", where="x")
+
+
+def test_cache_serves_when_there_is_no_connection(monkeypatch, cache):
+    answer(monkeypatch, httpx.ConnectError("no route"))
+    assert load("owner/tiny", cache_dir=cache).revision == COMMIT
+    with pytest.raises(CheckpointError, match="the Hub cannot be reached"):
+        load("owner/other", cache_dir=cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (RepositoryNotFoundError, "no such repository on the Hub, and no such path here"),
+        (RevisionNotFoundError, "the Hub knows no revision 'v9'"),
+        (GatedRepoError, "access is restricted. Accept its licence"),
+        (HfHubHTTPError, "the Hub answered with an error"),
+    ],
+)
+def test_hub_refuses(monkeypatch, cache, kind, message):
+    answer(monkeypatch, hub_error(kind))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load("owner/tiny", revision="v9", cache_dir=cache)
