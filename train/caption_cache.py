@@ -1,7 +1,8 @@
 """Writes the captions of the training scenes, already tokenised, while the GPU is busy with something else.
 
-`python -m train.caption_cache --sprites F --out FILE.npz --plan '{"256x256": [200000, 100, 1.0]}' --captions 3 --length 48`: for each
-bucket the scenes (number, seed, aspect) that `scenes.draw_scenes` gives for the same arguments, with several captions each.
+`python -m train.caption_cache --sprites F --out FILE.npz --plan '{"256x256": [200000, 100, 1.0]}' --captions 3 --length 48`:
+for each bucket the scenes (number, seed, aspect) that `scenes.draw_scenes` gives for the same arguments, with several captions
+each.
 """
 
 from __future__ import annotations

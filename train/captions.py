@@ -13,21 +13,34 @@ import numpy as np
 
 LANGUAGES = {"en": 0.65, "de": 0.08, "fr": 0.07, "es": 0.07, "it": 0.06, "zh": 0.07}  # share of the captions
 COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB of the plain backgrounds
-    "white": (246, 246, 246), "black": (28, 28, 32), "red": (214, 48, 49), "orange": (245, 140, 40), "yellow": (250, 220, 70),
-    "green": (60, 165, 75), "blue": (52, 105, 215), "purple": (135, 70, 185), "pink": (250, 160, 195), "grey": (140, 145, 150),
-}  # fmt: skip
+    "white": (246, 246, 246),
+    "black": (28, 28, 32),
+    "red": (214, 48, 49),
+    "orange": (245, 140, 40),
+    "yellow": (250, 220, 70),
+    "green": (60, 165, 75),
+    "blue": (52, 105, 215),
+    "purple": (135, 70, 185),
+    "pink": (250, 160, 195),
+    "grey": (140, 145, 150),
+}
 COLOUR_NAMES = tuple(COLOURS)
 # The forms of a colour that the templates of a language use: {c} and, for German, {d} (dative).
-SPOKEN = {
-    "en": {name: (name, name) for name in COLOURS},
-    "de": dict(zip(COLOURS, (
-        ("weißer", "weißem"), ("schwarzer", "schwarzem"), ("roter", "rotem"), ("oranger", "orangem"), ("gelber", "gelbem"),
-        ("grüner", "grünem"), ("blauer", "blauem"), ("violetter", "violettem"), ("rosa", "rosa"), ("grauer", "grauem")), strict=True)),
-    "fr": dict(zip(COLOURS, zip(*[("blanc", "noir", "rouge", "orange", "jaune", "vert", "bleu", "violet", "rose", "gris")] * 2), strict=True)),
-    "es": dict(zip(COLOURS, zip(*[("blanco", "negro", "rojo", "naranja", "amarillo", "verde", "azul", "morado", "rosa", "gris")] * 2), strict=True)),
-    "it": dict(zip(COLOURS, zip(*[("bianco", "nero", "rosso", "arancione", "giallo", "verde", "blu", "viola", "rosa", "grigio")] * 2), strict=True)),
-    "zh": dict(zip(COLOURS, zip(*[("白色", "黑色", "红色", "橙色", "黄色", "绿色", "蓝色", "紫色", "粉色", "灰色")] * 2), strict=True)),
-}  # fmt: skip
+SPOKEN: dict[str, dict[str, tuple[str, str]]] = {
+    language: dict(zip(COLOURS, zip(plain.split(), (dative or plain).split(), strict=True), strict=True))
+    for language, plain, dative in (
+        ("en", " ".join(COLOURS), ""),
+        (
+            "de",
+            "weißer schwarzer roter oranger gelber grüner blauer violetter rosa grauer",
+            "weißem schwarzem rotem orangem gelbem grünem blauem violettem rosa grauem",
+        ),
+        ("fr", "blanc noir rouge orange jaune vert bleu violet rose gris", ""),
+        ("es", "blanco negro rojo naranja amarillo verde azul morado rosa gris", ""),
+        ("it", "bianco nero rosso arancione giallo verde blu viola rosa grigio", ""),
+        ("zh", "白色 黑色 红色 橙色 黄色 绿色 蓝色 紫色 粉色 灰色", ""),
+    )
+}
 
 SINGLE, LEFT_RIGHT, ABOVE_BELOW, TWO, THREE = range(5)  # kinds of scenes; of a pair the first object is the left or the upper one
 KIND_NAMES = ("single", "left_right", "above_below", "two", "three")
@@ -37,32 +50,76 @@ KIND_NAMES = ("single", "left_right", "above_below", "two", "three")
 TEMPLATES: dict[str, dict[int, tuple[str, ...]]] = {
     "en": {
         SINGLE: (
-            "{A} on a {c} background", "{A} on {c}", "{a} on a {c} background", "{A}, {c} background", "a {c} background with {A}",
-            "a picture of {A} on a {c} background", "{a}, {c}", "{A} in front of a {c} wall", "{A}",
+            "{A} on a {c} background",
+            "{A} on {c}",
+            "{a} on a {c} background",
+            "{A}, {c} background",
+            "a {c} background with {A}",
+            "a picture of {A} on a {c} background",
+            "{a}, {c}",
+            "{A} in front of a {c} wall",
+            "{A}",
         ),
         LEFT_RIGHT: (
-            "{A} on the left and {B} on the right, {c} background", "{A} left of {B} on a {c} background",
-            "{B} right of {A} on a {c} background", "{A} to the left of {B}, {c} background", "{B} to the right of {A} on {c}",
-            "{B} on the right, {A} on the left, {c} background", "{A} on the left and {B} on the right",
+            "{A} on the left and {B} on the right, {c} background",
+            "{A} left of {B} on a {c} background",
+            "{B} right of {A} on a {c} background",
+            "{A} to the left of {B}, {c} background",
+            "{B} to the right of {A} on {c}",
+            "{B} on the right, {A} on the left, {c} background",
+            "{A} on the left and {B} on the right",
         ),
         ABOVE_BELOW: (
-            "{A} above {B} on a {c} background", "{B} below {A} on a {c} background", "{A} at the top and {B} at the bottom, {c} background",
-            "{B} under {A}, {c} background", "{A} over {B} on {c}", "{B} at the bottom, {A} at the top, {c} background", "{A} above {B}",
+            "{A} above {B} on a {c} background",
+            "{B} below {A} on a {c} background",
+            "{A} at the top and {B} at the bottom, {c} background",
+            "{B} under {A}, {c} background",
+            "{A} over {B} on {c}",
+            "{B} at the bottom, {A} at the top, {c} background",
+            "{A} above {B}",
         ),
-        TWO: ("two {P} on a {c} background", "two {P}, {c} background", "2 {P} on {c}", "a picture of two {P} on a {c} background", "two {P}"),
-        THREE: ("three {P} on a {c} background", "three {P}, {c} background", "3 {P} on {c}", "a picture of three {P} on a {c} background", "three {P}"),
+        TWO: (
+            "two {P} on a {c} background",
+            "two {P}, {c} background",
+            "2 {P} on {c}",
+            "a picture of two {P} on a {c} background",
+            "two {P}",
+        ),
+        THREE: (
+            "three {P} on a {c} background",
+            "three {P}, {c} background",
+            "3 {P} on {c}",
+            "a picture of three {P} on a {c} background",
+            "three {P}",
+        ),
     },
     "de": {
         SINGLE: ("{a} auf {d} hintergrund", "{a} vor {d} hintergrund", "{a}, {c} hintergrund", "{a}"),
-        LEFT_RIGHT: ("{a} links und {b} rechts, {c} hintergrund", "{a} links von {b} auf {d} hintergrund", "rechts {b}, links {a}, {c} hintergrund"),
-        ABOVE_BELOW: ("{a} oben und {b} unten, {c} hintergrund", "{a} über {b} auf {d} hintergrund", "{b} unter {a}, {c} hintergrund"),
+        LEFT_RIGHT: (
+            "{a} links und {b} rechts, {c} hintergrund",
+            "{a} links von {b} auf {d} hintergrund",
+            "rechts {b}, links {a}, {c} hintergrund",
+        ),
+        ABOVE_BELOW: (
+            "{a} oben und {b} unten, {c} hintergrund",
+            "{a} über {b} auf {d} hintergrund",
+            "{b} unter {a}, {c} hintergrund",
+        ),
         TWO: ("zweimal {a} auf {d} hintergrund", "zweimal {a}, {c} hintergrund"),
         THREE: ("dreimal {a} auf {d} hintergrund", "dreimal {a}, {c} hintergrund"),
     },
     "fr": {
         SINGLE: ("{a} sur fond {c}", "{a}, fond {c}", "{a} devant un mur {c}", "{a}"),
-        LEFT_RIGHT: ("{a} à gauche et {b} à droite, fond {c}", "{a} à gauche, {b} à droite sur fond {c}", "à droite {b}, à gauche {a}, fond {c}"),
-        ABOVE_BELOW: ("{a} en haut et {b} en bas, fond {c}", "{a} au-dessus, {b} en dessous, fond {c}", "en bas {b}, en haut {a}, fond {c}"),
+        LEFT_RIGHT: (
+            "{a} à gauche et {b} à droite, fond {c}",
+            "{a} à gauche, {b} à droite sur fond {c}",
+            "à droite {b}, à gauche {a}, fond {c}",
+        ),
+        ABOVE_BELOW: (
+            "{a} en haut et {b} en bas, fond {c}",
+            "{a} au-dessus, {b} en dessous, fond {c}",
+            "en bas {b}, en haut {a}, fond {c}",
+        ),
         TWO: ("deux fois {a} sur fond {c}", "deux fois {a}, fond {c}"),
         THREE: ("trois fois {a} sur fond {c}", "trois fois {a}, fond {c}"),
     },
@@ -87,7 +144,7 @@ TEMPLATES: dict[str, dict[int, tuple[str, ...]]] = {
         TWO: ("两个{a},{c}背景", "{c}背景上的两个{a}"),
         THREE: ("三个{a},{c}背景", "{c}背景上的三个{a}"),
     },
-}  # fmt: skip
+}
 
 Names = dict[str, list[str]]  # language code -> names, the usual one first; "plural" -> English plural
 
@@ -123,9 +180,14 @@ def caption(
     first, second = (_name(names[index][language], rng) if index >= 0 else "" for index in (scene.first, scene.second))
     plain, dative = SPOKEN[language][COLOUR_NAMES[scene.colour]]
     text = text.format(
-        a=first, b=second, c=plain, d=dative, P=names[scene.first]["plural"][0],
-        A=with_article(first), B=with_article(second) if second else "",
-    )  # fmt: skip
+        a=first,
+        b=second,
+        c=plain,
+        d=dative,
+        P=names[scene.first]["plural"][0],
+        A=with_article(first),
+        B=with_article(second) if second else "",
+    )
     return text.replace("a orange", "an orange") if language == "en" else text
 
 

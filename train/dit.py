@@ -1,8 +1,8 @@
 """Flow matching on cached latents, transformer and text encoder together; before it, the text encoder alone on what captions say.
 
 x_s = (1 - s) x0 + s noise, target noise - x0, s = shift(sigmoid(normal)), the transformer's time is 1000 s. One caption in ten is
-replaced by the empty prompt, whose encoding is <bos> and padding. The encoder is causal, so <bos> is encoded alike in every caption:
-dropping a caption is masking all of it but the first token.
+replaced by the empty prompt, whose encoding is <bos> and padding. The encoder is causal, so <bos> is encoded alike in every
+caption: dropping a caption is masking all of it but the first token.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def select_text(states: Tensor, prefix: int) -> Tensor:
 
 
 def encode_text(encoder: Gemma2Encoder, ids: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """ids (B, S) int64 -> text (B, L, C) and mask (B, L), 1 for text. Padding is last and the encoder causal: no mask is needed inside."""
+    """ids (B, S) int64 -> text (B, L, C) and mask (B, L), 1 for text. Padding is last and the encoder causal: no mask is needed
+    inside.
+    """
     text = select_text(encoder(ids, torch.ones_like(ids)), prefix)
     return text, select_text((ids != PAD_ID).long(), prefix)
 

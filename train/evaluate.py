@@ -48,8 +48,9 @@ class Question:
 
 
 def held_out_questions(kind: int, num: int, names: list[Names], *, seed: int = 0) -> list[Question]:
-    """Captions of scenes that training never showed: an emoji on a colour for one object or several of the same, two emoji together for
-    pairs. Languages in the grammar's shares; every caption names its colour."""
+    """Captions of scenes that training never showed: an emoji on a colour for one object or several of the same, two emoji
+    together for pairs. Languages in the grammar's shares; every caption names its colour.
+    """
     classes = [entry["en"][0] for entry in names]
     held = HeldOut.of(classes)
     rng = np.random.Generator(np.random.Philox([seed, kind]))
@@ -152,7 +153,9 @@ def evaluate(
 
 
 def grid(pictures: Tensor, captions: list[str], path: Path, *, columns: int = 8, side: int = 160) -> None:
-    """A PNG of pictures with their captions beneath, for looking at. Captions in scripts that Pillow's font lacks are shown as they can be."""
+    """A PNG of pictures with their captions beneath, for looking at. Captions in scripts that Pillow's font lacks are shown as
+    they can be.
+    """
     height = round(side * pictures.shape[2] / pictures.shape[3])
     cell = height + 34
     rows = -(-len(captions) // columns)

@@ -1,8 +1,9 @@
 """Ways to run the same training step faster, chosen by measurement (`train.probe`).
 
-An option is a word: "eager" (the modules as they are), "truth" (linear attention as plain PyTorch rather than the custom op), "compiled"
-(each block through torch.compile, convolutions by cuDNN) and "shifted" (compiled, with the depth-wise convolution written as nine shifted
-products, which the compiler fuses: cuDNN's backward of a 16-bit depth-wise convolution is slow). All compute the same function.
+An option is a word: "eager" (the modules as they are), "truth" (linear attention as plain PyTorch rather than the custom op),
+"compiled" (each block through torch.compile, convolutions by cuDNN) and "shifted" (compiled, with the depth-wise convolution
+written as nine shifted products, which the compiler fuses: cuDNN's backward of a 16-bit depth-wise convolution is slow). All
+compute the same function.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def use_attention(*, truth: bool) -> None:
 
 
 def one_hot_embedding(text_encoder: Gemma2Encoder) -> None:
-    """The embedding as a product with one-hot rows: its gradient is then a matrix product, summed in fp32 and the same every time, where
-    the embedding's own adds bf16 numbers in any order (and sorts on the way, which a graph may not capture)."""
+    """The embedding as a product with one-hot rows: its gradient is then a matrix product, summed in fp32 and the same every
+    time, where the embedding's own adds bf16 numbers in any order (and sorts on the way, which a graph may not capture).
+    """
     text_encoder.embed_tokens.forward = types.MethodType(_one_hot_forward, text_encoder.embed_tokens)  # type: ignore[method-assign]
 
 

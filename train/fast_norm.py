@@ -1,8 +1,8 @@
 """RMSNorm over the last axis as one kernel each way, for training on a GPU.
 
-The reference norm is a chain of elementwise operators, each of which reads and writes the whole tensor, some in fp32. On the autoencoder's
-finest maps that chain takes longer than the convolutions between it. Forward and backward here read their inputs once.
-Same mathematics as `sana_ref.layers.RMSNorm`, all of it in fp32; judged against it in tests/train/test_fast_norm.py.
+The reference norm is a chain of elementwise operators, each of which reads and writes the whole tensor, some in fp32. On the
+autoencoder's finest maps that chain takes longer than the convolutions between it. Forward and backward here read their inputs
+once. Same mathematics as `sana_ref.layers.RMSNorm`, all of it in fp32; judged against it in tests/train/test_fast_norm.py.
 
 Dimensions: R rows (pixels or tokens), C channels, P programs.
 """

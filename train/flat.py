@@ -1,8 +1,8 @@
 """All parameters of a training run in one vector, and AdamW on that vector.
 
-The models here are small: hundreds of tensors of a few thousand numbers each. One vector makes an optimizer step a dozen kernels instead
-of thousands, makes a checkpoint four tensors, and lets every decision (clipping, skipping a step that is not finite) happen on the device,
-so that a whole training step can be captured as a CUDA graph.
+The models here are small: hundreds of tensors of a few thousand numbers each. One vector makes an optimizer step a dozen
+kernels instead of thousands, makes a checkpoint four tensors, and lets every decision (clipping, skipping a step that is not
+finite) happen on the device, so that a whole training step can be captured as a CUDA graph.
 
 The master copy, its average (EMA) and Adam's moments are fp32; the modules compute with a copy in `dtype` (bf16 on a GPU).
 """
@@ -98,7 +98,9 @@ class FlatParameters:
         }
 
     def step_with(self, loss: Tensor) -> Tensor:
-        """Differentiate `loss` and update. Returns the gradient's norm. Nothing changes if loss or norm is not finite, except `skipped`."""
+        """Differentiate `loss` and update. Returns the gradient's norm. Nothing changes if loss or norm is not finite, except
+        `skipped`.
+        """
         config = self.config
         gradients = torch.autograd.grad(loss, self.parameters)
         torch._foreach_copy_(self.views(self.gradient), list(gradients))

@@ -1,7 +1,7 @@
 """The loop that every stage shares: budgets, learning rate, log lines, checkpoints, a polite end on SIGTERM.
 
-A stage gives one function a picture size ("bucket"); each call is one whole training step. On a GPU the functions are captured as CUDA
-graphs: the models are small, so launching kernels one by one would take longer than running them.
+A stage gives one function a picture size ("bucket"); each call is one whole training step. On a GPU the functions are captured
+as CUDA graphs: the models are small, so launching kernels one by one would take longer than running them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Stop:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Schedule:
-    """Learning rate by progress (0 to 1): linear warm-up over `warm_up_steps`, constant, then down to 0 over the last `decay` of the
-    budget. The constant part means that a budget may be shortened or extended until the decay begins."""
+    """Learning rate by progress (0 to 1): linear warm-up over `warm_up_steps`, constant, then down to 0 over the last `decay`
+    of the budget. The constant part means that a budget may be shortened or extended until the decay begins.
+    """
 
     peak: float
     warm_up_steps: int = 200
@@ -80,6 +81,15 @@ class Log:
         print(line, flush=True)
 
 
+_POOL: list[Any] = []  # the memory of all captured graphs: they run one after another and keep nothing between their runs
+
+
+def configure_gpu() -> None:
+    """The same settings in every process: they are part of the key of the compiler's cache."""
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+
+
 def capture(step: Callable[[], None], log: Log, name: str) -> Callable[[], None]:
     """The step as a CUDA graph, or as it is without a GPU. If the capture fails the step runs eagerly, and the log says so."""
     if not torch.cuda.is_available():
@@ -92,15 +102,18 @@ def capture(step: Callable[[], None], log: Log, name: str) -> Callable[[], None]
             step()
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    if not _POOL:
+        _POOL.append(torch.cuda.graph_pool_handle())
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=_POOL[0]):
             step()
     except RuntimeError as error:
         log(f"{name}: NOT captured, running eagerly: {str(error).splitlines()[0]}")
         torch.cuda.synchronize()
         return step
-    log(f"{name}: captured in {time.monotonic() - began:.1f} s, {torch.cuda.memory_allocated() / 2**30:.1f} GiB allocated")
+    log(f"{name}: captured in {time.monotonic() - began:.1f} s, {torch.cuda.memory_reserved() / 2**30:.1f} GiB reserved")
     return graph.replay
 
 
@@ -161,7 +174,8 @@ class Trainer:
         return True
 
     def run(self, *, deadline: float = float("inf")) -> bool:
-        """Train until the budget is used, `deadline` (time.monotonic) has come or a stop is asked for. Returns whether it is finished.
+        """Train until the budget is used, `deadline` (time.monotonic) has come or a stop is asked for. Returns whether it is
+        finished.
 
         Always leaves a checkpoint. Which bucket a step uses depends on the seed and the step alone.
         """
@@ -204,8 +218,9 @@ class Trainer:
             return
         self.losses.append((self.step, loss / count))
         more = "".join(f" {name} {value / count:.4f}" for name, value in zip(self.extra_names, extra, strict=True))
-        pace = (self.step - since) / max(seconds, 1e-6)
+        pace, done = (self.step - since) / max(seconds, 1e-6), 100 * self.budget.progress(self.step)
         self.log(
-            f"{self.name} step {self.step} {100 * self.budget.progress(self.step):.0f}% loss {loss / count:.4f} norm {norm / count:.3f}"
-            f"{more} lr {self.flat.lr.item():.2e} skipped {int(self.flat.skipped.item())} | {pace:.1f} steps/s {pace * self.batch:.0f} scenes/s"
+            f"{self.name} step {self.step} {done:.0f}% loss {loss / count:.4f} norm {norm / count:.3f}{more} "
+            f"lr {self.flat.lr.item():.2e} skipped {int(self.flat.skipped.item())} | "
+            f"{pace:.1f} steps/s {pace * self.batch:.0f} scenes/s"
         )

@@ -1,9 +1,10 @@
-"""Draw the emoji of `emoji_list` once, as a small file that training reads: `python -m train.prepare_sprites --out out/sprites.safetensors`.
+"""Draw the emoji of `emoji_list` once, as a small file that training reads: `python -m train.prepare_sprites --out
+out/sprites.safetensors`.
 
-The file holds `rgba` (S, 128, 128, 4) uint8, straight alpha, each object centred and 124 px on its longer side; the first sprites are
-the classes. Its metadata holds the names in six languages and the tokenizer, which is trained here on captions of the grammar, so that
-training needs neither the font nor the package `emoji`.
-The font is Noto Color Emoji (SIL Open Font License 1.1; Debian package fonts-noto-color-emoji). Its pictures exist at size 109 only.
+The file holds `rgba` (S, 128, 128, 4) uint8, straight alpha, each object centred and 124 px on its longer side; the first
+sprites are the classes. Its metadata holds the names in six languages and the tokenizer, which is trained here on captions of
+the grammar, so that training needs neither the font nor the package `emoji`. The font is Noto Color Emoji (SIL Open Font
+License 1.1; Debian package fonts-noto-color-emoji). Its pictures exist at size 109 only.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def main() -> None:
 
     font = ImageFont.truetype(str(args.font), FONT_SIZE)
     entries = CLASSES + EXTRA
-    rgba = np.stack([draw(character, font) for character, _, _ in entries])
+    rgba = np.ascontiguousarray(np.stack([draw(character, font) for character, _, _ in entries]))
     names = [names_of(*entry) for entry in entries]
     tokenizer = train_tokenizer(names[: len(CLASSES)])
     metadata = {
@@ -80,9 +81,9 @@ def main() -> None:
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({"rgba": rgba}, args.out, metadata=metadata)
-    print(
-        f"{args.out}: {len(entries)} sprites ({len(CLASSES)} classes), {tokenizer.get_vocab_size()} tokens, {args.out.stat().st_size / 1e6:.1f} MB"
-    )
+    size_mb = args.out.stat().st_size / 1e6
+    vocabulary = tokenizer.get_vocab_size()
+    print(f"{args.out}: {len(entries)} sprites ({len(CLASSES)} classes), {vocabulary} tokens, {size_mb:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Times the ways of `train.fast` to run a training step, in a process of its own, beside the autoencoder's training.
 
-`python -m train.probe --out FILE.json --batch 512`: for each option milliseconds a step (as a CUDA graph, the GPU being shared with the
-autoencoder's training, so only the order means something) and how far its gradient lies from that of the plainest option. Compiled code
-stays in the compiler's cache on disk, where the training finds it: compiling costs no training time. The file is rewritten after each
-option, so whoever reads it early sees what is known so far.
+`python -m train.probe --out FILE.json --batch 512`: for each option milliseconds a step (as a CUDA graph, the GPU being shared
+with the autoencoder's training, so only the order means something) and how far its gradient lies from that of the plainest
+option. Compiled code stays in the compiler's cache on disk, where the training finds it: compiling costs no training time. The
+file is rewritten after each option, so whoever reads it early sees what is known so far.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from train.dit import LatentCache, make_step
 from train.fast import OPTIONS, prepare
 from train.flat import AdamWConfig, FlatParameters
-from train.loop import Log, capture
+from train.loop import Log, capture, configure_gpu
 from train.models import BUCKETS, MINUSCULE, PX_PER_LATENT, TINY, compute_dtype, make_text_encoder, make_transformer
 
 TOLERANCE = 0.05  # of the gradient, relative; two bf16 computations of the same differ by about 0.01
@@ -36,7 +38,9 @@ def made_up_cache(bucket: str, device: torch.device, *, width: int, vocabulary: 
     return LatentCache(latents=latents, ids=ids, facts=torch.zeros(num, 4, dtype=torch.long, device=device))
 
 
-def try_option(option: str, configs: dict[str, dict[str, Any]], buckets: list[str], batch: int, prefix: int, length: int, log: Log):
+def try_option(
+    option: str, configs: dict[str, dict[str, Any]], buckets: list[str], batch: int, prefix: int, length: int, log: Log
+) -> Iterator[tuple[str, Tensor, float]]:
     """Yields (bucket, gradient on fixed inputs, milliseconds a step) for each bucket in turn."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -77,6 +81,8 @@ def main() -> None:
     parser.add_argument("--minuscule", action="store_true")
     args = parser.parse_args()
     log, configs = Log(), MINUSCULE if args.minuscule else TINY
+    if torch.cuda.is_available():
+        configure_gpu()
     found: dict[str, dict[str, Any]] = {}
 
     def write() -> None:

@@ -1,5 +1,5 @@
-"""A small classifier that says which emoji a picture shows, and on which colour. It is trained on composed scenes and never on pictures
-of the model that it is to judge.
+"""A small classifier that says which emoji a picture shows, and on which colour. It is trained on composed scenes and never on
+pictures of the model that it is to judge.
 
 Half of its training pictures went through the autoencoder, so that the blur of decoding is not taken for another object.
 """
@@ -35,7 +35,9 @@ class Residual(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Pictures (B, 3, H, W), -1 to 1, of any size (resized to 96 x 96 inside) -> logits of emoji (B, classes) and of colour (B, 10)."""
+    """Pictures (B, 3, H, W), -1 to 1, of any size (resized to 96 x 96 inside) -> logits of emoji (B, classes) and of colour (B,
+    10).
+    """
 
     def __init__(self, num_classes: int, num_colours: int, *, widths: list[int], blocks: int, input_side: int) -> None:
         super().__init__()
@@ -60,8 +62,9 @@ class Recogniser(nn.Module):
 
 
 def close_ups(num: int, *, seed: int, num_classes: int) -> SceneArrays:
-    """Scenes of one object each, in the sizes and places in which the judge meets objects: whole pictures, and parts of pictures that
-    were cut around one object of several."""
+    """Scenes of one object each, in the sizes and places in which the judge meets objects: whole pictures, and parts of
+    pictures that were cut around one object of several.
+    """
     import numpy as np
 
     from train.scenes import SINGLE, draw_scenes
@@ -74,7 +77,9 @@ def close_ups(num: int, *, seed: int, num_classes: int) -> SceneArrays:
 
 
 def augment(pictures: Tensor) -> Tensor:
-    """Small changes of brightness and contrast, noise, and blur for a part of them: what a generated picture may do. Values stay in -1..1."""
+    """Small changes of brightness and contrast, noise, and blur for a part of them: what a generated picture may do. Values
+    stay in -1..1.
+    """
     num, device = len(pictures), pictures.device
     gain = 1 + 0.1 * (2 * torch.rand(num, 1, 1, 1, device=device) - 1)
     lift = 0.08 * (2 * torch.rand(num, 3, 1, 1, device=device) - 1)
@@ -96,8 +101,9 @@ def make_step(
     batch: int,
     stats: Tensor,
 ) -> Callable[[], None]:
-    """One step: half composed close-ups, half pictures that the autoencoder decoded. decoded: (m, 3, 96, 96) uint8; decoded_labels: (m, 2)
-    int64 emoji and colour. stats: (4,), sums of loss, norm, 1, accuracy."""
+    """One step: half composed close-ups, half pictures that the autoencoder decoded. decoded: (m, 3, 96, 96) uint8;
+    decoded_labels: (m, 2) int64 emoji and colour. stats: (4,), sums of loss, norm, 1, accuracy.
+    """
     half, device = batch // 2, sprites.device
 
     def step() -> None:

@@ -70,7 +70,9 @@ class Painter:
         batch: int = 250,
         scheduler: str = "flow_dpm_solver",
     ) -> Tensor:
-        """(n, 3, height, width) fp32 on the device, -1 to 1. The k-th caption gets the k-th noise of the seed, whatever the batch."""
+        """(n, 3, height, width) fp32 on the device, -1 to 1. The k-th caption gets the k-th noise of the seed, whatever the
+        batch.
+        """
         schedule = make_schedule(scheduler, steps, shift)
         shape = (32, height // PX_PER_LATENT, width // PX_PER_LATENT)
         generator = torch.Generator().manual_seed(seed)

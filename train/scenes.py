@@ -1,7 +1,7 @@
 """Scenes: what is drawn where, and the picture of it.
 
-`draw_scenes` decides (NumPy, from a seed: the same scenes on every machine); `compose` draws (PyTorch, on the sprites' device, a batch at
-a time), so that pictures cost nothing to keep and need never repeat.
+`draw_scenes` decides (NumPy, from a seed: the same scenes on every machine); `compose` draws (PyTorch, on the sprites' device,
+a batch at a time), so that pictures cost nothing to keep and need never repeat.
 
 Dimensions: n scenes, K = 3 places for objects. Positions are fractions of width and height, sizes fractions of the short side.
 """
@@ -28,7 +28,9 @@ MAX_ANGLE = math.radians(10)
 
 @dataclass(frozen=True, kw_only=True)
 class SceneArrays:
-    """kind, colour (n,) int64; objects (n, 3) int64, -1 for an empty place; geometry (n, 3, 4) fp32: centre x, centre y, size, angle."""
+    """kind, colour (n,) int64; objects (n, 3) int64, -1 for an empty place; geometry (n, 3, 4) fp32: centre x, centre y, size,
+    angle.
+    """
 
     kind: np.ndarray
     colour: np.ndarray

@@ -1,234 +1,66 @@
-"""The stages of sana-tiny's training, and what is handed over at the end. `train.tiny` runs them."""
+"""The stages of sana-tiny's training. `train.tiny` runs them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sana_ref import ops
-from sana_ref.layers import RMSNorm
 from train import dit, fast, recogniser, vae
 from train.caption_cache import training_scenes
 from train.captions import ABOVE_BELOW, COLOUR_NAMES, KIND_NAMES, LEFT_RIGHT, SINGLE, THREE
-from train.evaluate import PLACES, cut, evaluate, grid, grid_captions
+from train.evaluate import PLACES, cut, evaluate, grid
 from train.flat import AdamWConfig, FlatParameters
-from train.loop import Budget, Log, Schedule, Stop, Trainer, capture
+from train.loop import Schedule, Trainer, capture
 from train.models import (
     BUCKET_WEIGHTS,
     BUCKETS,
-    FLOW_SHIFT,
-    compute_dtype,
     make_text_encoder,
     make_transformer,
     make_vae,
     num_parameters,
 )
 from train.probe import choose
-from train.sampling import EXPORT_DTYPES, Painter
+from train.run import PROBE_PATIENCE, SECONDS_TO_WRITE, SEEDS, Run, fast_norm_install
+from train.sampling import EXPORT_DTYPES
 from train.scenes import SceneArrays, SceneTensors, draw_scenes, palette
-from train.sprites import Sprites, load_sprites
-from train.tokenizer import num_instruction_tokens
-
-SECONDS_TO_WRITE = 12.0  # kept free at the end of an invocation
-PROBE_PATIENCE = 60.0  # how long to wait for the timing of options, once it is needed
-SEEDS = {"ae": 10, "latents": 100, "measure": 900, "recogniser": 500, "recogniser_test": 950}
-
-
-class Run:
-    """What the stages share: arguments, device, sprites, and the results so far (work/metrics.json)."""
-
-    def __init__(
-        self, *, args: argparse.Namespace, sizes: Any, configs: dict[str, dict[str, Any]], device: torch.device, log: Log, stop: Stop, end: float
-    ) -> None:
-        from tokenizers import Tokenizer
-
-        self.args, self.sizes, self.configs, self.device, self.log, self.stop, self.end = args, sizes, configs, device, log, stop, end
-        self.dtype = compute_dtype(device)
-        self.work: Path = args.work
-        self.work.mkdir(parents=True, exist_ok=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        self.sprites: Sprites = load_sprites(args.sprites, device)
-        self.tokenizer = Tokenizer.from_str(self.sprites.tokenizer_json)
-        self.prefix = num_instruction_tokens(self.tokenizer)
-        self.metrics: dict[str, Any] = {}
-        if (self.work / "metrics.json").is_file():
-            self.metrics = json.loads((self.work / "metrics.json").read_text())
-        self.caches: dict[str, dit.LatentCache] = {}
-        self.helpers: dict[str, subprocess.Popen[bytes]] = {}
-        torch.manual_seed(0)
-
-    @property
-    def names(self) -> list[dict[str, list[str]]]:
-        return self.sprites.names[: self.sprites.num_classes]
-
-    def plan(self) -> dict[str, tuple[int, int, float]]:
-        """Number of scenes, seed and aspect of each bucket of the latent cache."""
-        return {
-            name: (self.sizes.scenes if index == 0 else self.sizes.scenes // 8, SEEDS["latents"] + index, width / height)
-            for index, (name, (width, height)) in enumerate(BUCKETS.items())
-        }
-
-    def start_helpers(self, wanted: list[str]) -> None:
-        """Captions are written, and options timed, by processes beside the first stages."""
-        caption_file = self.work / "captions.npz"
-        if "latents" in wanted and not (self.work / "latents.pt").is_file() and not caption_file.is_file():
-            command = [
-                "train.caption_cache", "--sprites", str(self.args.sprites), "--out", str(caption_file), "--plan", json.dumps(self.plan()),
-                "--captions", str(self.sizes.captions), "--length", str(self.sizes.length),
-            ]  # fmt: skip
-            self._start("captions", command)
-        if "dit" in wanted and not self.args.option and self.device.type == "cuda" and not self._probed():
-            command = ["train.probe", "--out", str(self.work / "probe.json"), "--batch", str(self.sizes.batch)]
-            command += ["--prefix", str(self.prefix), "--length", str(self.sizes.length)]
-            self._start("probe", command + (["--minuscule"] if self.args.smoke else []))
-
-    def _probed(self) -> bool:
-        path = self.work / "probe.json"
-        return path.is_file() and "finished" in json.loads(path.read_text())
-
-    def _start(self, name: str, command: list[str]) -> None:
-        with open(self.work / f"{name}.log", "wb") as log:
-            self.helpers[name] = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=subprocess.STDOUT)
-
-    def stop_helpers(self) -> None:
-        for process in self.helpers.values():
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-
-    def wait_for(self, name: str, seconds: float) -> None:
-        """Let a helper finish. Raises RuntimeError with its last words if it failed; one that is too slow is stopped, and the log says so."""
-        process = self.helpers.pop(name, None)
-        if process is None:
-            return
-        began = time.monotonic()
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-            self.log(f"{name}: stopped after waiting {seconds:.0f} s")
-            return
-        words = (self.work / f"{name}.log").read_text(errors="replace")[-1500:]
-        if process.returncode:
-            raise RuntimeError(f"{name}: got exit code {process.returncode}; expected 0. Its last words:\n{words}")
-        self.log(f"{name}: ready, waited {time.monotonic() - began:.1f} s" + (f"\n{words}" if name == "probe" else ""))
-
-    def record(self, name: str, value: Any) -> None:
-        self.metrics[name] = value
-        temporary = self.work / "metrics.tmp"
-        temporary.write_text(json.dumps(self.metrics))
-        os.replace(temporary, self.work / "metrics.json")
-
-    def budget(self, seconds: float) -> Budget:
-        return Budget(seconds=seconds, steps=self.args.steps)
-
-    def save_weights(self, name: str, weights: dict[str, Tensor]) -> None:
-        from safetensors.torch import save_file
-
-        temporary = self.work / f"{name}.safetensors.tmp"
-        save_file(weights, temporary)
-        os.replace(temporary, self.work / f"{name}.safetensors")
-
-    def weights(self, name: str) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
-
-        return load_file(self.work / f"{name}.safetensors")
-
-    def has(self, name: str) -> bool:
-        return (self.work / f"{name}.safetensors").is_file()
-
-    def trained_vae(self) -> nn.Module:
-        """With the exported weights, in the type that training computes in."""
-        model = make_vae(self.configs["vae"])
-        model.load_state_dict(self.weights("vae"))
-        return model.to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-    def painter(self) -> Painter:
-        return Painter.of(
-            self.configs,
-            {name: self.weights(name) for name in EXPORT_DTYPES},
-            tokenizer=self.tokenizer,
-            length=self.sizes.length,
-            scaling_factor=self.metrics["scaling_factor"],
-            device=self.device,
-        )
-
-
-def check_kernels(run: Run) -> bool:
-    """On a GPU: whether the Triton kernels (linear attention, norm) agree with plain PyTorch. The attention falls back to the latter if not,
-    for the whole process; the result says whether the norm's kernel may be used."""
-    if run.device.type != "cuda":
-        return False
-    from train.fast_norm import install
-
-    generator = torch.Generator(run.device).manual_seed(0)
-
-    def agree(make: Callable[[], tuple[Tensor, ...]], other: Callable[[], tuple[Tensor, ...]], name: str) -> bool:
-        try:
-            got = make()
-        except Exception as error:  # whatever Triton raises here: without the kernel training is slower, not wrong
-            run.log(f"{name}: kernel not used: {type(error).__name__}: {str(error)[:200]}")
-            return False
-        worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(got, other(), strict=True))
-        run.log(f"{name}: kernel differs from PyTorch by {worst:.4f}")
-        return worst < 0.02
-
-    q, k, v, grad = (torch.randn(4, 4, 64, 32, device=run.device, generator=generator).bfloat16().requires_grad_() for _ in range(4))
-
-    def attend(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        out = f(q, k, v)
-        return (out, *torch.autograd.grad(out, (q, k, v), grad))
-
-    if not agree(lambda: attend(ops.relu_linear_attention), lambda: attend(ops.relu_linear_attention_truth), "linear attention"):
-        fast.use_attention(truth=True)
-
-    x = torch.randn(4, 64, 32, 32, device=run.device, generator=generator).bfloat16()
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
-    norm = RMSNorm(64, bias=True, axis=1).to(run.device, torch.bfloat16)
-
-    def normed(kernel: bool) -> tuple[Tensor, ...]:
-        install(norm, kernel)
-        out = norm(x)
-        return (out, *torch.autograd.grad(out, (x, *norm.parameters()), x.detach().roll(1, 0)))
-
-    return agree(lambda: normed(True), lambda: normed(False), "norm")
 
 
 def ae(run: Run) -> None:
     """Train the autoencoder; measure it on scenes of another seed; fix the scaling factor."""
     if run.has("vae"):
         return
-    from train.fast_norm import install
-
     model = make_vae(run.configs["vae"])
     run.log(f"ae: {num_parameters(model) / 1e6:.2f} M parameters")
-    flat = FlatParameters(
-        {"vae": model}, AdamWConfig(betas=(0.9, 0.98)), device=run.device, dtype=run.dtype, channels_last=True
-    )  # fmt: skip
-    kernel = check_kernels(run)
-    install(model, kernel)
+    flat = FlatParameters({"vae": model}, AdamWConfig(betas=(0.9, 0.98)), device=run.device, dtype=run.dtype, channels_last=True)
+    fast_norm_install(run, model)
     source = vae.SceneSource.of(run.sprites.rgba, BUCKETS, num=run.sizes.ae_scenes, seed=SEEDS["ae"])
     stats = torch.zeros(5, device=run.device)
     trainer = Trainer(
-        name="ae", flat=flat, steps={}, weights=BUCKET_WEIGHTS, schedule=Schedule(peak=1e-3, decay=0.4), budget=run.budget(run.args.ae_seconds),
-        log=run.log, stop=run.stop, stats=stats, batch=run.sizes.ae_batch, checkpoint=run.work / "ae.pt", extra_names=("l1", "penalty"),
+        name="ae",
+        flat=flat,
+        steps={},
+        weights=BUCKET_WEIGHTS,
+        schedule=Schedule(peak=1e-3, decay=0.4),
+        budget=run.budget(run.args.ae_seconds),
+        log=run.log,
+        stop=run.stop,
+        stats=stats,
+        batch=run.sizes.ae_batch,
+        checkpoint=run.work / "ae.pt",
+        extra_names=("l1", "penalty"),
         checkpoint_seconds=run.args.checkpoint_seconds,
-    )  # fmt: skip
+    )
     trainer.resume()
     trainer.steps = {
-        bucket: capture(vae.make_step(model, flat, source, bucket, run.sizes.ae_batch, stats), run.log, f"ae {bucket}") for bucket in BUCKETS
+        bucket: capture(vae.make_step(model, flat, source, bucket, run.sizes.ae_batch, stats), run.log, f"ae {bucket}")
+        for bucket in BUCKETS
     }
     finished = trainer.run(deadline=run.end - SECONDS_TO_WRITE)
     if not finished:
@@ -258,7 +90,9 @@ def _measure_vae(run: Run) -> None:
 
 @torch.no_grad()
 def latents(run: Run) -> None:
-    """Encode the training scenes once, and put their captions beside them. Both stay on the device and are saved for the next invocation."""
+    """Encode the training scenes once, and put their captions beside them. Both stay on the device and are saved for the next
+    invocation.
+    """
     path = run.work / "latents.pt"
     if path.is_file():
         return
@@ -284,7 +118,10 @@ def latents(run: Run) -> None:
     run.wait_for("captions", 120)
     with np.load(run.work / "captions.npz") as captions:
         for bucket, (out, scenes) in encoded.items():
-            first, second = scenes.objects[:, 0], np.where(np.isin(scenes.kind, (LEFT_RIGHT, ABOVE_BELOW)), scenes.objects[:, 1], -1)
+            first, second = (
+                scenes.objects[:, 0],
+                np.where(np.isin(scenes.kind, (LEFT_RIGHT, ABOVE_BELOW)), scenes.objects[:, 1], -1),
+            )
             facts = torch.from_numpy(np.stack([scenes.kind, first, second, scenes.colour], axis=1)).long().to(run.device)
             run.caches[bucket] = dit.LatentCache(latents=out, ids=torch.from_numpy(captions[bucket]).to(run.device), facts=facts)
     temporary = path.with_suffix(".tmp")
@@ -315,10 +152,20 @@ def text(run: Run) -> None:
     fast.one_hot_embedding(encoder)
     stats = torch.zeros(4, device=run.device)
     trainer = Trainer(
-        name="text", flat=flat, steps={}, weights={"256x256": 1.0}, schedule=Schedule(peak=2e-3, decay=0.5), budget=run.budget(run.args.text_seconds),
-        log=run.log, stop=run.stop, stats=stats, batch=run.sizes.batch, checkpoint=run.work / "text.pt", extra_names=("accuracy",),
+        name="text",
+        flat=flat,
+        steps={},
+        weights={"256x256": 1.0},
+        schedule=Schedule(peak=2e-3, decay=0.5),
+        budget=run.budget(run.args.text_seconds),
+        log=run.log,
+        stop=run.stop,
+        stats=stats,
+        batch=run.sizes.batch,
+        checkpoint=run.work / "text.pt",
+        extra_names=("accuracy",),
         log_seconds=5.0,
-    )  # fmt: skip
+    )
     step = dit.make_text_step(encoder, heads, flat, run.caches["256x256"], prefix=run.prefix, batch=run.sizes.batch, stats=stats)
     trainer.steps = {"256x256": capture(step, run.log, "text")}
     if trainer.run(deadline=run.end - SECONDS_TO_WRITE):
@@ -347,10 +194,19 @@ def train_dit(run: Run) -> None:
     flat = FlatParameters(models, AdamWConfig(ema_decay=0.9995), device=run.device, dtype=run.dtype)
     stats = torch.zeros(3, device=run.device)
     trainer = Trainer(
-        name="dit", flat=flat, steps={}, weights=BUCKET_WEIGHTS, schedule=Schedule(peak=run.args.lr, warm_up_steps=500),
-        budget=run.budget(run.args.dit_seconds), log=run.log, stop=run.stop, stats=stats, batch=run.sizes.batch, checkpoint=run.work / "dit.pt",
+        name="dit",
+        flat=flat,
+        steps={},
+        weights=BUCKET_WEIGHTS,
+        schedule=Schedule(peak=run.args.lr, warm_up_steps=500),
+        budget=run.budget(run.args.dit_seconds),
+        log=run.log,
+        stop=run.stop,
+        stats=stats,
+        batch=run.sizes.batch,
+        checkpoint=run.work / "dit.pt",
         checkpoint_seconds=run.args.checkpoint_seconds,
-    )  # fmt: skip
+    )
     trainer.resume()
     trainer.losses = [tuple(row) for row in run.metrics.get("dit_losses", [])]
 
@@ -404,16 +260,27 @@ def train_recogniser(run: Run) -> None:
     run.log(f"recogniser: {num_parameters(model) / 1e6:.2f} M parameters")
     decoded, labels = decoded_objects(run, run.sizes.decoded, SEEDS["recogniser"])
     scenes = recogniser.close_ups(max(1000, run.sizes.ae_scenes), seed=SEEDS["recogniser"] + 50, num_classes=num_classes)
-    flat = FlatParameters({"recogniser": model}, AdamWConfig(weight_decay=0.05), device=run.device, dtype=run.dtype, channels_last=True)
+    flat = FlatParameters(
+        {"recogniser": model}, AdamWConfig(weight_decay=0.05), device=run.device, dtype=run.dtype, channels_last=True
+    )
     stats, batch = torch.zeros(4, device=run.device), max(16, run.sizes.batch)
     step = recogniser.make_step(
         model, flat, SceneTensors.of(scenes, run.device), decoded, labels, run.sprites.rgba, colours, batch=batch, stats=stats
     )
     trainer = Trainer(
-        name="recogniser", flat=flat, steps={"all": capture(step, run.log, "recogniser")}, weights={"all": 1.0},
-        schedule=Schedule(peak=2e-3, decay=0.6), budget=run.budget(run.args.recogniser_seconds), log=run.log, stop=run.stop, stats=stats,
-        batch=batch, checkpoint=run.work / "recogniser.pt", extra_names=("accuracy",),
-    )  # fmt: skip
+        name="recogniser",
+        flat=flat,
+        steps={"all": capture(step, run.log, "recogniser")},
+        weights={"all": 1.0},
+        schedule=Schedule(peak=2e-3, decay=0.6),
+        budget=run.budget(run.args.recogniser_seconds),
+        log=run.log,
+        stop=run.stop,
+        stats=stats,
+        batch=batch,
+        checkpoint=run.work / "recogniser.pt",
+        extra_names=("accuracy",),
+    )
     if not trainer.run(deadline=run.end - SECONDS_TO_WRITE):
         return
     run.save_weights("recogniser", flat.state_dict("recogniser", dtype=torch.float16))
@@ -441,8 +308,9 @@ def trained_recogniser(run: Run) -> recogniser.Recogniser:
 
 @torch.no_grad()
 def decoded_objects(run: Run, num: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Objects as the autoencoder shows them: (m, 3, 96, 96) uint8 and (m, 2) emoji and colour. Whole pictures of one object, and parts of
-    pictures of several."""
+    """Objects as the autoencoder shows them: (m, 3, 96, 96) uint8 and (m, 2) emoji and colour. Whole pictures of one object,
+    and parts of pictures of several.
+    """
     model, colours, side = run.trained_vae(), palette(run.device), recogniser.INPUT_SIDE
     pictures, labels = [], []
     for kind, share in ((SINGLE, 1.0), (LEFT_RIGHT, 0.15), (ABOVE_BELOW, 0.15), (THREE, 0.1)):
@@ -467,40 +335,14 @@ def evaluation(run: Run) -> None:
         return
     began = time.monotonic()
     report = evaluate(
-        run.painter(), trained_recogniser(run), run.names, num_single=run.sizes.single_questions, num_other=run.sizes.other_questions
+        run.painter(),
+        trained_recogniser(run),
+        run.names,
+        num_single=run.sizes.single_questions,
+        num_other=run.sizes.other_questions,
     )
     run.record("eval", report)
     run.log(f"eval in {time.monotonic() - began:.1f} s: " + json.dumps(report)[:1800])
-
-
-def deliver(run: Run) -> None:
-    """Write what there is to the output folder: weights as exported, one JSON, picture grids."""
-    out: Path = run.args.out
-    for name in ("vae", "transformer", "text_encoder", "recogniser"):
-        if run.has(name):
-            (out / f"{name}.safetensors").write_bytes((run.work / f"{name}.safetensors").read_bytes())
-    if (run.work / "grid_vae.png").is_file():
-        (out / "grid_vae.png").write_bytes((run.work / "grid_vae.png").read_bytes())
-    if run.has("transformer") and run.has("vae"):
-        texts = grid_captions(run.names, 8 if run.args.smoke else 64)
-        painter = run.painter()
-        grid(painter.draw(texts, seed=11), texts, out / "grid_256.png")
-        wide = texts[: len(texts) // 4]
-        grid(painter.draw(wide, seed=12, width=320, height=192), wide, out / "grid_320x192.png", columns=4)
-    record = {
-        "metrics": run.metrics,
-        "configs": {**run.configs, "recogniser": recogniser.RECOGNISER},
-        "flow_shift": FLOW_SHIFT,
-        "names": run.names,
-        "characters": run.sprites.characters,
-        "colours": list(COLOUR_NAMES),
-        "tokenizer": json.loads(run.sprites.tokenizer_json),
-        "log": run.log.lines,
-        "arguments": {name: str(value) for name, value in vars(run.args).items()},
-        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else "cpu",
-    }
-    (out / "tiny.json").write_text(json.dumps(record, ensure_ascii=False))
-    run.log(f"delivered: {', '.join(f'{p.name} {p.stat().st_size / 1e6:.2f} MB' for p in sorted(out.iterdir()))}")
 
 
 STAGES: dict[str, Callable[[Run], None]] = {

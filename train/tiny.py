@@ -2,10 +2,10 @@
 `python -m train.tiny --sprites out/sprites/sprites.safetensors --work DIR --out DIR --until-seconds 570`.
 
 Stages, each skipped when its result is in the work folder: ae (autoencoder), latents (scenes encoded once), text (the text encoder
-alone, on what captions say), dit (transformer and text encoder), recogniser, eval. An invocation stops by itself after --until-seconds
-with everything saved; the next one goes on. Give --finish with the last one: the transformer's training then takes all the time that is
-left before recogniser and evaluation, and its learning rate comes down.
-What is done so far is written to --out at most 8 files, none above 16 MiB; `python -m train.export_tiny` lays them out as a model.
+alone, on what captions say), dit (transformer and text encoder), recogniser, eval. An invocation stops by itself after
+--until-seconds with everything saved; the next one goes on. Give --finish with the last one: the transformer's training then
+takes all the time that is left before recogniser and evaluation, and its learning rate comes down. What is done so far is
+written to --out at most 8 files, none above 16 MiB; `python -m train.export_tiny` lays them out as a model.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pathlib import Path
 
 import torch
 
-from train.loop import Log, Stop
+from train.handover import deliver
+from train.loop import Log, Stop, configure_gpu
 from train.models import MINUSCULE, TINY
-from train.stages import STAGES, Run, deliver
+from train.run import Run
+from train.stages import STAGES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +58,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-seconds", type=float, default=40.0, help="reserved for evaluation and writing")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the transformer")
     parser.add_argument("--option", default="", help="how to run the transformer's step (train.fast); default: measured")
-    parser.add_argument("--steps", type=int, default=None, help="steps of each training stage instead of seconds (exactly repeatable)")
+    parser.add_argument(
+        "--steps", type=int, default=None, help="steps of each training stage instead of seconds (exactly repeatable)"
+    )
     parser.add_argument("--checkpoint-seconds", type=float, default=60.0)
     parser.add_argument("--smoke", action="store_true", help="minuscule models and data: to try the program on a CPU")
     args = parser.parse_args(argv)
@@ -74,8 +78,7 @@ def main(argv: list[str] | None = None, *, stop: Stop | None = None) -> int:
         stop.install()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")
+        configure_gpu()
         log(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     run = Run(
         args=args,

@@ -59,9 +59,10 @@ def num_instruction_tokens(tokenizer: Tokenizer) -> int:
 def encode_captions(tokenizer: Tokenizer, captions: list[str], length: int) -> tuple[np.ndarray, int]:
     """Token ids as inference makes them, for a maximum sequence length of `length` in place of 300.
 
-    Returns ids (n, num_instruction + length - 2) int16, padded with 0, and num_instruction. Of the encoder's outputs, index 0 and the last
-    length - 1 are the text that the transformer sees. Padding is never attended to (the encoder is causal and padding is last; the
-    transformer masks it), so the shorter length changes nothing. Raises ValueError if a caption does not fit.
+    Returns ids (n, num_instruction + length - 2) int16, padded with 0, and num_instruction. Of the encoder's outputs, index 0
+    and the last length - 1 are the text that the transformer sees. Padding is never attended to (the encoder is causal and
+    padding is last; the transformer masks it), so the shorter length changes nothing. Raises ValueError if a caption does not
+    fit.
     """
     instruction = "\n".join(INSTRUCTION)
     prefix = num_instruction_tokens(tokenizer)

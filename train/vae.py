@@ -1,9 +1,9 @@
 """Training the autoencoder on composed scenes.
 
-Loss: L1 on pixels, on differences of neighbouring pixels (edges) and on halved and quartered pictures. Besides, every latent channel is
-drawn to mean 0 and standard deviation 1 and away from correlation with the others: flow matching spends itself on the widest channels
-otherwise, and DC-AE has one scaling factor for all of them. Half of the latents get noise before they are decoded, since what a sampler
-delivers is never exact.
+Loss: L1 on pixels, on differences of neighbouring pixels (edges) and on halved and quartered pictures. Besides, every latent
+channel is drawn to mean 0 and standard deviation 1 and away from correlation with the others: flow matching spends itself on
+the widest channels otherwise, and DC-AE has one scaling factor for all of them. Half of the latents get noise before they are
+decoded, since what a sampler delivers is never exact.
 """
 
 from __future__ import annotations
