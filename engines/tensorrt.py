@@ -259,35 +259,37 @@ def deserialize(engine: bytes | Path, *, register_plugins: RegisterPlugins | Non
 def _deserialize(trt: Any, data: Any, name: str, register_plugins: RegisterPlugins | None) -> Any:
     logger().errors.clear()
     runtime = trt.Runtime(logger())
-    _check_validity(trt, runtime, data, name)
+    diagnosis = trt.EngineInvalidityDiagnostics
+    _, flags = runtime.get_engine_validity(data)
+    if flags & int(diagnosis.MALFORMED_ENGINE):
+        raise BuildError(f"{name}: got bytes that are no engine of TensorRT {version()}, or are damaged. Build it again")
+    device = device_info()
     if register_plugins is not None:
         register_plugins(trt)
     engine = runtime.deserialize_cuda_engine(data)
-    if engine is None:
-        if "plugin" in why().lower():
-            raise PluginMissingError(f"{name}: got an engine with a plugin that is not registered or refused to load.{why()}")
-        raise BuildError(f"{name}: got an engine that TensorRT {version()} cannot load.{why()}")
-    return engine
-
-
-def _check_validity(trt: Any, runtime: Any, data: Any, name: str) -> None:
-    validity, flags = runtime.get_engine_validity(data)
-    reason = trt.EngineInvalidityDiagnostics
-    if flags & int(reason.MALFORMED_ENGINE):
-        raise BuildError(f"{name}: got bytes that are no engine of TensorRT {version()}, or are damaged. Build it again")
-    device = device_info()  # before the other reasons, which need a GPU to be known
-    if flags & int(reason.VERSION_MISMATCH):
+    if engine is not None:
+        return engine
+    # TensorRT's diagnosis explains a refusal; it isn't asked for permission, since it also frowns at engines that run.
+    built_by = _built_by(data)
+    if flags & int(diagnosis.VERSION_MISMATCH) or built_by not in ("", version()):
         raise TensorRTVersionError(
-            f"{name}: got an engine of another TensorRT; expected one of {flavor()} {version()}, which is installed. "
-            "Build it again with this version, or install the one that built it."
+            f"{name}: got an engine of TensorRT {built_by or 'of another version'}; expected {flavor()} {version()}, which is "
+            "installed. Build it again with this version, or install the one that built it."
         )
-    if flags & int(reason.UNSUPPORTED_CC):
+    if flags & int(diagnosis.UNSUPPORTED_CC):
         raise ArchitectureError(
-            f"{name}: got {device.name} ({device.sm}); the engine has no code for it. Build it for {device.sm}."
+            f"{name}: got {device.name} ({device.sm}), for which this engine has no code. Build it for {device.sm}."
         )
-    if validity == trt.EngineValidity.INVALID:
-        reasons = ", ".join(name for name, flag in reason.__members__.items() if flags & int(flag)) or "unknown"
-        raise BuildError(f"{name}: got an engine that does not run here on {device.name} (reason: {reasons}).{why()}")
+    if "plugin" in why().lower():
+        raise PluginMissingError(f"{name}: got an engine with a plugin that is not registered, or that cannot load.{why()}")
+    reasons = ", ".join(member for member, flag in diagnosis.__members__.items() if flags & int(flag)) or "none given"
+    raise BuildError(f"{name}: got an engine that TensorRT {version()} cannot load on {device.name} ({reasons}).{why()}")
+
+
+def _built_by(data: Any) -> str:
+    """The TensorRT version in an engine's header, for messages: NVIDIA does not document where it stands. Empty if not found."""
+    header = bytes(data[:28])
+    return ".".join(map(str, header[24:28])) if header[:4] == b"vtrt" and len(header) == 28 else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

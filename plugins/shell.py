@@ -192,7 +192,8 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             self._launch, self._cubins = launch, cubins
             self._arguments = Arguments(launch)
             self._kernel: tuple[Any, int, int] | None = None
-            self._grid: tuple[int, ...] | None = None
+            self._dims: list[tuple[int, ...]] = []  # that grid and arguments are prepared for
+            self._grid: tuple[int, ...] = (0, 0, 0)
             self._fields: tuple[Any, ...] = ()
 
         def get_capability_interface(self, kind: Any) -> Any:
@@ -248,17 +249,22 @@ def _classes(trt: Any) -> tuple[Any, Any]:
 
         @_keeps_failures
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-            dims = [tuple(desc.dims) for desc in inputs]
+            self._prepare([tuple(desc.dims) for desc in inputs])
+
+        def _prepare(self, dims: list[tuple[int, ...]]) -> None:
             grid = tuple(evaluate(expression, dims) for expression in self._launch.grid)
             if any(not 0 <= size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):
                 raise LaunchError(f"{self._launch.op}: got shapes {dims}, a grid of {grid}; expected at most {MAX_GRID}")
             self._arguments.set_shapes(dims)
-            self._grid = grid
+            self._dims, self._grid = dims, grid
 
         @_keeps_failures
         def enqueue(self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int) -> None:
-            if self._grid is None or self._kernel is None:
-                raise LaunchError(f"{self._launch.op}: enqueued before attach_to_context and on_shape_change; expected after both")
+            if self._kernel is None:
+                raise LaunchError(f"{self._launch.op}: enqueued without a kernel; expected attach_to_context before")
+            dims = [tuple(desc.dims) for desc in input_desc]
+            if dims != self._dims:  # on_shape_change should have been told; a wrong grid would write beyond the tensors
+                self._prepare(dims)
             if 0 in self._grid:
                 return  # an empty tensor; CUDA refuses an empty grid
             function, threads, shared = self._kernel
