@@ -16,53 +16,56 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from engines.disk import human_bytes
-from engines.errors import NoGpuError, SanaError
+from engines.errors import SanaError
 
-__all__ = ["ALIGNMENT", "Cuda", "Marks", "Slot"]
+__all__ = ["ALIGNMENT", "Cuda", "GpuMemoryError", "Marks", "Slot"]
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of the addresses it is given
+
+
+class GpuMemoryError(SanaError):
+    """The GPU has not enough free memory for a request."""
 
 
 class Cuda:
     """The primary context of the first visible GPU (CUDA_VISIBLE_DEVICES chooses which that is)."""
 
     def __init__(self) -> None:
-        """Raises NoGpuError if there is no driver or no device."""
+        """After engines.gpu.device_info(), which says what is wrong where there is no GPU. Raises SanaError for the rest."""
         from cuda.bindings import driver
 
         self._driver = driver
-        try:
-            self._call("cuInit", 0)
-            self._device = self._call("cuDeviceGet", 0)
-            self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
-        except (SanaError, RuntimeError) as error:  # cuda-bindings raises RuntimeError where libcuda is missing
-            raise NoGpuError(f"CUDA: {error}. Install a driver, or use the backend 'onnxruntime'.") from None
+        self._call("cuInit", 0)
+        self._device = self._call("cuDeviceGet", 0)
+        self._context = self._call("cuDevicePrimaryCtxRetain", self._device)
         self.make_current()
         self._stream = self._call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self.stream = int(self._stream)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *values = getattr(self._driver, name)(*arguments)
+        self._check(name, status)
+        return values[0] if values else None
+
+    def _check(self, name: str, status: Any) -> None:
         if int(status):
             text = self._driver.cuGetErrorString(status)[1]
-            raise SanaError(f"{name}: {text.decode() if text else status}")
-        return values[0] if values else None
+            raise SanaError(f"CUDA, {name}: {text.decode() if text else status}. Work that was queued before may be the cause.")
 
     def make_current(self) -> None:
         """CUDA's current context belongs to the thread: each thread calls this before it works."""
         self._call("cuCtxSetCurrent", self._context)
 
     def allocate(self, size: int) -> int:
-        """Device memory, aligned to ALIGNMENT. Raises SanaError, saying how much there was, if it is not to be had."""
+        """Device memory, aligned to ALIGNMENT. Raises GpuMemoryError, saying how much there was, if it is not to be had."""
         status, address = self._driver.cuMemAlloc(size)
         if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
             _, free, total = self._driver.cuMemGetInfo()
-            raise SanaError(
+            raise GpuMemoryError(
                 f"GPU memory: got {human_bytes(free)} free of {human_bytes(total)}; expected {human_bytes(size)}. "
                 "Draw smaller pictures, or fewer at a time, or close other programs that use the GPU."
             )
-        if int(status):
-            raise SanaError(f"cuMemAlloc of {size} bytes: {status}")
+        self._check("cuMemAlloc", status)
         return int(address)
 
     def free(self, address: int) -> None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.spec import COMPONENTS, ComponentName
-from runtime.cuda import ALIGNMENT, Cuda, Marks, Slot
+from runtime.cuda import ALIGNMENT, Cuda, GpuMemoryError, Marks, Slot
 from runtime.session import BackendName, Drawn, Job, StepCallback, Timings
 from runtime.text_cache import TextCache
-from runtime.trt_session import Arena, TensorRTSession
+from runtime.trt_session import Arena, TensorRT, TensorRTSession
 
 __all__ = ["TensorRTBackend", "open_tensorrt"]
 
@@ -31,29 +29,31 @@ def open_tensorrt(bundle: Bundle) -> TensorRTBackend:
 
     Raises NoGpuError, ArchitectureError if the bundle has no engine for this GPU, TensorRTVersionError.
     """
-    from engines import tensorrt
+    from engines import tensorrt, tensorrt_library
     from plugins import shell
 
     info = tensorrt.device_info()
     for component in COMPONENTS:
-        bundle.require_engine(component, info.target)
+        bundle.require_engine(component, info.sm)
     bundle.check_tensorrt(flavor=tensorrt.flavor(), version=tensorrt.version())
-    trt = tensorrt.load()
-    shell.register(trt)
-    return TensorRTBackend(bundle, trt=trt, load=tensorrt.deserialize, cuda=Cuda(), sm=info.target, device=info.name)
+    library = TensorRT(
+        module=tensorrt.load(),
+        load=lambda path: tensorrt.deserialize(path, register_plugins=shell.register),
+        why=tensorrt_library.why,
+    )
+    return TensorRTBackend(bundle, tensorrt=library, cuda=Cuda(), sm=info.sm, device=info.name)
 
 
 class TensorRTBackend:
-    """load: makes a component's engine from its file. Engines load when they are first used, and stay."""
+    """Engines load when they are first used, and stay."""
 
     name: BackendName = "tensorrt"
 
-    def __init__(self, bundle: Bundle, *, trt: Any, load: Callable[[Path], Any], cuda: Cuda, sm: str, device: str) -> None:
-        """Raises ArchitectureError if a component has no engine for `sm`."""
+    def __init__(self, bundle: Bundle, *, tensorrt: TensorRT, cuda: Cuda, sm: str, device: str) -> None:
+        """sm: the device's architecture, "sm89". Raises ArchitectureError if a component has no engine for it."""
         self.device, self.max_batch = device, bundle.manifest.ranges.max_batch
         self._paths = {component: bundle.require_engine(component, sm) for component in COMPONENTS}
-        self._trt, self._load, self._cuda = trt, load, cuda
-        self._arena = Arena(cuda)
+        self._tensorrt, self._cuda, self._arena = tensorrt, cuda, Arena(cuda)
         self._sessions: dict[ComponentName, TensorRTSession] = {}
         self._slots: dict[str, Slot] = {}
         self._texts = TextCache(
@@ -63,9 +63,8 @@ class TensorRTBackend:
     def session(self, component: ComponentName) -> TensorRTSession:
         if component not in self._sessions:
             self._cuda.make_current()
-            path = self._paths[component]
             self._sessions[component] = TensorRTSession(
-                self._load(path), trt=self._trt, cuda=self._cuda, arena=self._arena, path=path
+                self._paths[component], tensorrt=self._tensorrt, cuda=self._cuda, arena=self._arena
             )
         return self._sessions[component]
 
@@ -73,6 +72,9 @@ class TensorRTBackend:
         self._cuda.make_current()
         try:
             return self._draw(job, on_step, tick)
+        except GpuMemoryError:
+            self._free_buffers()  # else what grew for this request would be missing to a smaller one
+            raise
         finally:  # also after an error: buffers are used again by whoever comes next
             self._cuda.synchronize()
             for slot in self._slots.values():
@@ -151,16 +153,20 @@ class TensorRTBackend:
     def _slot(self, name: str) -> Slot:
         return self._slots.setdefault(name, Slot(self._cuda))
 
-    def close(self) -> None:
-        self._cuda.make_current()
-        self._cuda.synchronize()
+    def _free_buffers(self) -> None:
         for session in self._sessions.values():
-            session.close()
+            session.free_buffers()
         for slot in self._slots.values():
             slot.close()
-        self._sessions.clear()
         self._slots.clear()
         self._arena.close()
+
+    def close(self) -> None:
+        self._cuda.make_current()
+        self._free_buffers()
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
         self._cuda.close()
 
 

@@ -8,7 +8,8 @@ TensorRT for RTX would else run a fallback kernel until a background thread is d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from numpy.typing import NDArray
 
 from engines.errors import BundleError, RequestError, SanaError
 from plugins import shell
-from runtime.cuda import Cuda, Slot
+from runtime.cuda import ALIGNMENT, Cuda, Slot
 from runtime.session import Arrays
 
-__all__ = ["Arena", "TensorRTSession"]
+__all__ = ["Arena", "TensorRT", "TensorRTSession"]
 
 Shape = tuple[int, ...]
 
@@ -45,28 +46,41 @@ class Arena:
         self.size = 0
 
 
-class TensorRTSession:
-    """engine: a deserialized ICudaEngine. trt: the TensorRT module it came from. path: for messages."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorRT:
+    """The library as sessions use it. One for a backend; tests have their own."""
 
-    def __init__(self, engine: Any, *, trt: Any, cuda: Cuda, arena: Arena, path: Path) -> None:
-        self._engine, self._trt, self._cuda, self._arena, self._path = engine, trt, cuda, arena, path
+    module: Any  # tensorrt_rtx or tensorrt
+    load: Callable[[Path], Any]  # an engine's file -> ICudaEngine, its plugins registered
+    why: Callable[[], str]  # what the library logged about its latest failure, as the end of a message
+
+
+class TensorRTSession:
+    """One engine's file with its execution context. Loads it at once."""
+
+    def __init__(self, path: Path, *, tensorrt: TensorRT, cuda: Cuda, arena: Arena) -> None:
+        """Raises what engines.tensorrt.deserialize raises."""
+        trt, engine = tensorrt.module, tensorrt.load(path)
+        self._engine, self._tensorrt, self._cuda, self._arena, self._path = engine, tensorrt, cuda, arena, path
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = tuple(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
         self.outputs = tuple(name for name in names if name not in self.inputs)
         self._dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
         self._shapes: dict[str, Shape] = {}
+        self._needed = 0  # bytes of the arena, for those shapes
+        self._memory = (0, 0)  # address and size of the arena that the context was told of
         self._slots: dict[str, Slot] = {}
         self._context = self._make_context()
 
     def _make_context(self) -> Any:
-        trt = self._trt
+        trt = self._tensorrt.module
         config = self._engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):  # TensorRT for RTX only
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
         context = self._engine.create_execution_context(config)
         if context is None:
-            raise BundleError(f"{self._path}: TensorRT made no execution context for it.{_plugin_failure()}")
+            raise SanaError(f"{self._path}: TensorRT made no execution context for it.{self._why()}")
         return context
 
     def prepare(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -82,9 +96,9 @@ class TensorRTSession:
             for name, shape in wanted.items():
                 self._check_range(name, shape)
                 if not self._context.set_input_shape(name, shape):
-                    raise SanaError(f"{self._path}: TensorRT refused the shape {shape} of {name!r}.{_plugin_failure()}")
+                    raise SanaError(f"{self._path}: TensorRT refused the shape {shape} of {name!r}.{self._why()}")
+            self._needed = max(ALIGNMENT, int(self._context.update_device_memory_size_for_shapes()))
             self._shapes = wanted
-            self._needed = int(self._context.update_device_memory_size_for_shapes())
         self._arena.require(self._needed)
         return {name: tuple(self._context.get_tensor_shape(name)) for name in self.outputs}
 
@@ -99,12 +113,15 @@ class TensorRTSession:
 
     def launch(self, addresses: Mapping[str, int]) -> None:
         """Queue one run on the stream, for the shapes that were prepared. addresses: device memory of every input and output."""
-        self._context.set_device_memory(self._arena.address, self._arena.size)
+        memory = (self._arena.address, self._arena.size)
+        if memory != self._memory:  # it grows when another size, or another engine, needs more
+            self._context.set_device_memory(*memory)
+            self._memory = memory
         for name in (*self.inputs, *self.outputs):
             if not self._context.set_tensor_address(name, addresses[name]):
                 raise SanaError(f"{self._path}: TensorRT refused the address of {name!r}.")
         if not self._context.execute_async_v3(self._cuda.stream):
-            raise SanaError(f"{self._path}: TensorRT could not run the engine.{_plugin_failure()}")
+            raise SanaError(f"{self._path}: TensorRT could not run the engine.{self._why()}")
 
     def output_size(self, name: str, shape: Shape) -> int:
         """bytes"""
@@ -127,16 +144,19 @@ class TensorRTSession:
             slot.settled()
         return found
 
+    def _why(self) -> str:
+        plugin = f" A plugin said: {shell.failures[-1]}" if shell.failures else ""
+        return self._tensorrt.why() + plugin
+
     def _slot(self, name: str) -> Slot:
         return self._slots.setdefault(name, Slot(self._cuda))
 
-    def close(self) -> None:
+    def free_buffers(self) -> None:
+        """Give back what run() holds for inputs and outputs."""
         for slot in self._slots.values():
             slot.close()
         self._slots.clear()
+
+    def close(self) -> None:
+        self.free_buffers()
         self._context = self._engine = None  # in this order: a context must not outlive its engine
-
-
-def _plugin_failure() -> str:
-    """What a plugin raised last, which TensorRT's own status does not say."""
-    return f" A plugin said: {shell.failures[-1]}" if shell.failures else ""

@@ -1,0 +1,235 @@
+"""A GPU and a TensorRT that are not there: memory is the host's, engines are ONNX graphs run by ONNX Runtime.
+
+What is queued on the stream is done when somebody waits, and not before. So a buffer that is written again too early, memory that
+is freed while in use, and a missing wait all give wrong numbers here, as they would on a GPU. New memory is full of NaN.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from engines.bundle import Bundle
+from runtime.cuda import GpuMemoryError
+from runtime.trt_backend import TensorRTBackend
+from runtime.trt_session import TensorRT
+
+POISON = 0xFF  # float32 of these bytes is NaN
+INT64_INPUTS = ("input_ids", "attention_mask")
+
+
+class FakeCuda:
+    """The interface of runtime.cuda.Cuda."""
+
+    stream = 77
+
+    def __init__(self, *, memory: int = 1 << 30) -> None:
+        self.memory = memory  # bytes
+        self.allocations: dict[int, tuple[Any, int]] = {}
+        self.pinned: dict[int, Any] = {}
+        self.total_allocations = self.waits = 0
+        self.largest = 0  # bytes held at once
+        self.closed = False
+        self._queue: list[Callable[[], None]] = []
+        self._clock = 0
+
+    def enqueue(self, work: Callable[[], None]) -> None:
+        self._queue.append(work)
+
+    def make_current(self) -> None:
+        assert not self.closed
+
+    def allocate(self, size: int) -> int:
+        if sum(held for _, held in self.allocations.values()) + size > self.memory:
+            raise GpuMemoryError("GPU memory: full")
+        address, buffer = _aligned(size)
+        self.allocations[address] = (buffer, size)
+        self.total_allocations += 1
+        self.largest = max(self.largest, sum(held for _, held in self.allocations.values()))
+        return address
+
+    def free(self, address: int) -> None:
+        _, size = self.allocations[address]
+        ctypes.memset(address, POISON, size)
+        self._kept = self.allocations.pop(address)  # one more round, so that a late write does not crash the tests
+
+    def allocate_pinned(self, size: int) -> int:
+        address, buffer = _aligned(size)
+        self.pinned[address] = buffer
+        return address
+
+    def free_pinned(self, address: int) -> None:
+        del self.pinned[address]
+
+    def to_device(self, device: int, host: int, size: int) -> None:
+        self.check(device, size)
+        self.enqueue(lambda: ctypes.memmove(device, host, size))
+
+    def to_host(self, host: int, device: int, size: int) -> None:
+        self.check(device, size)
+        self.enqueue(lambda: ctypes.memmove(host, device, size))
+
+    def zero(self, device: int, size: int) -> None:
+        self.check(device, size)
+        self.enqueue(lambda: ctypes.memset(device, 0, size))
+
+    def synchronize(self) -> None:
+        self.waits += 1
+        while self._queue:
+            self._queue.pop(0)()
+
+    def mark(self) -> int:
+        self._clock += 1
+        return self._clock
+
+    def seconds(self, first: int, second: int) -> float:
+        return (second - first) * 0.001
+
+    def destroy(self, event: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+    def check(self, address: int, size: int) -> None:
+        """Inside memory that is held."""
+        assert any(start <= address and address + size <= start + held for start, (_, held) in self.allocations.items())
+
+    def idle(self) -> bool:
+        return not self._queue
+
+
+def _aligned(size: int) -> tuple[int, Any]:
+    buffer = (ctypes.c_uint8 * (size + 256))()
+    address = -(-ctypes.addressof(buffer) // 256) * 256
+    ctypes.memset(address, POISON, size)
+    return address, buffer
+
+
+def _array(address: int, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address)).view(dtype).reshape(shape)
+
+
+MODULE = SimpleNamespace(
+    TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"),
+    ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user", STATIC="static"),
+    DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager", LAZY="lazy"),
+    nptype=lambda dtype: dtype,
+)
+
+
+class FakeConfig:
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+    allocation = "static"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.allocation = strategy
+
+
+class FakeEngine:
+    """The interface of ICudaEngine, for a graph of a fake bundle. max_batch bounds every shape's range."""
+
+    def __init__(self, graph: Path, cuda: FakeCuda, *, activations: int) -> None:
+        self.cuda, self.activations = cuda, activations
+        self.session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        self.names = [each.name for each in (*self.session.get_inputs(), *self.session.get_outputs())]
+        self.inputs = [each.name for each in self.session.get_inputs()]
+        self.ranks = {each.name: len(each.shape) for each in self.session.get_inputs()}
+        self.num_io_tensors = len(self.names)
+        self.contexts: list[FakeContext] = []
+
+    def get_tensor_name(self, index: int) -> str:
+        return self.names[index]
+
+    def get_tensor_mode(self, name: str) -> str:
+        return "input" if name in self.inputs else "output"
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return np.int64 if name in INT64_INPUTS else np.float32
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        return [(1,) * self.ranks[name], (2,) * self.ranks[name], (16,) * self.ranks[name]]
+
+    def create_runtime_config(self) -> FakeConfig:
+        return FakeConfig()
+
+    def create_execution_context(self, config: FakeConfig) -> FakeContext:
+        assert config.allocation == "user"
+        assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
+        self.contexts.append(FakeContext(self))
+        return self.contexts[-1]
+
+
+class FakeContext:
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine, self.cuda = engine, engine.cuda
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.memory = (0, 0)
+        self.launches: list[dict[str, int]] = []
+        self.fails = False
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def update_device_memory_size_for_shapes(self) -> int:
+        return self.engine.activations
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        self.memory = (address, size)
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self.addresses[name] = address
+        return address % 256 == 0 and address != 0
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        zeros = {key: np.zeros(shape, self.engine.get_tensor_dtype(key)) for key, shape in self.shapes.items()}
+        return self.engine.session.run([name], zeros)[0].shape
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream == self.cuda.stream
+        assert self.memory[1] >= self.engine.activations
+        addresses, shapes, memory = dict(self.addresses), dict(self.shapes), self.memory
+        self.launches.append(addresses)
+
+        def work() -> None:
+            self.cuda.check(*memory)
+            feeds = {}
+            for name, shape in shapes.items():
+                self.cuda.check(addresses[name], int(np.prod(shape)) * 4)
+                feeds[name] = _array(addresses[name], self.engine.get_tensor_dtype(name), shape).copy()
+            outputs = [name for name in self.engine.names if name not in self.engine.inputs]
+            ctypes.memset(memory[0], 0xAA, self.engine.activations)  # scratch: whoever keeps something there loses it
+            for name, value in zip(outputs, self.engine.session.run(outputs, feeds), strict=True):
+                self.cuda.check(addresses[name], value.nbytes)
+                _array(addresses[name], value.dtype, value.shape)[...] = value
+
+        self.cuda.enqueue(work)
+        return not self.fails
+
+
+ACTIVATIONS = {"text_encoder": 5000, "denoiser": 70_000, "decoder": 30_000}  # bytes
+
+
+def fake_backend(bundle: Bundle, *, cuda: FakeCuda | None = None, sm: str = "sm89") -> TensorRTBackend:
+    """A TensorRT backend whose engines are the bundle's portable graphs. `.engines` holds those that were loaded."""
+    cuda = cuda or FakeCuda()
+    engines: dict[str, FakeEngine] = {}
+
+    def load(path: Path) -> FakeEngine:
+        component = path.parent.name
+        engines[component] = FakeEngine(path.parent / "model.onnx", cuda, activations=ACTIVATIONS[component])
+        return engines[component]
+
+    library = TensorRT(module=MODULE, load=load, why=lambda: " TensorRT says: no.")
+    backend = TensorRTBackend(bundle, tensorrt=library, cuda=cuda, sm=sm, device="a fake GPU")  # type: ignore[arg-type]
+    backend.engines = engines  # type: ignore[attr-defined]
+    return backend
