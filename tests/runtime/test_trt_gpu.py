@@ -1,0 +1,127 @@
+"""The TensorRT backend on a real GPU, with engines of a fake bundle built there."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import CHANNELS, LATENT_CHANNELS, LENGTH, fake_info, fake_inputs, fill_fake_bundle
+
+from engines import tensorrt
+from engines.bundle import Bundle, TensorRTInfo
+from engines.bundle_writer import write_bundle
+from engines.errors import NoGpuError
+from engines.spec import COMPONENTS, Precision, Target
+from runtime import SanaEngine
+
+LOW, OPT, HIGH = (1, 1), (2, 2), (4, 4)  # batch, side in latent cells
+
+
+def profiles(component: str) -> tensorrt.Profiles:
+    def latents(batch: int, side: int) -> tuple[int, ...]:
+        return (batch, LATENT_CHANNELS, side, side)
+
+    if component == "text_encoder":
+        shapes = [(batch, LENGTH + more) for batch, more in ((1, 0), (1, 4), (4, 16))]
+        return {"input_ids": tuple(shapes), "attention_mask": tuple(shapes)}  # type: ignore[dict-item]
+    found = {"latents": tuple(latents(*size) for size in (LOW, OPT, HIGH))}
+    if component == "denoiser":
+        texts = [(1, LOW[0]), (2, OPT[0]), (2, HIGH[0])]
+        found["previous"] = found["latents"]
+        found["guidance_weights"] = ((1,), (2,), (2,))
+        found["prompt_embeds"] = tuple((k, batch, LENGTH, CHANNELS) for k, batch in texts)
+        found["prompt_mask"] = tuple((k, batch, LENGTH) for k, batch in texts)
+    return found  # type: ignore[return-value]
+
+
+def build(out: Path, target: Target) -> Bundle:
+    """A fake bundle whose engines are real, for one architecture."""
+    built_by = TensorRTInfo(flavor=tensorrt.flavor(), version=tensorrt.version())
+    info = fake_info(targets=[target], precision=Precision.FP32).model_copy(update={"tensorrt": built_by})
+    with write_bundle(out) as writer:
+        fill_fake_bundle(writer.path, info)
+        for component in COMPONENTS:
+            engine = tensorrt.build_engine(
+                writer.path / component / "model.onnx", profiles=profiles(component), targets=[target], expected_plugins={}
+            )
+            (writer.path / component / f"{target}.engine").write_bytes(engine)
+        return writer.finish(info)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Bundle:
+    try:
+        target = tensorrt.current_target()
+    except NoGpuError as error:
+        pytest.skip(str(error))
+    if target is None:
+        pytest.skip("no GPU")
+    return build(tmp_path_factory.mktemp("gpu") / "bundle", target)
+
+
+@pytest.fixture(scope="module")
+def engine(bundle: Bundle) -> Iterator[SanaEngine]:
+    with SanaEngine(bundle) as made:
+        yield made
+
+
+def sha(image) -> str:
+    return hashlib.sha256(image.tobytes()).hexdigest()
+
+
+@pytest.mark.gpu
+def test_components_agree_with_onnxruntime(engine: SanaEngine, bundle: Bundle) -> None:
+    assert engine.backend == "tensorrt"
+    with SanaEngine(bundle, backend="onnxruntime") as other:
+        for component in COMPONENTS:
+            for batch in (1, 3, 4):
+                inputs = fake_inputs(component, batch=batch, height=2, width=3)
+                with engine.session(component) as ours, other.session(component) as theirs:
+                    got, expected = ours.run(inputs), theirs.run(inputs)
+                for name in expected:
+                    np.testing.assert_allclose(got[name], expected[name], atol=2e-5, err_msg=f"{component} {name} {batch}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [{}, {"guidance": 1.0}, {"scheduler": "flow_dpm_solver", "steps": 7}, {"steps": 1}])
+def test_pictures_agree_with_onnxruntime(engine: SanaEngine, bundle: Bundle, changes: dict) -> None:
+    with SanaEngine(bundle, backend="onnxruntime") as other:
+        for width, height in ((64, 64), (128, 32)):
+            ours = engine.generate("a red apple", seed=3, width=width, height=height, **changes)[0]
+            theirs = other.generate("a red apple", seed=3, width=width, height=height, **changes)[0]
+            assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+@pytest.mark.gpu
+def test_ten_runs_give_one_digest(engine: SanaEngine, bundle: Bundle) -> None:
+    digests = []
+    for neighbours in (["a dog"], [""], ["a red apple"], ["blue"]):
+        digests.append(sha(engine.generate(["a cat", *neighbours], seed=[5, 8], width=96)[0]))
+        engine.generate("blue", steps=3, width=128, height=32)
+        digests.append(sha(engine.generate([*neighbours, "a cat"], seed=[1, 5], width=96)[1]))
+    with SanaEngine(bundle) as other:
+        digests += [sha(other.generate(["a cat", "a house"], seed=5, width=96)[0]) for _ in range(2)]
+    assert len(digests) == 10
+    assert len(set(digests)) == 1
+
+
+@pytest.mark.gpu
+def test_replay_and_cancel(engine: SanaEngine) -> None:
+    from runtime.image import INFO_KEY
+    from runtime.picture_info import parse_picture_info
+
+    def cancel(step: int, *_: object) -> None:
+        raise KeyboardInterrupt
+
+    for picture in engine.generate(["a cat", "a dog", "a house", "", "blue"], seed=7):
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate("a dog", on_step=cancel)
+        info = parse_picture_info(picture.info[INFO_KEY], source="test")
+        assert engine.replay(info).tobytes() == picture.tobytes()
+    assert all(seconds > 0 for timings in engine.last_timings for seconds in (*timings.steps_s, timings.decode_s))
+
+
+def test_engines_of_a_fake_bundle_build_without_a_gpu(tmp_path: Path) -> None:
+    bundle = build(tmp_path / "bundle", Target.SM89)
+    assert all(bundle.require_engine(component, "sm89").stat().st_size > 1000 for component in COMPONENTS)
