@@ -101,8 +101,8 @@ class Checkpoint:
     def digest(self) -> str:
         """sha256 of everything that decides what the model computes: weights, configs, tokenizer, schedule, prompt template.
 
-        Names of folders, the format of the weights' files and other files do not count, but two files with the same tensors in
-        another order have two digests: bytes are compared, not tensors.
+        Names of folders and other files do not count. Weights count as bytes: the same tensors in another order or format have
+        another digest.
         """
         tokenizer = self.folder / "tokenizer" / "tokenizer.json"
         content = {

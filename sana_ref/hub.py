@@ -18,7 +18,7 @@ WEIGHTS = {
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }  # component to the stem of its files' names
-ALWAYS = ("model_index.json", "tokenizer/tokenizer.json", "README.md")
+ALWAYS = ("model_index.json", "tokenizer/tokenizer.json", "README.md", "LICENSE", "LICENCE", "NOTICE")
 
 
 def snapshot(repository: str, *, revision: str | None, variant: str | None, cache_dir: Path | None) -> Path:

@@ -27,7 +27,7 @@ from tiny_checkpoint import (
 
 from engines.errors import CheckpointError
 from sana_ref import hub
-from sana_ref.checkpoint import load
+from sana_ref.checkpoint import COMPONENTS, load
 from sana_ref.instruction import COMPLEX_HUMAN_INSTRUCTION
 from sana_ref.scheduler_config import Sampler
 
@@ -163,6 +163,13 @@ def test_digest_changes_with_content_and_nothing_else(folder, tmp_path):
     save_file(tensors, folder / "vae" / WEIGHTS)
     changed.append(load(folder).digest)
     assert len({digest, *changed}) == 4
+
+
+def test_digest_of_one_network(folder):
+    before = {name: load(folder).component_digest(name) for name in COMPONENTS}
+    edit(folder / "vae" / "config.json", scaling_factor=0.5)
+    after = {name: load(folder).component_digest(name) for name in COMPONENTS}
+    assert [name for name in COMPONENTS if before[name] != after[name]] == ["vae"]
 
 
 # Damage. Each message says what was got, what was expected, and what to do.
@@ -403,6 +410,7 @@ def test_incomplete_cache(cache):
 
 FILES = [
     ".gitattributes",
+    "LICENSE",
     "README.md",
     "model_index.json",
     "asset/picture.png",
