@@ -1,0 +1,151 @@
+"""`sana inspect BUNDLE`: what is inside, on which GPUs it runs, and how far its numbers are from the reference's."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apps.cli.output import add_row, make_console, make_table, printable
+from engines.disk import human_bytes
+
+if TYPE_CHECKING:
+    from engines.bundle import Bundle
+    from engines.parity_report import ErrorStats, ParityReport
+
+__all__ = ["DESCRIPTION", "GPUS", "HELP", "NAME", "add_arguments", "read_report", "run"]
+
+NAME = "inspect"
+HELP = "say what is in a bundle"
+DESCRIPTION = "Say what is in a bundle. Digests are not compared: that is `sana verify`."
+
+GPUS = {  # the GPUs that people know an architecture by
+    "sm80": "A100, A30",
+    "sm86": "RTX 30, A10, A40",
+    "sm89": "RTX 40, L4, L40S",
+    "sm90": "H100, H200",
+    "sm100": "B200",
+    "sm120": "RTX 50, RTX PRO 6000",
+    "sm121": "GB10",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, help="the folder of a bundle")
+    parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+
+
+def read_report(bundle: Bundle) -> ParityReport | None:
+    """parity.json of the bundle; None if it has none. Raises ManifestError."""
+    from engines.parity_report import parse_report
+    from engines.strict import read_bounded
+
+    if "parity.json" not in bundle.manifest.files:
+        return None
+    path = bundle.file("parity.json")
+    return parse_report(read_bounded(path), source=str(path))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from engines.bundle import Bundle
+
+    bundle = Bundle.open(arguments.bundle, verify=False)
+    report = read_report(bundle)
+    if arguments.json:
+        print(json.dumps(_as_json(bundle, report), indent=1))
+    else:
+        _show(bundle, report)
+    return 0
+
+
+def _as_json(bundle: Bundle, report: ParityReport | None) -> dict[str, Any]:
+    return {
+        "path": str(bundle.path),
+        "digest": bundle.digest,
+        "size": sum(entry.size for entry in bundle.manifest.files.values()),
+        "manifest": bundle.manifest.model_dump(mode="json"),
+        "parity": None if report is None else report.model_dump(mode="json"),
+    }
+
+
+def _show(bundle: Bundle, report: ParityReport | None) -> None:
+    console = make_console()
+    overview = make_table(str(bundle.path), "", "")
+    overview.show_header = False
+    for key, value in _overview(bundle):
+        add_row(overview, key, value)
+    console.print(overview)
+    components = make_table("Components", "component", "precision", "graph", "weights", "engines", "plugins")
+    for component in bundle.manifest.components:
+        plugins = bundle.manifest.plugins[component]
+        add_row(
+            components,
+            component,
+            bundle.manifest.precision[component],
+            *(human_bytes(_size(bundle, component, role)) for role in ("graph", "weights", "engine")),
+            ", ".join(f"{count} x {op}" for op, count in plugins.items()) or "none",
+        )
+    console.print(components)
+    if report is None:
+        print("No parity.json: nobody has compared this bundle with the reference.")
+    else:
+        _show_parity(report)
+
+
+def _overview(bundle: Bundle) -> list[tuple[str, str]]:
+    m = bundle.manifest
+    tensorrt = m.tensorrt and f"{'TensorRT for RTX' if m.tensorrt.flavor == 'rtx' else 'TensorRT'} {m.tensorrt.version}"
+    gpus = "; ".join(f"{target} ({GPUS.get(target, '')})" for target in m.targets)
+    instruction = m.prompt.complex_human_instruction
+    first_line = instruction.splitlines()[0] if instruction else "none"
+    return [
+        ("model", f"{m.model} (variant {m.variant})"),
+        ("bundle digest", bundle.digest),
+        ("model digest", m.model_digest),
+        ("size", f"{human_bytes(sum(entry.size for entry in m.files.values()))} in {len(m.files)} files"),
+        ("runs on", f"{gpus}; any CPU by ONNX Runtime" if gpus else "any CPU by ONNX Runtime; no engines for GPUs"),
+        ("TensorRT", str(tensorrt or "none")),
+        ("side", f"{m.ranges.min_side} to {m.ranges.max_side} px, {m.ranges.opt_side} unless asked"),
+        ("batch", f"up to {m.ranges.max_batch}"),
+        (
+            "schedule",
+            f"{m.schedule.scheduler}, {m.schedule.num_inference_steps} steps, guidance {m.schedule.guidance_scale:g}"
+            f"{' (embedded)' if m.guidance_embeds else ''}"
+            + ("" if m.schedule.scheduler == "scm" else f", shift {m.schedule.flow_shift:g}"),
+        ),
+        ("prompt", f"up to {m.prompt.max_sequence_length} tokens; instruction: {first_line}"),
+        (
+            "latents",
+            f"{m.latents.channels} channels, 1 cell is {m.latents.px_per_latent} px a side, scaled by {m.latents.scaling_factor:g}",
+        ),
+        ("licence", m.licence.splitlines()[0] if m.licence else "not said"),
+    ]
+
+
+def _size(bundle: Bundle, component: str, role: str) -> int:
+    files = bundle.manifest.files.items()
+    return sum(entry.size for name, entry in files if entry.role == role and name.startswith(f"{component}/"))
+
+
+def _show_parity(report: ParityReport) -> None:
+    console = make_console()
+    table = make_table(
+        f"Errors against {report.reference}, relative to its root mean square: rms / max / mean",
+        *("component", "output", "precision", "PyTorch", "ONNX Runtime", "TensorRT", "bound (rms / max)"),
+        numbers_from=3,
+    )
+    for component, parity in report.components.items():
+        for output, errors in parity.outputs.items():
+            add_row(
+                table,
+                *(component, output, parity.precision),
+                *(_stats(stats) for stats in (errors.pytorch, errors.onnxruntime, errors.tensorrt)),
+                f"{errors.bound.rms:.2e} / {errors.bound.max:.2e}",
+            )
+    console.print(table)
+    print(f"Measured on {printable(report.machine)}. The mean error may be a quarter of the rms error at most.")
+
+
+def _stats(stats: ErrorStats | None) -> str:
+    return "not measured" if stats is None else f"{stats.rms:.2e} / {stats.max:.2e} / {stats.mean:+.1e}"
