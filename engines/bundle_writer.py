@@ -71,7 +71,12 @@ class BundleWriter:
         (self.path / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         bundle = Bundle.open(self.path, verify=False)  # never swap in what a reader would refuse
         fsync_tree(self.path)
-        replace_folder(self.path, self.out)
+        try:
+            replace_folder(self.path, self.out)
+        except OSError as error:  # a mount point; a folder of an image's lower layer; somebody else's
+            raise BundleError(
+                f"{self.out}: cannot be replaced ({error.strerror}). Remove it first, or choose another --out; nothing was changed."
+            ) from error
         return replace(bundle, path=self.out)
 
 

@@ -24,8 +24,10 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_bounded(path: Path, *, limit: int = MAX_JSON_BYTES) -> bytes:
-    """The bytes of a small file. Raises MissingFileError, or ManifestError when it is larger than `limit` bytes."""
+    """The bytes of a small file. Raises MissingFileError, or ManifestError for a special file and for more than `limit` bytes."""
     try:
+        if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+            raise ManifestError(f"{path}: got a folder or a special file; expected a regular file. Copy the bundle again.")
         with open(path, "rb") as file:
             data = file.read(limit + 1)
     except FileNotFoundError:

@@ -1,6 +1,7 @@
 """Each way in which a bundle can be wrong has its own error, which says what was got, what was expected, and what to do."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,12 @@ def test_no_bundle_at_all(tmp_path):
     with pytest.raises(MissingFileError, match="got a file; expected the folder"):
         Bundle.open(__file__)
     with pytest.raises(MissingFileError, match=r"manifest\.json: no such file"):
+        Bundle.open(tmp_path)
+
+
+def test_a_manifest_that_would_block_its_reader(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(ManifestError, match="special file; expected a regular file"):
         Bundle.open(tmp_path)
 
 

@@ -232,6 +232,19 @@ def test_full_disk(tmp_path, contents, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_a_folder_that_cannot_be_replaced(tmp_path, contents, monkeypatch):
+    old = write(contents / "old", tmp_path / "bundle").digest
+
+    def cross_device(*_):
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+
+    monkeypatch.setattr(atomic, "_exchange", cross_device)  # as overlayfs answers for a folder of a lower layer
+    with pytest.raises(BundleError, match=r"cannot be replaced \(.*cross-device.*\)\. Remove it first, or choose another --out"):
+        write(contents / "new", tmp_path / "bundle")
+    assert Bundle.open(tmp_path / "bundle").digest == old
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
 def test_a_file_system_without_locks_is_named(tmp_path, contents, monkeypatch):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -305,7 +305,10 @@ class Runner:
     """An engine over torch tensors: outputs start as NaN."""
 
     def __init__(self, engine):
-        self.engine, self.context = engine, engine.create_execution_context()
+        trt, config = tensorrt.load(), engine.create_runtime_config()
+        # Else TensorRT for RTX runs a general kernel until a thread has compiled the special one, and the bits depend on when.
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        self.engine, self.context = engine, engine.create_execution_context(config)
         assert self.context is not None, [str(failure) for failure in shell.failures]
         self.stream = torch.cuda.Stream()
 
