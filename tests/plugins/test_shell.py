@@ -4,12 +4,15 @@ import ctypes
 import hashlib
 import struct
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper
 
 from engines import tensorrt
+from engines.tensorrt_library import logger
 from plugins import shell
 from plugins.launch import Kernel, Launch, LaunchError, Output
 
@@ -235,6 +238,57 @@ def test_creator(trt):
 def test_creator_refuses(trt, fields, message):
     creator = shell._classes(trt)[1]("Example")
     raises(LaunchError, message, creator.create_plugin, "n", [field(trt, *item) for item in fields.items()], None)
+
+
+D0, D1 = ["dim", 0, 0], ["dim", 0, 1]
+SIZES = {  # of inputs (4, 9) and (5,)
+    "input": (D1, 9),
+    "another input": (["dim", 1, 0], 5),
+    "constant": (7, 7),
+    "add": (["add", D0, D1], 13),
+    "sub": (["sub", D1, D0], 5),
+    "mul": (["mul", D0, ["add", D1, 1]], 40),
+    "floordiv": (["floordiv", D1, D0], 2),
+    "ceildiv": (["ceildiv", D1, D0], 3),
+    "min": (["min", D1, D0], 4),
+    "max": (["max", D1, D0], 9),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("size", "value"), SIZES.values(), ids=SIZES)
+def test_an_op_that_no_code_knows(trt, size, value, dynamic):
+    """TensorRT parses and builds it, and its output's shape is the expression's value, of fixed dimensions and of free ones."""
+    op = "ExampleOfShapes"
+    shell.register(trt, [op])
+    launch = replace(LAUNCH, op=op, outputs=[Output(type="fp16", shape=[D0, size])])
+    half = TensorProto.FLOAT16
+    inputs = {"a": ["n", "m"] if dynamic else [4, 9], "b": ["k"] if dynamic else [5]}
+    node = helper.make_node(
+        op, list(inputs), ["c"], domain="sana", plugin_version="1", plugin_namespace="", launch=launch.to_json(), cubins=PAYLOAD
+    )
+    graph = helper.make_graph(
+        [node],
+        "example",
+        [helper.make_tensor_value_info(name, half, shape) for name, shape in inputs.items()],
+        [helper.make_tensor_value_info("c", half, [None, None])],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("sana", 1)]
+    builder = trt.Builder(logger())
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger())
+    assert parser.parse(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
+    expected = (4, value) if not dynamic else (-1, size if isinstance(size, int) else -1)
+    assert tuple(network.get_output(0).shape) == expected
+    config = builder.create_builder_config()
+    if dynamic:
+        profile = builder.create_optimization_profile()
+        profile.set_shape("a", (4, 9), (4, 9), (8, 18))
+        profile.set_shape("b", (5,), (5,), (10,))
+        config.add_optimization_profile(profile)
+    config.num_compute_capabilities = 1
+    assert config.set_compute_capability(trt.ComputeCapability.SM89, 0)
+    assert builder.build_serialized_network(network, config) is not None
 
 
 def test_register_twice_is_once(trt):
