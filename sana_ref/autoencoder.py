@@ -19,6 +19,8 @@ from sana_ref import ops
 from sana_ref.config import config_from_json, refuse_unless
 from sana_ref.layers import GLUMBConv, RMSNorm
 
+__all__ = ["AutoencoderDC", "AutoencoderDCConfig", "MultiscaleLinearAttention", "average_channels", "repeat_channels"]
+
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu}
 FACTOR = 2  # each change of resolution halves or doubles the sides

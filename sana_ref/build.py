@@ -12,6 +12,8 @@ from torch import nn
 from engines.errors import CheckpointError
 from sana_ref.tensors import TensorSource, load_tensor
 
+__all__ = ["build", "check_fit", "empty"]
+
 Model = TypeVar("Model", bound=nn.Module)
 
 

@@ -9,6 +9,16 @@ from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.config import refuse_unless
 from sana_ref.text_encoder import Gemma2Encoder
 
+__all__ = [
+    "DECODER_INPUTS",
+    "DECODER_OUTPUTS",
+    "TEXT_ENCODER_INPUTS",
+    "TEXT_ENCODER_OUTPUTS",
+    "DecoderForExport",
+    "TextEncoderForExport",
+    "select_tokens",
+]
+
 TEXT_ENCODER_INPUTS = ("input_ids", "attention_mask")
 TEXT_ENCODER_OUTPUTS = ("prompt_embeds",)
 DECODER_INPUTS = ("latents",)

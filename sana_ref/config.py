@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 from engines.errors import SpecError
 
+__all__ = ["config_from_json", "refuse_unless"]
+
 Config = TypeVar("Config")
 
 

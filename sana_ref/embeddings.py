@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+__all__ = ["CaptionProjection", "PatchEmbed", "TimeEmbed", "TimeGuidanceEmbed"]
+
 TIME_CHANNELS = 256  # width of the sinusoid that the time's MLP reads
 MAX_PERIOD = 10000
 

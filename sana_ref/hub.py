@@ -11,6 +11,8 @@ from pathlib import Path
 
 from engines.errors import CheckpointError
 
+__all__ = ["HUB_ID", "WEIGHTS", "snapshot", "wanted_files"]
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 JSON_FOLDERS = ("transformer", "vae", "text_encoder", "scheduler")
 WEIGHTS = {

@@ -4,6 +4,8 @@ It is part of the weights in all but name: another wording gives other pictures.
 model_index.json.
 """
 
+__all__ = ["COMPLEX_HUMAN_INSTRUCTION", "MAX_SEQUENCE_LENGTH"]
+
 COMPLEX_HUMAN_INSTRUCTION = (
     "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for image "
     "generation. Evaluate the level of detail in the user prompt:",

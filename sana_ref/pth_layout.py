@@ -18,6 +18,8 @@ from torch import Tensor
 from engines.errors import CheckpointError
 from sana_ref.tensors import Part
 
+__all__ = ["PthSource", "plan_conversion"]
+
 DROPPED = re.compile(r"(y_embedder\.y_embedding|pos_embed|logvar_linear\..*)")  # null text, recomputed positions, a training head
 
 # Original stem to our stem, outside the blocks; "{time}" is "time_embed." with ".emb" where guidance is not embedded.

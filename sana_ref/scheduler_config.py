@@ -9,6 +9,8 @@ from typing import Any
 from engines.errors import CheckpointError
 from runtime.schedule import SchedulerName
 
+__all__ = ["Sampler", "read_sampler"]
+
 # Class to our name, the key of its shift, and what else must be so: key to (required value, value that the class takes by default).
 SUPPORTED: dict[str, tuple[SchedulerName, str | None, dict[str, tuple[Any, Any]]]] = {
     "FlowMatchEulerDiscreteScheduler": (

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from sana_ref.config import refuse_unless
 from sana_ref.transformer import SanaTransformer2DModel
 
+__all__ = ["GUIDANCE_INPUTS", "INPUTS", "OUTPUTS", "DenoiserStep", "guidance_weights"]
+
 INPUTS = ("latents", "previous", "coefficients", "guidance_weights", "prompt_embeds", "prompt_mask")
 GUIDANCE_INPUTS = ("guidance_scale", "noise")  # further inputs of models with guidance_embeds (Sprint)
 OUTPUTS = ("next_latents", "prediction")

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from engines.errors import CheckpointError
 
+__all__ = ["Part", "RenamedSource", "SafetensorsSource", "TensorSource", "find_weights", "load_tensor", "read_header", "read_json"]
+
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from sana_ref.config import config_from_json, refuse_unless
 
+__all__ = ["Gemma2Config", "Gemma2Encoder"]
+
 BLOCKED = torch.finfo(torch.float32).min  # added to the scores of keys that a query may not see
 # What config.json may say about the mathematics and only in this way.
 FIXED = {

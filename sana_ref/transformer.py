@@ -20,6 +20,8 @@ from sana_ref.config import config_from_json, refuse_unless
 from sana_ref.embeddings import CaptionProjection, PatchEmbed, TimeEmbed, TimeGuidanceEmbed
 from sana_ref.layers import GLUMBConv, RMSNorm
 
+__all__ = ["SanaTransformer2DModel", "SanaTransformerConfig"]
+
 MASKED = -10000.0  # added to the scores of padding; fits fp16, and exp of it is 0 in every type
 FP16_MAX = 65504.0
 QK_NORMS = (None, "rms_norm_across_heads")
