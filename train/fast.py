@@ -21,6 +21,7 @@ from sana_ref.transformer import SanaTransformer2DModel
 
 OPTIONS = ("eager", "truth", "compiled", "shifted")
 _OP = ops.relu_linear_attention
+_op_works = True  # until `forbid_op`
 
 
 def depthwise_shifted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -45,7 +46,14 @@ def _one_hot_forward(self: nn.Embedding, ids: Tensor) -> Tensor:
 
 def use_attention(*, truth: bool) -> None:
     """Let the models call plain PyTorch instead of the op `sana::relu_linear_attention`, or the op again. For the whole process."""
-    ops.relu_linear_attention = ops.relu_linear_attention_truth if truth else _OP
+    ops.relu_linear_attention = ops.relu_linear_attention_truth if truth or not _op_works else _OP
+
+
+def forbid_op() -> None:
+    """The op's kernel was found not to work on this machine: plain PyTorch from now on, whatever is asked for."""
+    global _op_works
+    _op_works = False
+    use_attention(truth=True)
 
 
 def one_hot_embedding(text_encoder: Gemma2Encoder) -> None:

@@ -90,9 +90,13 @@ def configure_gpu() -> None:
     torch.set_float32_matmul_precision("high")
 
 
-def capture(step: Callable[[], None], log: Log, name: str) -> Callable[[], None]:
-    """The step as a CUDA graph, or as it is without a GPU. If the capture fails the step runs eagerly, and the log says so."""
-    if not torch.cuda.is_available():
+class CaptureError(RuntimeError):
+    """A step could not be captured. What the CUDA context is good for afterwards is unknown: begin again in a new process."""
+
+
+def capture(step: Callable[[], None], log: Log, name: str, *, graphs: bool = True) -> Callable[[], None]:
+    """The step as a CUDA graph; as it is without a GPU, or with graphs=False. Raises CaptureError."""
+    if not (graphs and torch.cuda.is_available()):
         return step
     began = time.monotonic()
     stream = torch.cuda.Stream()
@@ -110,9 +114,9 @@ def capture(step: Callable[[], None], log: Log, name: str) -> Callable[[], None]
         with torch.cuda.graph(graph, pool=_POOL[0]):
             step()
     except RuntimeError as error:
-        log(f"{name}: NOT captured, running eagerly: {str(error).splitlines()[0]}")
-        torch.cuda.synchronize()
-        return step
+        raise CaptureError(
+            f"{name}: got {str(error).splitlines()[0]!r}; expected a captured graph. Run with --no-graphs"
+        ) from error
     log(f"{name}: captured in {time.monotonic() - began:.1f} s, {torch.cuda.memory_reserved() / 2**30:.1f} GiB reserved")
     return graph.replay
 

@@ -20,6 +20,7 @@ BUCKETS: dict[str, tuple[int, int]] = {
     "320x320": (320, 320),
 }  # w, h
 BUCKET_WEIGHTS = {"256x256": 0.7, "320x192": 0.1, "192x320": 0.1, "320x320": 0.1}
+AE_BUCKETS = {"256x256": 0.75, "320x192": 0.25}  # convolutions need no more: the attention meets two numbers of tokens
 FLOW_SHIFT = 2.0  # 64 tokens: less than the 3.0 of 1024 tokens, since a smaller latent is drowned by less noise
 
 VAE: dict[str, Any] = {

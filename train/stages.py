@@ -17,8 +17,9 @@ from train.caption_cache import training_scenes
 from train.captions import ABOVE_BELOW, COLOUR_NAMES, KIND_NAMES, LEFT_RIGHT, SINGLE, THREE
 from train.evaluate import PLACES, cut, evaluate, grid
 from train.flat import AdamWConfig, FlatParameters
-from train.loop import Schedule, Trainer, capture
+from train.loop import CaptureError, Schedule, Trainer, capture
 from train.models import (
+    AE_BUCKETS,
     BUCKET_WEIGHTS,
     BUCKETS,
     make_text_encoder,
@@ -40,13 +41,14 @@ def ae(run: Run) -> None:
     run.log(f"ae: {num_parameters(model) / 1e6:.2f} M parameters")
     flat = FlatParameters({"vae": model}, AdamWConfig(betas=(0.9, 0.98)), device=run.device, dtype=run.dtype, channels_last=True)
     fast_norm_install(run, model)
-    source = vae.SceneSource.of(run.sprites.rgba, BUCKETS, num=run.sizes.ae_scenes, seed=SEEDS["ae"])
+    sizes = {bucket: BUCKETS[bucket] for bucket in AE_BUCKETS}
+    source = vae.SceneSource.of(run.sprites.rgba, sizes, num=run.sizes.ae_scenes, seed=SEEDS["ae"])
     stats = torch.zeros(5, device=run.device)
     trainer = Trainer(
         name="ae",
         flat=flat,
         steps={},
-        weights=BUCKET_WEIGHTS,
+        weights=AE_BUCKETS,
         schedule=Schedule(peak=1e-3, decay=0.4),
         budget=run.budget(run.args.ae_seconds),
         log=run.log,
@@ -59,8 +61,10 @@ def ae(run: Run) -> None:
     )
     trainer.resume()
     trainer.steps = {
-        bucket: capture(vae.make_step(model, flat, source, bucket, run.sizes.ae_batch, stats), run.log, f"ae {bucket}")
-        for bucket in BUCKETS
+        bucket: capture(
+            vae.make_step(model, flat, source, bucket, run.sizes.ae_batch, stats), run.log, f"ae {bucket}", graphs=run.graphs
+        )
+        for bucket in sizes
     }
     finished = trainer.run(deadline=run.end - SECONDS_TO_WRITE)
     if not finished:
@@ -167,7 +171,7 @@ def text(run: Run) -> None:
         log_seconds=5.0,
     )
     step = dit.make_text_step(encoder, heads, flat, run.caches["256x256"], prefix=run.prefix, batch=run.sizes.batch, stats=stats)
-    trainer.steps = {"256x256": capture(step, run.log, "text")}
+    trainer.steps = {"256x256": capture(step, run.log, "text", graphs=run.graphs)}
     if trainer.run(deadline=run.end - SECONDS_TO_WRITE):
         run.save_weights("text_start", flat.state_dict("text_encoder"))
 
@@ -218,12 +222,15 @@ def train_dit(run: Run) -> None:
                 dit.make_step(transformer, encoder, flat, cache, prefix=run.prefix, batch=run.sizes.batch, stats=stats),
                 run.log,
                 f"dit {bucket}",
+                graphs=run.graphs,
             )
             for bucket, cache in run.caches.items()
         }
 
     try:
         trainer.steps = captured(option)
+    except CaptureError:
+        raise
     except Exception as error:  # whatever a compiler raises: training goes on without it
         if option in ("eager", "truth"):
             raise
@@ -270,7 +277,7 @@ def train_recogniser(run: Run) -> None:
     trainer = Trainer(
         name="recogniser",
         flat=flat,
-        steps={"all": capture(step, run.log, "recogniser")},
+        steps={"all": capture(step, run.log, "recogniser", graphs=run.graphs)},
         weights={"all": 1.0},
         schedule=Schedule(peak=2e-3, decay=0.6),
         budget=run.budget(run.args.recogniser_seconds),

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +21,12 @@ from pathlib import Path
 import torch
 
 from train.handover import deliver
-from train.loop import Log, Stop, configure_gpu
+from train.loop import CaptureError, Log, Stop, configure_gpu
 from train.models import MINUSCULE, TINY
 from train.run import Run
 from train.stages import STAGES
+
+STARTED = "SANA_TINY_STARTED"  # environment: when the first process of this invocation began, on the monotonic clock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval-seconds", type=float, default=40.0, help="reserved for evaluation and writing")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the transformer")
     parser.add_argument("--option", default="", help="how to run the transformer's step (train.fast); default: measured")
+    parser.add_argument("--no-graphs", action="store_true", help="run steps kernel by kernel, without CUDA graphs")
     parser.add_argument(
         "--steps", type=int, default=None, help="steps of each training stage instead of seconds (exactly repeatable)"
     )
@@ -72,7 +77,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None, *, stop: Stop | None = None) -> int:
     args = parse(argv)
-    log = Log()
+    log = Log(start=float(os.environ.get(STARTED, time.monotonic())))
     if stop is None:
         stop = Stop()
         stop.install()
@@ -97,6 +102,11 @@ def main(argv: list[str] | None = None, *, stop: Stop | None = None) -> int:
                 log(f"stopping before {stage}")
                 break
             STAGES[stage](run)
+    except CaptureError as error:
+        log(f"{error}; beginning again so")
+        run.stop_helpers()
+        os.environ[STARTED] = str(log.start)  # the time limit still counts from the first start
+        os.execv(sys.executable, [sys.executable, "-m", "train.tiny", *(sys.argv[1:] if argv is None else argv), "--no-graphs"])
     finally:
         run.stop_helpers()
         deliver(run)
