@@ -4,6 +4,7 @@ Two cases a component. Together they cover both numbers of texts (with guidance 
 size and one that is not square. Sizes are the smallest that the engine serves: errors do not grow with the picture, time does.
 """
 
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from engines.spec import PX_PER_LATENT, ShapeRange
 from runtime.noise import normal_batch
-from runtime.prompt import PromptTokenizer
+from runtime.prompt import PromptCutWarning, PromptTokenizer
 from runtime.schedule import Schedule
 
 __all__ = ["Arrays", "decoder_cases", "denoiser_cases", "text_cases"]
@@ -30,7 +31,9 @@ def text_cases(tokenizer: PromptTokenizer, max_batch: int) -> tuple[dict[str, Ar
     inputs: dict[str, Arrays] = {}
     masks = {}
     for case, prompts, negative in (("prompt", PROMPTS, False), ("negative", NEGATIVE_PROMPTS, True)):
-        tokens = tokenizer.encode(prompts[:batch], negative=negative)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PromptCutWarning)  # of a model that reads a few tokens; what is left is still a prompt
+            tokens = tokenizer.encode(prompts[:batch], negative=negative)
         inputs[case] = {"input_ids": tokens.ids, "attention_mask": tokens.mask}
         masks[case] = tokens.selected_mask
     return inputs, masks

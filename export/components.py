@@ -5,7 +5,7 @@ Everything that a graph is held to is computed here from the configs, apart from
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange
 from export.onnx_export import Axis, ExportSpec, TensorSpec
 from plugins import relu_linear_attention
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, MultiscaleLinearAttention
+from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import (
     DECODER_INPUTS,
     DECODER_OUTPUTS,
@@ -38,7 +39,7 @@ class Component:
     """One graph. `module` is on the meta device, at the component's precision."""
 
     name: ComponentName
-    folder: str  # of the checkpoint: text_encoder, transformer, vae
+    source: Literal["text_encoder", "transformer", "vae"]  # where in the checkpoint the weights are
     prefix: str  # of parameter names in the module
     checkpoint_prefix: str  # of the same names in the checkpoint's folder
     precision: Precision
@@ -63,7 +64,7 @@ def text_encoder(config: Gemma2Config, precision: Precision, max_sequence_length
     tokens = Axis(name="tokens", minimum=length, example=length + 7, maximum=1 << 16)
     return Component(
         name="text_encoder",
-        folder="text_encoder",
+        source="text_encoder",
         prefix="encoder.",
         checkpoint_prefix="",
         precision=precision,
@@ -93,7 +94,7 @@ def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_l
     }
     return Component(
         name="denoiser",
-        folder="transformer",
+        source="transformer",
         prefix="transformer.",
         checkpoint_prefix="",
         precision=precision,
@@ -114,7 +115,7 @@ def decoder(config: AutoencoderDCConfig, precision: Precision) -> Component:
     cells = config.px_per_latent
     return Component(
         name="decoder",
-        folder="vae",
+        source="vae",
         prefix="decoder.",
         checkpoint_prefix="decoder.",
         precision=precision,
@@ -145,7 +146,7 @@ def profiles(component: Component, ranges: ShapeRange, *, instructed_tokens: int
     return {t.name: (t.shape(smallest), t.shape(common), t.shape(largest)) for t in component.spec.inputs}
 
 
-def components(checkpoint: Any, precisions: Mapping[ComponentName, Precision]) -> dict[ComponentName, Component]:
+def components(checkpoint: Checkpoint, precisions: Mapping[ComponentName, Precision]) -> dict[ComponentName, Component]:
     """All three, in the order in which a picture passes through them, without weights."""
     length = checkpoint.prompt.max_sequence_length
     return {

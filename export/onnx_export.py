@@ -20,6 +20,7 @@ import torch
 from onnxscript import optimizer
 
 from engines.errors import BuildError
+from export.scalars import keep_scalars_exact
 from export.translation import OPSET, SANA_DOMAIN, translation_table
 from plugins import relu_linear_attention
 
@@ -128,6 +129,7 @@ def _simplify(model: ir.Model, parameters: set[str]) -> None:
         del graph.initializers[name]
         value.const_value = None
         graph.inputs.append(value)
+    keep_scalars_exact(model)
     optimizer.optimize_ir(model)
     for name, value in hidden.items():
         graph.inputs.remove(value)

@@ -1,23 +1,26 @@
 """The parity check: what a bundle computes against the reference, held to twice PyTorch's own error at the same precision.
 
-ONNX Runtime runs the portable graph on any machine. TensorRT runs the engine where a GPU of its architecture is. Each case of each
-output has its own bound; the report keeps the worst case of each number.
+ONNX Runtime runs the portable graph on any machine. TensorRT runs the engine where a GPU of its architecture is. The report keeps
+the worst case of each number.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.errors import ParityError
 from engines.golden import Golden
-from engines.parity_report import ComponentParity, ErrorStats, OutputParity, bound_from, check, measure
+from engines.parity_report import ComponentParity, ErrorStats, OutputParity, bound_from, check, measure, portable_bound_from
 from engines.spec import ComponentName, Precision
-from export.reference import CaseStats, PyTorchErrors
+from export.reference import PyTorchErrors
 
-__all__ = ["component_parity", "measured", "run_onnxruntime"]
+__all__ = ["bounds", "measured", "run_onnxruntime", "run_tensorrt", "summary"]
 
+Backend = Literal["onnxruntime", "tensorrt"]
+BACKENDS: dict[Backend, str] = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
 Outputs = Mapping[str, Mapping[str, NDArray[np.generic]]]  # case: output: array
 
 
@@ -38,46 +41,87 @@ def run_onnxruntime(graph: Path, golden: Mapping[str, Golden], *, frugal: bool) 
     return {case: dict(zip(names, session.run(names, example.inputs), strict=True)) for case, example in golden.items()}
 
 
+def bounds(precision: Precision, pytorch: PyTorchErrors) -> dict[str, OutputParity]:
+    """Each output's bounds, with nothing measured against them yet. A bound holds for every case: PyTorch's worst decides."""
+    found = {}
+    for name in next(iter(pytorch.own.values())):
+        own = worst(case[name] for case in pytorch.own.values())
+        fp32 = None if pytorch.fp32 is None else worst(case[name] for case in pytorch.fp32.values())
+        found[name] = OutputParity(
+            pytorch=own,
+            bound=bound_from(own),
+            pytorch_fp32=fp32,
+            portable_bound=None if fp32 is None else portable_bound_from(own, fp32),
+        )
+    return found
+
+
 def measured(
-    component: ComponentName, backend: str, got: Outputs, golden: Mapping[str, Golden], pytorch: PyTorchErrors
-) -> CaseStats:
-    """The error of every case and output. Raises ParityError, naming each number that is past its bound."""
-    stats: CaseStats = {}
+    component: ComponentName,
+    backend: Backend,
+    got: Outputs,
+    golden: Mapping[str, Golden],
+    parity: Mapping[str, OutputParity],
+) -> dict[str, ErrorStats]:
+    """The error of every output, the worst of its cases. Raises ParityError, naming each number that is past its bound."""
+    stats: dict[str, list[ErrorStats]] = {name: [] for name in parity}
     wrong: list[str] = []
     for case, example in golden.items():
-        stats[case] = {}
         for name, exact in example.outputs.items():
+            where = f"{component}, {name} ({BACKENDS[backend]}, case {case!r})"
             try:
                 error = measure(got[case][name], exact)
             except ParityError as unusable:
-                raise ParityError(f"{component}, {name} ({backend}, case {case!r}): {unusable}") from None
-            stats[case][name] = error
-            bound = bound_from(pytorch.cases[case][name])
-            wrong += [f"  {component}, {name} ({backend}, case {case!r}): {sentence}" for sentence in check(error, bound)]
+                raise ParityError(f"{where}: {unusable} No bundle was written.") from None
+            stats[name].append(error)
+            wrong += [f"{where}: {sentence}" for sentence in check(error, parity[name].bound_of(backend))]
     if wrong:
         raise ParityError(
-            f"{component}: {backend} differs from the PyTorch reference by more than the bound.\n" + "\n".join(wrong) + "\n"
-            "The graph or its kernels compute something else than the model: no bundle was written."
+            "\n".join(wrong) + f"\n{BACKENDS[backend]} computes something else than the model, so no bundle was written. "
+            "The graph, a kernel or the stored weights are wrong: look at what changed since parity last held."
         )
-    return stats
+    return {name: worst(errors) for name, errors in stats.items()}
 
 
-def _worst(stats: Iterable[ErrorStats]) -> ErrorStats:
+def run_tensorrt(engine: Path, golden: Mapping[str, Golden]) -> dict[str, dict[str, NDArray[np.generic]]]:
+    """Run the engine's cases on the GPU that is here."""
+    from engines import tensorrt, tensorrt_library
+    from plugins import shell
+    from runtime.cuda import Cuda
+    from runtime.trt_session import Arena, TensorRT, TensorRTSession
+
+    library = TensorRT(
+        module=tensorrt.load(),
+        load=lambda path: tensorrt.deserialize(path, register_plugins=shell.register),
+        why=tensorrt_library.why,
+    )
+    cuda = Cuda()
+    cuda.make_current()
+    arena = Arena(cuda)
+    session = TensorRTSession(engine, tensorrt=library, cuda=cuda, arena=arena)
+    try:
+        return {case: dict(session.run(example.inputs)) for case, example in golden.items()}
+    finally:
+        session.close()
+        arena.close()
+        cuda.close()
+
+
+def summary(component: ComponentName, parity: ComponentParity) -> str:
+    """One line for people: how much of the bound each output uses, and the errors behind it."""
+    parts = []
+    for name, output in parity.outputs.items():
+        errors: tuple[tuple[Backend, ErrorStats | None], ...] = (("onnxruntime", output.onnxruntime), ("tensorrt", output.tensorrt))
+        for backend, error in errors:
+            if error is not None:
+                bound = output.bound_of(backend)
+                share = max(error.rms / bound.rms, error.max / bound.max)
+                own = f"PyTorch {parity.precision} {output.pytorch.rms:.1e}"
+                parts.append(f"{name} {BACKENDS[backend]} rms {error.rms:.1e} ({own}), {share:.0%} of the bound")
+    return f"  {component}: " + "; ".join(parts)
+
+
+def worst(stats: Iterable[ErrorStats]) -> ErrorStats:
+    """Of each number the largest."""
     each = list(stats)
     return ErrorStats(rms=max(s.rms for s in each), max=max(s.max for s in each), mean=max((s.mean for s in each), key=abs))
-
-
-def component_parity(
-    precision: Precision, pytorch: PyTorchErrors, onnxruntime: CaseStats, tensorrt: CaseStats | None
-) -> ComponentParity:
-    """The report of one component: for each number the worst of its cases."""
-    outputs = {}
-    for name in next(iter(pytorch.cases.values())):
-        own = _worst(case[name] for case in pytorch.cases.values())
-        outputs[name] = OutputParity(
-            pytorch=own,
-            onnxruntime=_worst(case[name] for case in onnxruntime.values()),
-            tensorrt=None if tensorrt is None else _worst(case[name] for case in tensorrt.values()),
-            bound=bound_from(own),
-        )
-    return ComponentParity(precision=precision, outputs=outputs)

@@ -53,7 +53,7 @@ class Stage:
 
     def line(self) -> str:
         work = "unchanged, nothing done" if self.cached else f"{self.seconds:7.1f} s  peak {self.peak_bytes / 1e9:5.2f} GB"
-        return f"{self.name:<28}{work}{'  ' if self.notes else ''}{', '.join(self.notes)}"
+        return f"{self.name:<40}{work}{'  ' if self.notes else ''}{', '.join(self.notes)}"
 
 
 class Progress:
@@ -79,7 +79,7 @@ class Progress:
             else:
                 yield stage
         except BaseException:
-            self.say(f"{name:<28}failed after {time.perf_counter() - begin:.1f} s")
+            self.say(f"{name:<40}failed after {time.perf_counter() - begin:.1f} s")
             raise
         stage.seconds = time.perf_counter() - begin
         stage.peak_bytes = peak_memory_bytes()

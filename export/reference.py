@@ -1,6 +1,13 @@
-"""What the numbers should be: the PyTorch model in a wider type, and how far PyTorch itself is off at the component's precision."""
+"""What the numbers should be: the PyTorch model in a wider type, and how far PyTorch itself is off at the component's precision.
 
+All runs share one copy of the weights, as the bundle stores them. The reference is fp64 where a component is fp32 itself, and for
+small ones, where it costs nothing; PyTorch's error in fp32 can then be seen, which the portable graph is held to. For large ones
+the reference is fp32.
+"""
+
+import copy
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -13,69 +20,70 @@ from engines.parity_report import ErrorStats, measure
 from engines.spec import Precision
 from export.cases import Arrays
 from export.components import TORCH_DTYPES, Component
-from export.wide import Float64Mode
+from export.wide import Wide
 
-__all__ = ["PyTorchErrors", "loaded", "pytorch_errors", "reference_outputs", "run_module"]
+__all__ = ["CaseStats", "PyTorchErrors", "loaded", "make_reference", "reference_dtype", "run_module"]
+
+SMALL_BYTES = 128 << 20  # of weights, up to which the reference is fp64
 
 CaseStats = dict[str, dict[str, ErrorStats]]  # case: output: its error
 
 
 class PyTorchErrors(BaseModel):
-    """PyTorch at the component's precision against the reference, by case and output."""
+    """PyTorch against the reference, by case and output. fp32: with the same weights; none if that is `own` or the reference."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    cases: CaseStats
+    own: CaseStats  # at the component's precision
+    fp32: CaseStats | None
 
 
 def loaded(module: nn.Module, load: Callable[[str], Tensor], dtype: torch.dtype) -> nn.Module:
-    """`module`, which is on the meta device, with its parameters read one by one and converted to `dtype`."""
-    state = {name: load(name).to(dtype) for name, _ in module.named_parameters()}
-    module.load_state_dict(state, strict=True, assign=True)
+    """A copy of `module`, which is on the meta device and stays there, with parameters read one by one, in `dtype`."""
+    module = copy.deepcopy(module)
+    module.load_state_dict({name: load(name).to(dtype) for name, _ in module.named_parameters()}, strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def run_module(
-    module: nn.Module, inputs: Arrays, names: tuple[str, ...], outputs: tuple[str, ...]
+    module: nn.Module, component: Component, inputs: Arrays, wide: torch.dtype | None = None
 ) -> dict[str, NDArray[np.generic]]:
-    """Run on CPU. `names`: the order of the arguments. Floating inputs take fp64 if the module's weights are."""
-    wide = next(module.parameters()).dtype == torch.float64
-    arguments = [torch.from_numpy(np.ascontiguousarray(inputs[name])) for name in names]
-    with torch.inference_mode():
-        if wide:
-            with Float64Mode():
-                results = module(*(a.double() if a.is_floating_point() else a for a in arguments))
-        else:
-            results = module(*arguments)
+    """The outputs on the CPU, by name. wide: compute in this type; None: as the module does."""
+    arguments = [torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in component.spec.inputs]
+    with torch.inference_mode(), nullcontext() if wide is None else Wide(wide):
+        results = module(*arguments)
     results = (results,) if isinstance(results, Tensor) else results
-    return {name: result.numpy() for name, result in zip(outputs, results, strict=True)}
+    return {t.name: result.numpy() for t, result in zip(component.spec.outputs, results, strict=True)}
 
 
-def _names(component: Component) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return tuple(t.name for t in component.spec.inputs), tuple(t.name for t in component.spec.outputs)
+def reference_dtype(component: Component) -> torch.dtype:
+    size = sum(p.numel() * p.element_size() for p in component.module.parameters())
+    return torch.float64 if component.precision is Precision.FP32 or size <= SMALL_BYTES else torch.float32
 
 
-def reference_outputs(
-    fp32: Component, precision: Precision, cases: Mapping[str, Arrays], load: Callable[[str], Tensor]
-) -> dict[str, Golden]:
-    """Run every case in fp32, or in fp64 where the build itself is fp32.
+def make_reference(
+    component: Component, cases: Mapping[str, Arrays], load: Callable[[str], Tensor]
+) -> tuple[dict[str, Golden], PyTorchErrors]:
+    """Run every case in the reference's type, at the component's precision, and in fp32 where that is a third.
 
-    fp32: the component made at fp32. precision: the build's. load: parameter name -> tensor as the checkpoint stores it.
-    """
-    module = loaded(fp32.module, load, torch.float64 if precision is Precision.FP32 else torch.float32)
-    return {case: Golden(inputs=dict(inputs), outputs=run_module(module, inputs, *_names(fp32))) for case, inputs in cases.items()}
-
-
-def pytorch_errors(component: Component, golden: Mapping[str, Golden], load: Callable[[str], Tensor]) -> PyTorchErrors:
-    """How far PyTorch is off at the component's precision: what the bounds are made of.
-
-    At least what storing the exact answer costs, since every boundary between components is fp32.
+    load: parameter name -> tensor as the checkpoint stores it.
     """
     module = loaded(component.module, load, TORCH_DTYPES[component.precision])
-    cases: CaseStats = {}
+    exact_dtype = reference_dtype(component)
+    golden = {case: Golden(inputs=dict(i), outputs=run_module(module, component, i, exact_dtype)) for case, i in cases.items()}
+    own = _errors(golden, lambda inputs: run_module(module, component, inputs))
+    fp32 = None
+    if component.precision is not Precision.FP32 and exact_dtype is torch.float64:
+        fp32 = _errors(golden, lambda inputs: run_module(module, component, inputs, torch.float32))
+    return golden, PyTorchErrors(own=own, fp32=fp32)
+
+
+def _errors(golden: Mapping[str, Golden], run: Callable[[Arrays], Mapping[str, NDArray[np.generic]]]) -> CaseStats:
+    """At least what storing the exact answer costs, since every boundary between components is fp32."""
+    stats: CaseStats = {}
     for case, example in golden.items():
-        got = run_module(module, example.inputs, *_names(component))
-        cases[case] = {}
+        got = run(example.inputs)
+        stats[case] = {}
         for name, exact in example.outputs.items():
             error, rounding = measure(got[name], exact), measure(exact.astype(np.float32), exact)
-            cases[case][name] = ErrorStats(rms=max(error.rms, rounding.rms), max=max(error.max, rounding.max), mean=error.mean)
-    return PyTorchErrors(cases=cases)
+            stats[case][name] = ErrorStats(rms=max(error.rms, rounding.rms), max=max(error.max, rounding.max), mean=error.mean)
+    return stats

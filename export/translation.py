@@ -61,8 +61,8 @@ def _scaled_dot_product_attention(
         )
     head_dim = query.shape[-1]
     factor = head_dim**-0.5 if scale is None else scale
-    constant: Any = op.Constant(value_float=factor)
-    scaled = op.Mul(query, op.CastLike(constant, query))
+    number: Any = op.Constant(value_float=factor)
+    scaled = op.Mul(query, op.Cast(number, to=query.dtype.value))  # exact in the end: export.scalars
     scores = op.MatMul(scaled, op.Transpose(key, perm=[0, 1, 3, 2]))
     if attn_mask is not None:
         scores = op.Add(scores, attn_mask)

@@ -4,6 +4,7 @@ Both graphs of a component, the typed and the portable one, refer to the same fi
 in memory while it is converted. Tensors lie sorted by name; those of a page or more start on a page, so that readers can map them.
 """
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +13,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from engines.errors import BuildError, CheckpointError
+from engines.errors import CheckpointError
 
-__all__ = ["DATA_NAME", "ORT_MODEL_NAME", "TYPED_MODEL_NAME", "bind_weights", "parameter_names", "write_weights"]
+__all__ = ["DATA_NAME", "PORTABLE_NAME", "TYPED_NAME", "parameter_names", "write_weights"]
 
 DATA_NAME = "model.onnx.data"
-ORT_MODEL_NAME = "model.onnx"  # the portable graph, which goes into the bundle
-TYPED_MODEL_NAME = "typed.onnx"  # what TensorRT compiles; stays in the cache
+PORTABLE_NAME = "model.onnx"  # the portable graph, which goes into the bundle
+TYPED_NAME = "typed.onnx"  # what TensorRT compiles; stays in the cache
 _PAGE = 4096  # bytes; ONNX asks for external data to start on such a boundary
 _SMALL = 64  # bytes; alignment of tensors that are smaller than a page
 _TORCH = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
@@ -59,7 +60,8 @@ def write_weights(model: ir.Model, load: Callable[[str], Tensor], path: Path) ->
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
-    bind_weights(model, slots)
+    for name, slot in slots.items():
+        model.graph.initializers[name].const_value = slot
     return size
 
 
@@ -69,17 +71,10 @@ def _converted(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.d
             f"weight {name!r}: got shape {tuple(tensor.shape)}; the config asks for {shape}. Fix config.json or the weights."
         )
     converted = tensor.to(dtype).contiguous()
-    if not torch.isfinite(converted).all():
-        finite = torch.isfinite(tensor).all()
-        bad = f"overflows {dtype}: its maximum is {tensor.abs().max():.3g}" if finite else "holds NaN or infinity"
+    least, most = (float(x) for x in converted.aminmax())  # NaN if any is: isfinite() would copy gigabytes
+    if not math.isfinite(most - least):
+        least, most = (float(x) for x in tensor.aminmax())
+        finite = math.isfinite(most - least)
+        bad = f"overflows {dtype}: it reaches from {least:.3g} to {most:.3g}" if finite else "holds NaN or infinity"
         raise CheckpointError(f"weight {name!r} {bad}; expected finite numbers. Take another precision, or mend the checkpoint.")
     return converted
-
-
-def bind_weights(model: ir.Model, slots: dict[str, ir.ExternalTensor]) -> None:
-    """Point the parameters of `model` at their places in the data file. Raises BuildError unless each has one."""
-    names = parameter_names(model)
-    for name in names:
-        if name not in slots:
-            raise BuildError(f"weights: {name!r} has no place in the data file; expected all {len(names)} parameters there")
-        model.graph.initializers[name].const_value = slots[name]

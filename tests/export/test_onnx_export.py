@@ -77,7 +77,9 @@ def test_portable_graph_stores_weights_at_the_precision_and_computes_in_fp32(exp
         external = [t for t in model.graph.initializer if t.external_data]
         assert len(external) == len(list(Toy().parameters()))
         assert {t.data_type for t in external} == {stored}
-    stored_values = {t.name for t in portable.graph.initializer} | {n.output[0] for n in portable.graph.node if n.op_type == "Gather"}
+    stored_values = {t.name for t in portable.graph.initializer} | {
+        n.output[0] for n in portable.graph.node if n.op_type == "Gather"
+    }
     computed = {v.type.tensor_type.elem_type for v in portable.graph.value_info if v.name not in stored_values}
     assert computed - {onnx.TensorProto.INT64, onnx.TensorProto.BOOL} == {onnx.TensorProto.FLOAT}
     assert not any(t.data_type in HALF.values() for t in portable.graph.initializer if not t.external_data)

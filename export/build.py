@@ -1,0 +1,276 @@
+"""From a checkpoint to a bundle: the stages in order, and the folder that they end in.
+
+    read the checkpoint -> export each component -> compile each engine -> check parity -> write the bundle
+
+Nothing at `out` changes before everything has passed, and then it changes at once.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from engines import tensorrt
+from engines.bundle import Bundle
+from engines.bundle_writer import write_bundle
+from engines.digest import digest_of
+from engines.errors import BundleError
+from engines.golden import golden_name
+from engines.manifest import BundleInfo, LatentInfo, PromptInfo, ScheduleInfo, TensorRTInfo, graph_name
+from engines.parity_report import ParityReport
+from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange, component_precision
+from engines.store import Store
+from export.cases import decoder_cases, denoiser_cases, text_cases
+from export.components import Component, components, profiles
+from export.fingerprint import code, versions
+from export.progress import Progress
+from export.reference import reference_dtype
+from export.request import BuildRequest, shape_range
+from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, golden_of, parity_of
+from export.weights import DATA_NAME, PORTABLE_NAME
+from runtime.ort_session import cpu_name
+from runtime.prompt import PromptTokenizer
+from runtime.schedule import Schedule, make_schedule
+from sana_ref.checkpoint import Checkpoint, load
+from sana_ref.variants import VARIANTS, variant_of
+
+__all__ = ["BuildResult", "build"]
+
+DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 4.5  # of the published models that are no consistency models
+SCM_STEPS = 2
+LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildResult:
+    """bundle: what is at `out` now. unchanged: it was there already, and nothing was done."""
+
+    bundle: Bundle
+    unchanged: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Parts:
+    """Results of the stages, by component."""
+
+    components: dict[ComponentName, Component]
+    graphs: dict[ComponentName, Result]
+    engines: dict[ComponentName, list[EngineFile]]
+    references: dict[ComponentName, Result]
+    parity: dict[ComponentName, Result]
+
+
+def build(request: BuildRequest, progress: Progress) -> BuildResult:
+    """Build the bundle at `request.out`. Raises SanaError, and leaves what is at `out` as it is then."""
+    with progress.stage("read checkpoint") as stage:
+        checkpoint = load(
+            request.model, revision=request.revision, variant=request.variant, components_from=request.components_from
+        )
+        stage.note(f"{checkpoint.name}, sha256 {checkpoint.digest[:12]}")
+    precisions = component_precision(request.precision)
+    if request.precision is Precision.FP16:
+        progress.say("  fp16 is the denoiser's alone: Gemma-2 and DC-AE overflow in it, so text encoder and decoder are bf16")
+    ranges = shape_range(
+        request,
+        trained_side=checkpoint.transformer_config.sample_size * PX_PER_LATENT,
+        max_sequence_length=checkpoint.prompt.max_sequence_length,
+    )
+    runner = Runner(checkpoint=checkpoint, store=Store(request.cache), progress=progress)
+    parts = _run_stages(request, runner, components(checkpoint, precisions), ranges)
+    return _write(request, runner, _bundle_info(request, checkpoint, ranges, parts), parts)
+
+
+def _run_stages(request: BuildRequest, runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange) -> _Parts:
+    checkpoint = runner.checkpoint
+    tokenizer = PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt)
+    wanted = {name: everything[name] for name in request.components}
+    graphs = {name: runner.export(component) for name, component in wanted.items()}
+    engines: dict[ComponentName, list[EngineFile]] = {}
+    for name, component in wanted.items():
+        profile = profiles(
+            component,
+            ranges,
+            instructed_tokens=tokenizer.sequence_length(),
+            embedded_guidance=checkpoint.transformer_config.guidance_embeds,
+        )
+        groups = engine_groups(request.targets)
+        engines[name] = [runner.engine(component, graphs[name], targets, profile) for targets in groups]
+    references = _references(runner, everything, request.components, tokenizer, ranges)
+    parity = {name: runner.parity(component, graphs[name], references[name], engines[name]) for name, component in wanted.items()}
+    return _Parts(components=wanted, graphs=graphs, engines=engines, references=references, parity=parity)
+
+
+def _references(
+    runner: Runner,
+    everything: Mapping[ComponentName, Component],
+    wanted: Sequence[ComponentName],
+    tokenizer: PromptTokenizer,
+    ranges: ShapeRange,
+) -> dict[ComponentName, Result]:
+    """The denoiser's inputs are the text encoder's reference outputs, so that one comes first in any case."""
+    checkpoint = runner.checkpoint
+    inputs, masks = text_cases(tokenizer, ranges.max_batch)
+    depends: dict[str, Any] = {"inputs": {case: {k: v.tolist() for k, v in arrays.items()} for case, arrays in inputs.items()}}
+    found: dict[ComponentName, Result] = {}
+    if {"text_encoder", "denoiser"} & set(wanted):
+        found["text_encoder"] = runner.reference(everything["text_encoder"], inputs, depends)
+    if "denoiser" in wanted:
+        text = {
+            case: golden.outputs["prompt_embeds"].astype("float32") for case, golden in golden_of(found["text_encoder"]).items()
+        }
+        schedule, embedded = _schedule(checkpoint), checkpoint.transformer_config.guidance_embeds
+        cases = denoiser_cases(
+            text,
+            masks,
+            channels=checkpoint.transformer_config.in_channels,
+            ranges=ranges,
+            schedule=schedule,
+            embedded_guidance=embedded,
+        )
+        depends = {"text": found["text_encoder"].key, "ranges": ranges.model_dump(), "schedule": schedule.table.tolist()}
+        found["denoiser"] = runner.reference(everything["denoiser"], cases, depends)
+    if "decoder" in wanted:
+        cases = decoder_cases(channels=checkpoint.vae_config.latent_channels, ranges=ranges)
+        depends = {"ranges": ranges.model_dump()}
+        found["decoder"] = runner.reference(everything["decoder"], cases, depends)
+    return found
+
+
+def _schedule_info(checkpoint: Checkpoint) -> ScheduleInfo:
+    sampler = checkpoint.sampler
+    name = variant_of(checkpoint.transformer_config)
+    published = VARIANTS[name] if name is not None else None
+    steps = SCM_STEPS if sampler.scheduler == "scm" else DEFAULT_STEPS
+    return ScheduleInfo(
+        scheduler=sampler.scheduler,
+        flow_shift=sampler.flow_shift,
+        num_inference_steps=steps if published is None else published.num_steps,
+        guidance_scale=DEFAULT_GUIDANCE if published is None else published.guidance_scale,
+        timestep_scale=1.0 if sampler.scheduler == "scm" else checkpoint.transformer_config.timestep_scale,
+    )
+
+
+def _schedule(checkpoint: Checkpoint) -> Schedule:
+    info = _schedule_info(checkpoint)
+    return make_schedule(info.scheduler, info.num_inference_steps, flow_shift=info.flow_shift, timestep_scale=info.timestep_scale)
+
+
+def _bundle_info(
+    request: BuildRequest,
+    checkpoint: Checkpoint,
+    ranges: ShapeRange,
+    parts: _Parts,
+) -> BundleInfo:
+    transformer = checkpoint.transformer_config
+    return BundleInfo(
+        model=checkpoint.name,
+        model_digest=checkpoint.digest,
+        variant=variant_of(transformer) or "custom",
+        precision={name: component.precision for name, component in parts.components.items()},
+        ranges=ranges,
+        targets=request.targets,
+        tensorrt=TensorRTInfo(flavor="rtx" if tensorrt.flavor() == "rtx" else "full", version=tensorrt.version())
+        if request.targets
+        else None,
+        plugins={name: dict(component.spec.plugins) for name, component in parts.components.items()},
+        schedule=_schedule_info(checkpoint),
+        prompt=PromptInfo(
+            complex_human_instruction=checkpoint.prompt.complex_human_instruction,
+            max_sequence_length=checkpoint.prompt.max_sequence_length,
+            lowercase=checkpoint.prompt.lowercase,
+        ),
+        latents=LatentInfo(channels=transformer.in_channels, scaling_factor=checkpoint.vae_config.scaling_factor),
+        guidance_embeds=transformer.guidance_embeds,
+        caption_channels=transformer.caption_channels,
+        licence=_licence(checkpoint),
+    )
+
+
+def _licence(checkpoint: Checkpoint) -> str:
+    """What the model card says: the `license` of its front matter."""
+    card = checkpoint.folder / "README.md"
+    if card.is_file():
+        lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+        front = lines[1 : lines.index("---", 1)] if lines[:1] == ["---"] and "---" in lines[1:] else []
+        for line in front:
+            key, _, value = line.partition(":")
+            if key.strip() in ("license", "license_name") and value.strip():
+                return value.strip().strip("\"'")
+    return "not stated by the checkpoint"
+
+
+def _files(request: BuildRequest, checkpoint: Checkpoint, parts: _Parts) -> dict[str, Path]:
+    """Name in the bundle: file to copy."""
+    files = {"tokenizer/tokenizer.json": checkpoint.tokenizer_path}
+    for name in request.components:
+        files[graph_name(name)] = parts.graphs[name].folder / PORTABLE_NAME
+        files[f"{name}/{DATA_NAME}"] = parts.graphs[name].folder / DATA_NAME
+        files |= {f"{name}/{engine.name}": engine.path for engine in parts.engines[name]}
+        files[golden_name(name)] = parts.references[name].folder / GOLDEN_NAME
+    for licence in LICENCE_FILES:
+        if (checkpoint.folder / licence).is_file():
+            files[licence] = checkpoint.folder / licence
+    return files
+
+
+def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Parts) -> BuildResult:
+    key = digest_of(
+        {
+            "stage": "bundle",
+            "info": info.model_dump(mode="json"),
+            "graphs": {name: result.key for name, result in parts.graphs.items()},
+            "engines": {name: [engine.key for engine in engines] for name, engines in parts.engines.items()},
+            "references": {name: result.key for name, result in parts.references.items()},
+            "parity": {name: result.key for name, result in parts.parity.items()},
+            "code": code(("export/build.py", "engines/bundle_writer.py", "engines/manifest.py")),
+        }
+    )
+    with runner.progress.stage("write bundle") as stage:
+        present = _present(request.out, runner.store, key)
+        if present is not None:
+            stage.cached = True
+            return BuildResult(bundle=present, unchanged=True)
+        report = ParityReport(
+            reference=_reference_name(parts.components.values()),
+            components={name: parity_of(parts.parity[name]) for name in request.components},
+            machine=cpu_name(),
+            versions=versions(),
+        )
+        with write_bundle(request.out) as writer:
+            for name, source in _files(request, runner.checkpoint, parts).items():
+                writer.add(source, name)
+            (writer.path / "parity.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            bundle = writer.finish(info)
+        runner.store.get_or_make(key, lambda folder: _record(folder, bundle.digest))
+        stage.note(f"{sum(f.size for f in bundle.manifest.files.values()) / 1e9:.2f} GB, sha256 {bundle.digest[:12]}")
+    return BuildResult(bundle=bundle, unchanged=False)
+
+
+def _reference_name(parts: Iterable[Component]) -> Literal["fp32 PyTorch", "fp64 PyTorch"]:
+    """The narrowest reference that was used: large components have fp32, small ones fp64."""
+    return "fp64 PyTorch" if all(reference_dtype(each) is torch.float64 for each in parts) else "fp32 PyTorch"
+
+
+class _Absent(Exception):
+    """The cache has no such entry."""
+
+
+def _record(folder: Path, digest: str) -> None:
+    (folder / "bundle.json").write_text(json.dumps({"digest": digest}), encoding="utf-8")
+
+
+def _present(out: Path, store: Store, key: str) -> Bundle | None:
+    """The bundle at `out`, if it is whole and the one that this build would write."""
+
+    def absent(_: Path) -> None:
+        raise _Absent
+
+    try:
+        recorded = json.loads((store.get_or_make(key, absent) / "bundle.json").read_text(encoding="utf-8"))
+        bundle = Bundle.open(out)
+    except (_Absent, BundleError):
+        return None
+    return bundle if bundle.digest == recorded["digest"] else None

@@ -1,0 +1,54 @@
+"""Compiled kernels for the nodes of domain `sana`: what turns a graph that runs anywhere into one that TensorRT runs with plugins.
+
+Only the graph that TensorRT compiles carries them. The cubins then travel inside the engine.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from engines.errors import BuildError
+from engines.spec import Target
+from export.translation import SANA_DOMAIN
+from plugins import relu_linear_attention
+
+__all__ = ["add_cubins"]
+
+_TYPE_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+
+
+def _relu_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    q = type_of[node.input[0]]
+    eps = next((a.f for a in node.attribute if a.name == "eps"), relu_linear_attention.EPS)
+    head_dim = q.shape.dim[-1].dim_value
+    return relu_linear_attention.compile_cubins(targets, _TYPE_NAMES[q.elem_type], head_dim, eps)
+
+
+_ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {relu_linear_attention.OP: _relu_linear_attention}
+
+
+def add_cubins(model: onnx.ModelProto, targets: Iterable[Target]) -> int:
+    """Give every node of domain `sana` in `model` its plugin attributes, in place. Returns how many there were.
+
+    Raises BuildError for an op or a shape that has no kernel.
+    """
+    values = (*model.graph.value_info, *model.graph.input)
+    type_of = {value.name: value.type.tensor_type for value in values}
+    count = 0
+    for node in model.graph.node:
+        if node.domain != SANA_DOMAIN:
+            continue
+        if node.op_type not in _ATTRIBUTES:
+            raise BuildError(f"node {node.name!r}: got the op {node.op_type}; expected one of {', '.join(_ATTRIBUTES)}")
+        try:
+            attributes = _ATTRIBUTES[node.op_type](node, type_of, targets)
+        except ValueError as error:
+            raise BuildError(f"node {node.name!r}: no kernel. {error}") from None
+        kept = [attribute for attribute in node.attribute if attribute.name not in attributes]
+        del node.attribute[:]
+        node.attribute.extend(kept)
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+        count += 1
+    return count

@@ -1,0 +1,262 @@
+"""The stages of a build. Each is a function of what it says it depends on, and its result is kept by the digest of just that.
+
+A stage loads what it needs, writes files, and lets go: one network is in memory at a time, and none while TensorRT compiles.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from engines import tensorrt
+from engines.digest import digest_of
+from engines.golden import Golden, load_golden, save_golden
+from engines.gpu import current_target, device_info
+from engines.parity_report import ComponentParity
+from engines.spec import AHEAD_OF_TIME_TARGETS, Target
+from engines.store import Store
+from export.cases import Arrays
+from export.components import Component, Profile
+from export.fingerprint import code, versions
+from export.onnx_export import export_module, with_function_bodies
+from export.parity import bounds, measured, run_onnxruntime, run_tensorrt, summary
+from export.plugin_nodes import add_cubins
+from export.progress import Progress, Stage
+from export.reference import PyTorchErrors, make_reference, reference_dtype
+from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
+from export.widen import widened
+from plugins import shell
+from sana_ref.checkpoint import Checkpoint
+
+__all__ = ["EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of"]
+
+_EXPORT_CODE = (
+    "sana_ref/*.py",
+    "plugins/*.py",
+    "export/components.py",
+    "export/onnx_export.py",
+    "export/scalars.py",
+    "export/translation.py",
+    "export/weights.py",
+    "export/widen.py",
+)
+_ENGINE_CODE = ("plugins/*.py", "engines/tensorrt.py", "engines/tensorrt_library.py", "export/plugin_nodes.py")
+_REFERENCE_CODE = (
+    "sana_ref/*.py",
+    "export/cases.py",
+    "export/components.py",
+    "export/reference.py",
+    "export/wide.py",
+    "engines/golden.py",
+    "engines/parity_report.py",
+    "runtime/noise.py",
+    "runtime/prompt.py",
+    "runtime/schedule.py",
+)
+_PARITY_CODE = (
+    "export/parity.py",
+    "engines/parity_report.py",
+    "plugins/shell.py",
+    "runtime/cuda.py",
+    "runtime/trt_session.py",
+)
+GOLDEN_NAME = "golden.safetensors"
+_PYTORCH, _PARITY, _LOG = "pytorch.json", "parity.json", "tensorrt.log"
+_FRUGAL_BYTES = 1 << 30  # weights above this are widened one by one when a portable graph is checked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a stage left in the cache. `key` stands for its content in the keys of later stages."""
+
+    folder: Path
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFile:
+    """A compiled engine and the architectures that it runs on."""
+
+    path: Path
+    targets: tuple[Target, ...]
+    key: str
+
+    @property
+    def name(self) -> str:
+        return "-".join(self.targets) + ".engine"
+
+
+def engine_groups(targets: tuple[Target, ...]) -> list[tuple[Target, ...]]:
+    """Architectures that go into one engine: all that are compiled ahead of time; each other alone, on its own GPU."""
+    ahead = tuple(target for target in targets if target in AHEAD_OF_TIME_TARGETS)
+    return ([ahead] if ahead else []) + [(target,) for target in targets if target not in AHEAD_OF_TIME_TARGETS]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """Runs stages against a checkpoint and a cache."""
+
+    checkpoint: Checkpoint
+    store: Store
+    progress: Progress
+
+    def _run(self, title: str, content: dict[str, Any], make: Callable[[Path, Stage], None], needed: int | None = None) -> Result:
+        key = digest_of(content)
+        with self.progress.stage(title) as stage:
+            stage.cached = True
+
+            def made(folder: Path) -> None:
+                stage.cached = False
+                make(folder, stage)
+
+            return Result(folder=self.store.get_or_make(key, made, needed=needed), key=key)
+
+    def _loader(self, component: Component) -> Callable[[str], Tensor]:
+        source = self.checkpoint.sources[component.source]
+        return lambda parameter: source.read(component.checkpoint_name(parameter))
+
+    def _weights_bytes(self, component: Component) -> int:
+        return sum(p.numel() * p.element_size() for p in component.module.parameters())
+
+    def export(self, component: Component) -> Result:
+        """The folder of the portable graph, the typed graph, and the weights of both."""
+
+        def make(folder: Path, stage: Stage) -> None:
+            model = export_module(component.module, component.spec)
+            size = write_weights(model, self._loader(component), folder / DATA_NAME)
+            for name, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
+                ir.save(with_function_bodies(graph), folder / name)
+                onnx.checker.check_model(str(folder / name), full_check=True)  # also that the data file is where it says
+            stage.note(f"{component.precision}, {size / 1e9:.2f} GB of weights")
+
+        content = {
+            "stage": "export",
+            "component": component.name,
+            "precision": component.precision,
+            "max_sequence_length": self.checkpoint.prompt.max_sequence_length,
+            "checkpoint": self.checkpoint.component_digest(component.source),
+            "code": code(_EXPORT_CODE),
+            "versions": versions(),
+        }
+        return self._run(f"export {component.name}", content, make, needed=self._weights_bytes(component))
+
+    def engine(self, component: Component, graphs: Result, targets: tuple[Target, ...], profile: Profile) -> EngineFile:
+        """Compile the typed graph for `targets`, which share one engine."""
+        name = "-".join(targets) + ".engine"
+
+        def make(folder: Path, stage: Stage) -> None:
+            model = onnx.load(graphs.folder / TYPED_NAME, load_external_data=False)
+            add_cubins(model, targets)
+            onnx.save(model, folder / TYPED_NAME)
+            log: list[str] = []
+            with _beside(graphs.folder / DATA_NAME, folder), (folder / name).open("wb") as file:
+                report = tensorrt.build_engine_file(
+                    folder / TYPED_NAME,
+                    file,
+                    profiles=profile,
+                    targets=targets,
+                    expected_plugins=component.spec.plugins,
+                    register_plugins=shell.register,
+                    log=log.append,
+                )
+            (folder / _LOG).write_text("".join(f"{line}\n" for line in log), encoding="utf-8")
+            plugins = ", ".join(f"{count} {op}" for op, count in report.plugins.items())
+            stage.note(f"{report.engine_bytes / 1e9:.2f} GB" + (f", plugins: {plugins}" if plugins else ""))
+
+        content = {
+            "stage": "engine",
+            "graphs": graphs.key,
+            "targets": targets,
+            "profile": profile,
+            "tensorrt": [tensorrt.flavor(), tensorrt.version()],
+            "code": code(_ENGINE_CODE),
+            "versions": versions(),
+        }
+        title = f"engine {component.name} {'-'.join(targets)}"
+        result = self._run(title, content, make, needed=self._weights_bytes(component))
+        return EngineFile(path=result.folder / name, targets=targets, key=result.key)
+
+    def reference(self, component: Component, cases: Mapping[str, Arrays], depends: dict[str, Any]) -> Result:
+        """Golden inputs and outputs, and PyTorch's own errors. depends: what decides the inputs besides the component's weights."""
+
+        def make(folder: Path, stage: Stage) -> None:
+            golden, errors = make_reference(component, cases, self._loader(component))
+            save_golden(folder / GOLDEN_NAME, golden)
+            (folder / _PYTORCH).write_text(errors.model_dump_json(indent=1), encoding="utf-8")
+            stage.note(f"{len(golden)} cases in {'fp64' if reference_dtype(component) is torch.float64 else 'fp32'}")
+
+        content = {
+            "stage": "reference",
+            "component": component.name,
+            "precision": component.precision,
+            "checkpoint": self.checkpoint.component_digest(component.source),
+            "depends": depends,
+            "code": code(_REFERENCE_CODE),
+            "versions": versions(),
+        }
+        return self._run(f"reference {component.name}", content, make)
+
+    def parity(self, component: Component, graphs: Result, reference: Result, engines: Sequence[EngineFile]) -> Result:
+        """Hold what was exported and compiled against the reference. Raises ParityError."""
+        here = current_target() if engines else None
+        engine = next((each for each in engines if here in each.targets), None)
+
+        def make(folder: Path, stage: Stage) -> None:
+            golden = golden_of(reference)
+            parity = bounds(component.precision, _pytorch_of(reference))
+            frugal = self._weights_bytes(component) > _FRUGAL_BYTES
+            portable = run_onnxruntime(graphs.folder / PORTABLE_NAME, golden, frugal=frugal)
+            for name, error in measured(component.name, "onnxruntime", portable, golden, parity).items():
+                parity[name] = parity[name].model_copy(update={"onnxruntime": error})
+            if engine is not None:
+                compiled = run_tensorrt(engine.path, golden)
+                for name, error in measured(component.name, "tensorrt", compiled, golden, parity).items():
+                    parity[name] = parity[name].model_copy(update={"tensorrt": error})
+            report = ComponentParity(precision=component.precision, outputs=parity)
+            (folder / _PARITY).write_text(report.model_dump_json(indent=1), encoding="utf-8")
+
+        content = {
+            "stage": "parity",
+            "graphs": graphs.key,
+            "reference": reference.key,
+            "engine": None if engine is None else [engine.key, device_info().name],
+            "code": code(_PARITY_CODE),
+            "versions": versions(),
+        }
+        result = self._run(f"parity {component.name}", content, make)
+        self.progress.say(summary(component.name, parity_of(result)))
+        return result
+
+
+@contextlib.contextmanager
+def _beside(data: Path, folder: Path) -> Iterator[None]:
+    """The weights under their name in `folder`, as long as the block lasts: a graph names a file beside it."""
+    link = folder / data.name
+    try:
+        os.link(data, link)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(data, link)
+    try:
+        yield
+    finally:
+        link.unlink()
+
+
+def parity_of(result: Result) -> ComponentParity:
+    return ComponentParity.model_validate_json((result.folder / _PARITY).read_bytes())
+
+
+def golden_of(reference: Result) -> dict[str, Golden]:
+    return load_golden(reference.folder / GOLDEN_NAME)
+
+
+def _pytorch_of(reference: Result) -> PyTorchErrors:
+    return PyTorchErrors.model_validate_json((reference.folder / _PYTORCH).read_bytes(), strict=False)
