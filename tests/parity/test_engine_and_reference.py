@@ -1,0 +1,65 @@
+"""The whole line once: an exported fp32 bundle in SanaEngine draws what the reference draws, at every step."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_checkpoint import DPM_SOLVER, SCM, TRANSFORMER, write_checkpoint
+
+from engines.spec import Precision
+from export.build import build
+from export.progress import Progress
+from export.request import BuildRequest
+from runtime import SanaEngine
+from runtime.schedule import make_schedule
+from sana_ref.pipeline import SanaReference
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")]
+BOUND = 1e-5  # of the largest latent: float32 sums in another order, carried through all steps
+SPRINT = replace(TRANSFORMER, guidance_embeds=True, qk_norm="rms_norm_across_heads")
+
+
+def drawn_apart(folder: Path, requests: list[dict]) -> None:
+    reference = SanaReference(folder / "checkpoint")
+    with SanaEngine(folder / "bundle", backend="onnxruntime") as engine:
+        for request in requests:
+            theirs: list[np.ndarray] = []
+            expected = reference.generate(
+                ["a red apple", "two cats"], seed=3, on_step=lambda *step, keep=theirs: keep.append(step[2].numpy()), **request
+            )
+            for number, prompt in enumerate(("a red apple", "two cats")):
+                ours: list[np.ndarray] = []
+                picture = engine.generate(
+                    prompt, seed=3 + number, on_step=lambda *step, keep=ours: keep.append(step[2]), **request
+                )[0]
+                for step, (got, wanted) in enumerate(zip(ours, theirs, strict=True)):
+                    error = np.abs(got[0] - wanted[number]).max() / np.abs(wanted[number]).max()
+                    assert error <= BOUND, f"{request}, {prompt!r}, step {step}: {error:.1e}"
+                assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected[number])).max() <= 1
+
+
+def make(folder: Path, **checkpoint: object) -> None:
+    write_checkpoint(folder / "checkpoint", **checkpoint)  # type: ignore[arg-type]
+    request = BuildRequest(
+        model=str(folder / "checkpoint"),
+        out=folder / "bundle",
+        precision=Precision.FP32,
+        targets=(),
+        opt_side=128,
+        cache=folder / "cache",
+    )
+    build(request, Progress())
+
+
+def test_sana(tmp_path: Path) -> None:
+    make(tmp_path, scheduler=DPM_SOLVER)
+    size = {"width": 128, "height": 64}
+    requests: list[dict] = [{"steps": 20}, {"scheduler": "flow_euler", "steps": 5, "negative_prompts": "blue"}]
+    requests += [{"steps": 3, "guidance": 1.0}, {"scheduler": make_schedule("flow_dpm_solver", 6, 2.0, "karras")}]
+    drawn_apart(tmp_path, [size | request for request in requests])
+
+
+def test_sprint(tmp_path: Path) -> None:
+    make(tmp_path, scheduler=SCM, transformer=SPRINT)
+    drawn_apart(tmp_path, [{"width": 64, "height": 128, "steps": steps} for steps in (1, 2, 4)])
