@@ -12,7 +12,7 @@ from engines.disk import human_bytes
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
-    from engines.parity_report import ErrorStats, ParityReport
+    from engines.parity_report import Bound, ErrorStats, ParityReport
 
 __all__ = ["DESCRIPTION", "GPUS", "HELP", "NAME", "add_arguments", "read_report", "run"]
 
@@ -129,23 +129,27 @@ def _size(bundle: Bundle, component: str, role: str) -> int:
 
 
 def _show_parity(report: ParityReport) -> None:
-    console = make_console()
+    """One row for each output and each program that computed it."""
     table = make_table(
-        f"Errors against {report.reference}, relative to its root mean square: rms / max / mean",
-        *("component", "output", "precision", "PyTorch", "ONNX Runtime", "TensorRT", "bound (rms / max)"),
+        f"Errors against {report.reference}, relative to its root mean square",
+        *("component", "output", "by", "rms", "bound", "max", "bound", "mean"),
         numbers_from=3,
     )
     for component, parity in report.components.items():
         for output, errors in parity.outputs.items():
-            add_row(
-                table,
-                *(component, output, parity.precision),
-                *(_stats(stats) for stats in (errors.pytorch, errors.onnxruntime, errors.tensorrt)),
-                f"{errors.bound.rms:.2e} / {errors.bound.max:.2e}",
+            rows = (
+                (f"PyTorch {parity.precision}", errors.pytorch, None),
+                ("ONNX Runtime", errors.onnxruntime, errors.bound_of("onnxruntime")),
+                ("TensorRT", errors.tensorrt, errors.bound_of("tensorrt")),
             )
-    console.print(table)
-    print(f"Measured on {printable(report.machine)}. The mean error may be a quarter of the rms error at most.")
+            for by, stats, bound in rows:
+                add_row(table, component, output, by, *_numbers(stats, bound))
+    make_console().print(table)
+    print(f"Measured on {printable(report.machine)}. The mean error is bounded by a share of the rms: docs/bundle.md.")
 
 
-def _stats(stats: ErrorStats | None) -> str:
-    return "not measured" if stats is None else f"{stats.rms:.2e} / {stats.max:.2e} / {stats.mean:+.1e}"
+def _numbers(stats: ErrorStats | None, bound: Bound | None) -> tuple[str, str, str, str, str]:
+    most = ("", "") if bound is None else (f"{bound.rms:.2e}", f"{bound.max:.2e}")
+    if stats is None:
+        return ("not measured", most[0], "", most[1], "")
+    return (f"{stats.rms:.2e}", most[0], f"{stats.max:.2e}", most[1], f"{stats.mean:+.1e}")

@@ -18,7 +18,7 @@ from engines.errors import BundleError, MissingFileError, ParityError
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
-    from engines.parity_report import ErrorStats, ParityReport
+    from engines.parity_report import Bound, ErrorStats, ParityReport
     from engines.spec import ComponentName
     from runtime.engine import SanaEngine
 
@@ -34,6 +34,7 @@ class Measurement:
     component: ComponentName
     case: str
     output: str
+    bound: Bound
     stats: ErrorStats | None  # none if the output could not be compared at all
     wrong: list[str]  # sentences; empty if it is within its bound
 
@@ -77,7 +78,7 @@ def measure_component(engine: SanaEngine, report: ParityReport, component: Compo
 
     if component not in report.components:
         raise BundleError(f"parity.json has no bounds for {component}; expected them for each component. Rebuild.")
-    bounds = {name: output.bound for name, output in report.components[component].outputs.items()}
+    bounds = {name: output.bound_of(engine.backend) for name, output in report.components[component].outputs.items()}
     found = []
     cases = load_golden(engine.bundle.file(golden_name(component)))
     with engine.session(component) as session:
@@ -94,9 +95,9 @@ def measure_component(engine: SanaEngine, report: ParityReport, component: Compo
                 try:
                     stats = measure(got[name], reference)
                 except ParityError as error:
-                    found.append(Measurement(component, case, name, None, [str(error)]))
+                    found.append(Measurement(component, case, name, bounds[name], None, [str(error)]))
                 else:
-                    found.append(Measurement(component, case, name, stats, check(stats, bounds[name])))
+                    found.append(Measurement(component, case, name, bounds[name], stats, check(stats, bounds[name])))
     return found
 
 
@@ -107,11 +108,10 @@ def _show(measurements: list[Measurement], report: ParityReport, where: str) -> 
         numbers_from=4,
     )
     for m in measurements:
-        bound = report.components[m.component].outputs[m.output].bound
         numbers = ["-"] * 5
         if m.stats is not None:
             rms, largest, mean = m.stats.rms, m.stats.max, m.stats.mean
-            numbers = [f"{rms:.2e}", _share(rms, bound.rms), f"{largest:.2e}", _share(largest, bound.max), f"{mean:+.1e}"]
+            numbers = [f"{rms:.2e}", _share(rms, m.bound.rms), f"{largest:.2e}", _share(largest, m.bound.max), f"{mean:+.1e}"]
         add_row(table, m.component, m.case, m.output, "over" if m.wrong else "ok", *numbers)
     make_console().print(table)
     wrong = [f"{m.component}, {m.output}, case {m.case!r}: {sentence}" for m in measurements for sentence in m.wrong]

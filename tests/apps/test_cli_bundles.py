@@ -159,3 +159,15 @@ def test_outputs_that_cannot_be_compared_do_not_pass(tmp_path, outputs, words, c
 def test_verify_on_a_gpu_that_is_not_there(bundle, capsys):
     assert main(["verify", str(bundle), "--backend", "tensorrt"]) == 2
     assert capsys.readouterr().err.startswith("sana: error: ")
+
+
+def test_the_portable_graph_is_held_to_its_own_bound(tmp_path, capsys):
+    """Where the report has one: twice PyTorch's 16-bit error would hide a lot from a graph that computes in fp32."""
+
+    def narrow(components: dict) -> None:
+        errors = components["decoder"]["outputs"]["images"]
+        errors["portable_bound"] = {"rms": errors["pytorch"]["rms"] / 100, "max": errors["pytorch"]["max"] / 100}
+
+    bundle = rewrite(tmp_path / "b", lambda folder: edit_report(folder, narrow))
+    assert main(["verify", str(bundle), "--backend", "onnxruntime"]) == 1
+    assert {line.split()[0] for line in capsys.readouterr().out.splitlines() if " over " in line} == {"decoder"}
