@@ -59,11 +59,11 @@ TRANSFORMER: dict[str, Any] = {
     "mlp_ratio": 2.5,
     "dropout": 0.0,
     "attention_bias": False,
-    "sample_size": 8,
+    "sample_size": 8,  # latent cells of 256 px
     "patch_size": 1,
     "norm_elementwise_affine": False,
     "norm_eps": 1e-6,
-    "interpolation_scale": None,
+    "interpolation_scale": 1.0,  # sinusoid positions, as the 2K models: left and right are learned in fewer steps
     "guidance_embeds": False,
     "guidance_embeds_scale": 0.1,
     "qk_norm": "rms_norm_across_heads",
