@@ -60,7 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dit-seconds", type=float, default=520.0)
     parser.add_argument("--recogniser-seconds", type=float, default=40.0)
     parser.add_argument("--eval-seconds", type=float, default=40.0, help="reserved for evaluation and writing")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of the transformer")
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate of the transformer")
     parser.add_argument("--option", default="", help="how to run the transformer's step (train.fast); default: measured")
     parser.add_argument("--no-graphs", action="store_true", help="run steps kernel by kernel, without CUDA graphs")
     parser.add_argument(
