@@ -52,8 +52,8 @@ pair_of_glasses pairs_of_glasses| 🪁 kite|🧭 compass compasses|🌷 tulip|�
 
 def _parse(*groups: str) -> tuple[tuple[str, str, str], ...]:
     rows = []
-    for entry in "|".join(groups).replace("\n", "").split("|"):
-        if entry:
+    for entry in "|".join(groups).split("|"):
+        if entry.strip():
             character, name, *plural = (word.replace("_", " ") for word in entry.split())
             rows.append((character, name, plural[0] if plural else name + "s"))
     return tuple(rows)

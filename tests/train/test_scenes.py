@@ -7,8 +7,17 @@ import pytest
 import torch
 
 from train.captions import ABOVE_BELOW, COLOUR_NAMES, LANGUAGES, LEFT_RIGHT, SINGLE, TEMPLATES, Scene, caption, held_out_colour
+from train.emoji_list import CLASSES, EXTRA
 from train.scenes import HeldOut, SceneTensors, compose, draw_scenes, palette
 from train.sprites import Sprites
+
+
+def test_the_list_of_emoji() -> None:
+    assert (len(CLASSES), len(EXTRA)) == (120, 28)
+    assert len({name for _, name, _ in CLASSES + EXTRA}) == 148
+    assert len({character for character, _, _ in CLASSES + EXTRA}) == 148
+    assert ("✂️", "pair of scissors", "pairs of scissors") in CLASSES
+    assert ("🐶", "dog", "dogs") == CLASSES[0]
 
 
 def test_scenes_repeat_and_differ_by_seed() -> None:
