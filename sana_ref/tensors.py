@@ -42,7 +42,6 @@ class SafetensorsSource:
     def __init__(self, files: tuple[Path, ...]) -> None:
         self.files = files
         self._file_of: dict[str, Path] = {}
-        self._open: dict[Path, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             for name, entry in read_header(file).items():
@@ -58,13 +57,13 @@ class SafetensorsSource:
         self.shapes: Mapping[str, tuple[int, ...]] = shapes
 
     def read(self, name: str) -> Tensor:
+        # Opened for each tensor: the mapping then ends with the tensor, and a build does not fill memory with files it has read.
         file = self._file_of[name]
-        if file not in self._open:
-            try:
-                self._open[file] = safe_open(file, framework="pt")
-            except SafetensorError as error:
-                raise CheckpointError(f"{file}: not a readable safetensors file ({error}). Download it again.") from None
-        return self._open[file].get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return opened.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{file}: not a readable safetensors file ({error}). Download it again.") from None
 
 
 class RenamedSource:
