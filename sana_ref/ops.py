@@ -75,9 +75,9 @@ def _relu_linear_attention_cuda(q: Tensor, k: Tensor, v: Tensor, eps: float = EP
         return relu_linear_attention_truth(q, k, v, eps)
     from plugins import relu_linear_attention as kernel  # Triton loads when a GPU first needs it
 
-    return kernel.launch(
-        q.contiguous(), k.contiguous(), v.contiguous(), torch.empty_like(v, memory_format=torch.contiguous_format), eps
-    )
+    out = torch.empty_like(v, memory_format=torch.contiguous_format)
+    kernel.launch(q.contiguous(), k.contiguous(), v.contiguous(), out, eps)
+    return out
 
 
 @_relu_linear_attention.register_fake
