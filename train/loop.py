@@ -81,9 +81,6 @@ class Log:
         print(line, flush=True)
 
 
-_POOL: list[Any] = []  # the memory of all captured graphs: they run one after another and keep nothing between their runs
-
-
 def configure_gpu() -> None:
     """The same settings in every process: they are part of the key of the compiler's cache."""
     torch.backends.cudnn.benchmark = True
@@ -107,11 +104,9 @@ def capture(step: Callable[[], None], log: Log, name: str, *, graphs: bool = Tru
     torch.cuda.current_stream().wait_stream(stream)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    if not _POOL:
-        _POOL.append(torch.cuda.graph_pool_handle())
-    graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()  # with memory of its own: a pool must not outlive the graphs that share it
     try:
-        with torch.cuda.graph(graph, pool=_POOL[0]):
+        with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
         raise CaptureError(

@@ -36,6 +36,8 @@ from train.scenes import SceneArrays, SceneTensors, draw_scenes, palette
 def ae(run: Run) -> None:
     """Train the autoencoder; measure it on scenes of another seed; fix the scaling factor."""
     if run.has("vae"):
+        if "scaling_factor" not in run.metrics:
+            _measure_vae(run)
         return
     model = make_vae(run.configs["vae"])
     run.log(f"ae: {num_parameters(model) / 1e6:.2f} M parameters")
@@ -89,7 +91,7 @@ def _measure_vae(run: Run) -> None:
     picture = held.pictures("256x256", slice(0, 8))
     with torch.no_grad():
         again = model.decode(model.encode(picture.to(run.dtype))).float()
-    grid(torch.cat([picture, again]), ["scene"] * 8 + ["decoded"] * 8, run.work / "grid_vae.png")
+    grid(torch.cat([picture, again]), ["scene"] * len(picture) + ["decoded"] * len(picture), run.work / "grid_vae.png")
 
 
 @torch.no_grad()
@@ -193,6 +195,10 @@ def train_dit(run: Run) -> None:
     option = option or "eager"
     transformer, encoder = make_transformer(run.configs["transformer"]), make_text_encoder(run.configs["text_encoder"])
     encoder.load_state_dict(run.weights("text_start"))
+    if run.has("transformer") and not (run.work / "dit.pt").is_file():  # all that is left of an earlier run
+        run.log("dit: going on from exported weights, without the optimizer's state")
+        transformer.load_state_dict(run.weights("transformer"))
+        encoder.load_state_dict(run.weights("text_encoder"))
     run.log(f"dit: {num_parameters(transformer) / 1e6:.2f} M + {num_parameters(encoder) / 1e6:.2f} M parameters, option {option}")
     models = {"transformer": transformer, "text_encoder": encoder}
     flat = FlatParameters(models, AdamWConfig(ema_decay=0.9995), device=run.device, dtype=run.dtype)

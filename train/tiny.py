@@ -33,7 +33,7 @@ STARTED = "SANA_TINY_STARTED"  # environment: when the first process of this inv
 class Sizes:
     """How much of everything. The defaults are for a GPU with 80 GB."""
 
-    scenes: int = 200_000  # scenes encoded at 256 px; the other sizes get an eighth each
+    scenes: int = 120_000  # scenes encoded at 256 px; the other sizes get an eighth each
     captions: int = 3  # a scene
     length: int = 48  # text positions in training; longer captions are refused
     ae_scenes: int = 100_000  # rows of the autoencoder's scene table, per size
