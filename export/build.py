@@ -6,10 +6,10 @@ Nothing at `out` changes before everything has passed, and then it changes at on
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -19,28 +19,25 @@ from engines.bundle_writer import write_bundle
 from engines.digest import digest_of
 from engines.errors import BundleError
 from engines.golden import golden_name
-from engines.manifest import BundleInfo, LatentInfo, PromptInfo, ScheduleInfo, TensorRTInfo, graph_name
+from engines.manifest import BundleInfo, LatentInfo, PromptInfo, TensorRTInfo, graph_name
 from engines.parity_report import ParityReport
 from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange, component_precision
 from engines.store import Store
-from export.cases import decoder_cases, denoiser_cases, text_cases
 from export.components import Component, components, profiles
 from export.fingerprint import code, versions
 from export.progress import Progress
 from export.reference import reference_dtype
+from export.references import make_references, schedule_info
 from export.request import BuildRequest, shape_range
-from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, golden_of, parity_of
+from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of
 from export.weights import DATA_NAME, PORTABLE_NAME
 from runtime.ort_session import cpu_name
 from runtime.prompt import PromptTokenizer
-from runtime.schedule import Schedule, make_schedule
 from sana_ref.checkpoint import Checkpoint, load
-from sana_ref.variants import VARIANTS, variant_of
+from sana_ref.variants import variant_of
 
 __all__ = ["BuildResult", "build"]
 
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 4.5  # of the published models that are no consistency models
-SCM_STEPS = 2
 LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE")
 
 
@@ -98,64 +95,9 @@ def _run_stages(request: BuildRequest, runner: Runner, everything: Mapping[Compo
         )
         groups = engine_groups(request.targets)
         engines[name] = [runner.engine(component, graphs[name], targets, profile) for targets in groups]
-    references = _references(runner, everything, request.components, tokenizer, ranges)
+    references = make_references(runner, everything, request.components, ranges)
     parity = {name: runner.parity(component, graphs[name], references[name], engines[name]) for name, component in wanted.items()}
     return _Parts(components=wanted, graphs=graphs, engines=engines, references=references, parity=parity)
-
-
-def _references(
-    runner: Runner,
-    everything: Mapping[ComponentName, Component],
-    wanted: Sequence[ComponentName],
-    tokenizer: PromptTokenizer,
-    ranges: ShapeRange,
-) -> dict[ComponentName, Result]:
-    """The denoiser's inputs are the text encoder's reference outputs, so that one comes first in any case."""
-    checkpoint = runner.checkpoint
-    inputs, masks = text_cases(tokenizer, ranges.max_batch)
-    depends: dict[str, Any] = {"inputs": {case: {k: v.tolist() for k, v in arrays.items()} for case, arrays in inputs.items()}}
-    found: dict[ComponentName, Result] = {}
-    if {"text_encoder", "denoiser"} & set(wanted):
-        found["text_encoder"] = runner.reference(everything["text_encoder"], inputs, depends)
-    if "denoiser" in wanted:
-        text = {
-            case: golden.outputs["prompt_embeds"].astype("float32") for case, golden in golden_of(found["text_encoder"]).items()
-        }
-        schedule, embedded = _schedule(checkpoint), checkpoint.transformer_config.guidance_embeds
-        cases = denoiser_cases(
-            text,
-            masks,
-            channels=checkpoint.transformer_config.in_channels,
-            ranges=ranges,
-            schedule=schedule,
-            embedded_guidance=embedded,
-        )
-        depends = {"text": found["text_encoder"].key, "ranges": ranges.model_dump(), "schedule": schedule.table.tolist()}
-        found["denoiser"] = runner.reference(everything["denoiser"], cases, depends)
-    if "decoder" in wanted:
-        cases = decoder_cases(channels=checkpoint.vae_config.latent_channels, ranges=ranges)
-        depends = {"ranges": ranges.model_dump()}
-        found["decoder"] = runner.reference(everything["decoder"], cases, depends)
-    return found
-
-
-def _schedule_info(checkpoint: Checkpoint) -> ScheduleInfo:
-    sampler = checkpoint.sampler
-    name = variant_of(checkpoint.transformer_config)
-    published = VARIANTS[name] if name is not None else None
-    steps = SCM_STEPS if sampler.scheduler == "scm" else DEFAULT_STEPS
-    return ScheduleInfo(
-        scheduler=sampler.scheduler,
-        flow_shift=sampler.flow_shift,
-        num_inference_steps=steps if published is None else published.num_steps,
-        guidance_scale=DEFAULT_GUIDANCE if published is None else published.guidance_scale,
-        timestep_scale=1.0 if sampler.scheduler == "scm" else checkpoint.transformer_config.timestep_scale,
-    )
-
-
-def _schedule(checkpoint: Checkpoint) -> Schedule:
-    info = _schedule_info(checkpoint)
-    return make_schedule(info.scheduler, info.num_inference_steps, flow_shift=info.flow_shift, timestep_scale=info.timestep_scale)
 
 
 def _bundle_info(
@@ -176,7 +118,7 @@ def _bundle_info(
         if request.targets
         else None,
         plugins={name: dict(component.spec.plugins) for name, component in parts.components.items()},
-        schedule=_schedule_info(checkpoint),
+        schedule=schedule_info(checkpoint),
         prompt=PromptInfo(
             complex_human_instruction=checkpoint.prompt.complex_human_instruction,
             max_sequence_length=checkpoint.prompt.max_sequence_length,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from engines.errors import ParityError
 from engines.golden import Golden
 from engines.parity_report import ComponentParity, ErrorStats, OutputParity, bound_from, check, measure, portable_bound_from
-from engines.spec import ComponentName, Precision
+from engines.spec import ComponentName
 from export.reference import PyTorchErrors
 
 __all__ = ["bounds", "measured", "run_onnxruntime", "run_tensorrt", "summary"]
@@ -41,7 +41,7 @@ def run_onnxruntime(graph: Path, golden: Mapping[str, Golden], *, frugal: bool) 
     return {case: dict(zip(names, session.run(names, example.inputs), strict=True)) for case, example in golden.items()}
 
 
-def bounds(precision: Precision, pytorch: PyTorchErrors) -> dict[str, OutputParity]:
+def bounds(pytorch: PyTorchErrors) -> dict[str, OutputParity]:
     """Each output's bounds, with nothing measured against them yet. A bound holds for every case: PyTorch's worst decides."""
     found = {}
     for name in next(iter(pytorch.own.values())):

@@ -36,7 +36,7 @@ from export.widen import widened
 from plugins import shell
 from sana_ref.checkpoint import Checkpoint
 
-__all__ = ["EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of"]
+__all__ = ["EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of", "pytorch_of"]
 
 _EXPORT_CODE = (
     "sana_ref/*.py",
@@ -211,7 +211,7 @@ class Runner:
 
         def make(folder: Path, stage: Stage) -> None:
             golden = golden_of(reference)
-            parity = bounds(component.precision, _pytorch_of(reference))
+            parity = bounds(pytorch_of(reference))
             frugal = self._weights_bytes(component) > _FRUGAL_BYTES
             portable = run_onnxruntime(graphs.folder / PORTABLE_NAME, golden, frugal=frugal)
             for name, error in measured(component.name, "onnxruntime", portable, golden, parity).items():
@@ -258,5 +258,5 @@ def golden_of(reference: Result) -> dict[str, Golden]:
     return load_golden(reference.folder / GOLDEN_NAME)
 
 
-def _pytorch_of(reference: Result) -> PyTorchErrors:
+def pytorch_of(reference: Result) -> PyTorchErrors:
     return PyTorchErrors.model_validate_json((reference.folder / _PYTORCH).read_bytes(), strict=False)
