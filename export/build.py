@@ -17,11 +17,12 @@ from engines import tensorrt
 from engines.bundle import Bundle
 from engines.bundle_writer import write_bundle
 from engines.digest import digest_of
+from engines.disk import human_bytes
 from engines.errors import BundleError
 from engines.golden import golden_name
 from engines.manifest import BundleInfo, LatentInfo, PromptInfo, TensorRTInfo, graph_name
 from engines.parity_report import ParityReport
-from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange, component_precision
+from engines.spec import COMPONENTS, PX_PER_LATENT, ComponentName, Precision, ShapeRange, component_precision
 from engines.store import Store
 from export.components import Component, components, profiles
 from export.fingerprint import code, versions
@@ -38,6 +39,7 @@ from sana_ref.variants import variant_of
 
 __all__ = ["BuildResult", "build"]
 
+SMALL_PARAMETERS = 100_000_000  # up to which there is a picture grid
 LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE")
 
 
@@ -170,6 +172,10 @@ def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Part
             "code": code(("export/build.py", "engines/bundle_writer.py", "engines/manifest.py")),
         }
     )
+    files = _files(request, runner.checkpoint, parts)
+    if _small(parts.components.values()) and set(request.components) == set(COMPONENTS):
+        graphs = {name: file for name, file in files.items() if not name.endswith(".engine")}
+        files["parity/grid.png"] = runner.grid(info, graphs, {name: result.key for name, result in parts.graphs.items()})
     with runner.progress.stage("write bundle") as stage:
         present = _present(request.out, runner.store, key)
         if present is not None:
@@ -182,18 +188,23 @@ def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Part
             versions=versions(),
         )
         with write_bundle(request.out) as writer:
-            for name, source in _files(request, runner.checkpoint, parts).items():
+            for name, source in files.items():
                 writer.add(source, name)
             (writer.path / "parity.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
             bundle = writer.finish(info)
         runner.store.get_or_make(key, lambda folder: _record(folder, bundle.digest))
-        stage.note(f"{sum(f.size for f in bundle.manifest.files.values()) / 1e9:.2f} GB, sha256 {bundle.digest[:12]}")
+        stage.note(f"{human_bytes(sum(f.size for f in bundle.manifest.files.values()))}, sha256 {bundle.digest[:12]}")
     return BuildResult(bundle=bundle, unchanged=False)
 
 
 def _reference_name(parts: Iterable[Component]) -> Literal["fp32 PyTorch", "fp64 PyTorch"]:
     """The narrowest reference that was used: large components have fp32, small ones fp64."""
     return "fp64 PyTorch" if all(reference_dtype(each) is torch.float64 for each in parts) else "fp32 PyTorch"
+
+
+def _small(parts: Iterable[Component]) -> bool:
+    """Whether whole pictures are drawn on the CPU in seconds."""
+    return sum(p.numel() for each in parts for p in each.module.parameters()) <= SMALL_PARAMETERS
 
 
 class _Absent(Exception):

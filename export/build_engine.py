@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0, 1 if the build failed, 2 if what was asked for cannot be built. Messages go to stderr."""
+    """Returns 0; 1 if the build failed; 2 if what was asked for cannot be built; 130 after Ctrl-C. Messages go to stderr."""
     options = _parser().parse_args(arguments)
     try:
         _build(options)
@@ -52,6 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SanaError as error:
         print(f"build_engine: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("build_engine: interrupted. Finished stages are kept; what was at --out is unchanged.", file=sys.stderr)
+        return 130
     return 0
 
 

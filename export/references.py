@@ -11,25 +11,19 @@ from export.stages import Result, Runner, golden_of
 from runtime.prompt import PromptTokenizer
 from runtime.schedule import Schedule, make_schedule
 from sana_ref.checkpoint import Checkpoint
-from sana_ref.variants import VARIANTS, variant_of
 
 __all__ = ["make_references", "schedule_info"]
 
-DEFAULT_STEPS, DEFAULT_GUIDANCE = 20, 4.5  # of the published models that are no consistency models
-SCM_STEPS = 2
-
 
 def schedule_info(checkpoint: Checkpoint) -> ScheduleInfo:
-    """How the model samples unless told otherwise: the checkpoint's sampler; steps and guidance of the published variant."""
-    sampler, name = checkpoint.sampler, variant_of(checkpoint.transformer_config)
-    published = VARIANTS[name] if name is not None else None
-    scm = sampler.scheduler == "scm"
+    """How the model samples unless told otherwise."""
+    sampler = checkpoint.sampler
     return ScheduleInfo(
         scheduler=sampler.scheduler,
         flow_shift=sampler.flow_shift,
-        num_inference_steps=published.num_steps if published is not None else SCM_STEPS if scm else DEFAULT_STEPS,
-        guidance_scale=published.guidance_scale if published is not None else DEFAULT_GUIDANCE,
-        timestep_scale=1.0 if scm else checkpoint.transformer_config.timestep_scale,
+        num_inference_steps=sampler.num_steps,
+        guidance_scale=sampler.guidance_scale,
+        timestep_scale=checkpoint.transformer_config.timestep_scale,
     )
 
 

@@ -18,14 +18,17 @@ from torch import Tensor
 
 from engines import tensorrt
 from engines.digest import digest_of
+from engines.disk import human_bytes
 from engines.golden import Golden, load_golden, save_golden
 from engines.gpu import current_target, device_info
+from engines.manifest import BundleInfo
 from engines.parity_report import ComponentParity
 from engines.spec import AHEAD_OF_TIME_TARGETS, Target
 from engines.store import Store
 from export.cases import Arrays
 from export.components import Component, Profile
 from export.fingerprint import code, versions
+from export.grid import draw_grid
 from export.onnx_export import export_module, with_function_bodies
 from export.parity import bounds, measured, run_onnxruntime, run_tensorrt, summary
 from export.plugin_nodes import add_cubins
@@ -36,7 +39,7 @@ from export.widen import widened
 from plugins import shell
 from sana_ref.checkpoint import Checkpoint
 
-__all__ = ["EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of", "pytorch_of"]
+__all__ = ["GOLDEN_NAME", "GRID_NAME", "EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of", "pytorch_of"]
 
 _EXPORT_CODE = (
     "sana_ref/*.py",
@@ -61,6 +64,7 @@ _REFERENCE_CODE = (
     "runtime/prompt.py",
     "runtime/schedule.py",
 )
+_GRID_CODE = ("export/grid.py", "runtime/*.py", "sana_ref/*.py")
 _PARITY_CODE = (
     "export/parity.py",
     "engines/parity_report.py",
@@ -68,7 +72,7 @@ _PARITY_CODE = (
     "runtime/cuda.py",
     "runtime/trt_session.py",
 )
-GOLDEN_NAME = "golden.safetensors"
+GOLDEN_NAME, GRID_NAME = "golden.safetensors", "grid.png"
 _PYTORCH, _PARITY, _LOG = "pytorch.json", "parity.json", "tensorrt.log"
 _FRUGAL_BYTES = 1 << 30  # weights above this are widened one by one when a portable graph is checked
 
@@ -135,7 +139,7 @@ class Runner:
             for name, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
                 ir.save(with_function_bodies(graph), folder / name)
                 onnx.checker.check_model(str(folder / name), full_check=True)  # also that the data file is where it says
-            stage.note(f"{component.precision}, {size / 1e9:.2f} GB of weights")
+            stage.note(f"{component.precision}, {human_bytes(size)} of weights")
 
         content = {
             "stage": "export",
@@ -169,7 +173,7 @@ class Runner:
                 )
             (folder / _LOG).write_text("".join(f"{line}\n" for line in log), encoding="utf-8")
             plugins = ", ".join(f"{count} {op}" for op, count in report.plugins.items())
-            stage.note(f"{report.engine_bytes / 1e9:.2f} GB" + (f", plugins: {plugins}" if plugins else ""))
+            stage.note(human_bytes(report.engine_bytes) + (f", plugins: {plugins}" if plugins else ""))
 
         content = {
             "stage": "engine",
@@ -234,6 +238,22 @@ class Runner:
         result = self._run(f"parity {component.name}", content, make)
         self.progress.say(summary(component.name, parity_of(result)))
         return result
+
+    def grid(self, info: BundleInfo, files: Mapping[str, Path], depends: dict[str, Any]) -> Path:
+        """The picture grid. depends: what decides the pictures besides the checkpoint: keys of the graphs."""
+
+        def make(folder: Path, stage: Stage) -> None:
+            draw_grid(self.checkpoint, info, files, folder).save(folder / GRID_NAME)
+
+        content = {
+            "stage": "grid",
+            "checkpoint": self.checkpoint.digest,
+            "info": info.model_dump(mode="json", exclude={"targets", "tensorrt"}),
+            "depends": depends,
+            "code": code(_GRID_CODE),
+            "versions": versions(),
+        }
+        return self._run("picture grid", content, make).folder / GRID_NAME
 
 
 @contextlib.contextmanager

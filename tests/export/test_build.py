@@ -92,7 +92,7 @@ def test_only_what_depends_on_a_change_is_done_again(built, changed, tmp_path):
     progress = quiet()
     build(request(tmp_path / "bundle", model=changed), progress)
     done = {stage.name for stage in progress.stages if not stage.cached}
-    assert done == {"read checkpoint", "export denoiser", "reference denoiser", "parity denoiser", "write bundle"}
+    assert done == {"read checkpoint", "export denoiser", "reference denoiser", "parity denoiser", "picture grid", "write bundle"}
 
 
 def again(monkeypatch, stage: str) -> None:

@@ -41,7 +41,7 @@ class Killing:
 progress.Progress.stage = lambda self, name: Killing(real(self, name))
 sys.exit(main(sys.argv[3:]))
 """
-STAGES = 11  # read; export, reference, parity of three; write
+STAGES = 12  # read; export, reference, parity of three; grid; write
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def check(out: Path, old: str, new: str, model: Path, cache: Path) -> str:
 
 # A build takes ten seconds and more: two boundaries stand for the others among the quick tests.
 BOUNDARIES = [("begin", STAGES - 1), ("end", STAGES - 1)]
-SLOW = [("begin", 1), ("begin", 4), ("begin", 5), ("begin", 7), ("end", 9)]
+SLOW = [("begin", 1), ("begin", 4), ("begin", 5), ("begin", 7), ("end", 10)]
 
 
 @pytest.mark.parametrize(("which", "at"), [*BOUNDARIES, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)])

@@ -1,0 +1,22 @@
+"""What only a machine with a GPU can show: the engine's numbers, which is the typed graph, the kernels and TensorRT together."""
+
+import json
+
+import pytest
+from tiny_build import quiet, request
+
+from engines.gpu import current_target
+from engines.spec import Precision
+from export.build import build
+from export.request import targets_of
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(current_target() is None, reason="this machine has no GPU")
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16, Precision.FP32], ids=str)
+def test_engines_for_this_gpu_hold_parity(tmp_path, precision):
+    bundle = build(request(tmp_path / "bundle", precision=precision, targets=targets_of("current")), quiet()).bundle
+    report = json.loads((bundle.path / "parity.json").read_text())
+    for component in report["components"].values():
+        for output in component["outputs"].values():
+            assert output["tensorrt"]["rms"] <= output["bound"]["rms"]

@@ -1,0 +1,82 @@
+import onnx
+import pytest
+from tiny_build import RANGES, component, quiet, request, runner, said
+
+from engines.bundle import Bundle
+from engines.errors import BuildError, PluginMissingError
+from engines.spec import Precision, Target
+from export.build import build
+from export.components import profiles
+from export.plugin_nodes import add_cubins
+from export.stages import engine_groups
+
+AHEAD = (Target.SM80, Target.SM89, Target.SM120)
+
+
+def test_what_is_compiled_ahead_of_time_shares_an_engine():
+    assert engine_groups((Target.SM80, Target.SM89)) == [(Target.SM80, Target.SM89)]
+    assert engine_groups((Target.SM89, Target.SM90)) == [(Target.SM89,), (Target.SM90,)]
+    assert engine_groups(()) == []
+
+
+def test_profiles_serve_the_range():
+    found = profiles(component("denoiser", Precision.FP16), RANGES, instructed_tokens=60, embedded_guidance=False)
+    assert found["latents"] == ((1, 32, 2, 2), (1, 32, 4, 4), (4, 32, 8, 8))
+    assert found["prompt_embeds"] == ((1, 1, 24, 48), (2, 1, 24, 48), (2, 4, 24, 48))
+    assert found["coefficients"] == ((8,), (8,), (8,))
+    found = profiles(component("text_encoder", Precision.BF16), RANGES, instructed_tokens=60, embedded_guidance=False)
+    assert found["input_ids"] == ((1, 24), (1, 60), (4, 60))
+    found = profiles(component("denoiser", Precision.FP16), RANGES, instructed_tokens=60, embedded_guidance=True)
+    assert found["guidance_weights"] == ((1,), (1,), (1,))
+
+
+@pytest.mark.slow
+def test_a_build_with_engines(tmp_path):
+    progress = quiet()
+    bundle = build(request(tmp_path / "bundle", targets=AHEAD), progress).bundle
+    assert bundle.manifest.targets == AHEAD
+    assert bundle.manifest.tensorrt is not None
+    for name in ("text_encoder", "denoiser", "decoder"):
+        for sm in ("sm80", "sm89", "sm120"):
+            path = bundle.engine_path(name, sm)
+            assert path is not None
+            assert path.name == "sm80-sm89-sm120.engine"
+        assert bundle.engine_path(name, "sm86") is None
+    assert "plugins: 1 ReluLinearAttention" in said(progress)
+    again = quiet()
+    assert build(request(bundle.path, targets=AHEAD), again).unchanged
+    other = build(request(bundle.path, targets=(Target.SM86,)), quiet()).bundle  # the same graphs, other engines
+    assert other.manifest.targets == (Target.SM86,)
+    assert Bundle.open(bundle.path).engine_path("decoder", "sm80") is None
+
+
+def test_a_plugin_that_is_not_registered_fails_the_build(monkeypatch):
+    """Nothing else says so: TensorRT would inline the op's body and build an engine that is slower."""
+    run = runner()
+    part = component("denoiser", Precision.FP16)
+    graphs = run.export(part)
+    profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
+    monkeypatch.setattr("export.stages.add_cubins", lambda model, targets: 0)  # nodes without the attributes of a plugin
+    with pytest.raises(PluginMissingError, match="got the plugin layers none; expected 1 ReluLinearAttention"):
+        run.engine(part, graphs, (Target.SM121,), profile)  # that no other test compiles for
+
+
+def test_cubins_come_only_with_an_op_and_a_shape_that_have_a_kernel():
+    graphs = runner().export(component("denoiser", Precision.FP16))
+    model = onnx.load(graphs.folder / "typed.onnx", load_external_data=False)
+    assert add_cubins(model, (Target.SM89,)) == 1
+    node = next(node for node in model.graph.node if node.domain == "sana")
+    assert {a.name for a in node.attribute} == {"eps", "launch", "cubins", "plugin_version", "plugin_namespace"}
+    assert not any(
+        a.name == "cubins"
+        for n in onnx.load(graphs.folder / "model.onnx", load_external_data=False).graph.node
+        for a in n.attribute
+    )
+    for value in model.graph.value_info:
+        if value.name == node.input[0]:
+            value.type.tensor_type.shape.dim[-1].dim_value = 40
+    with pytest.raises(BuildError, match=r"no kernel.*head_dim 40"):
+        add_cubins(model, (Target.SM89,))
+    node.op_type = "Unknown"
+    with pytest.raises(BuildError, match="got the op Unknown"):
+        add_cubins(model, (Target.SM89,))

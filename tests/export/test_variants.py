@@ -1,0 +1,45 @@
+"""Variants of the architecture through the whole build: each has something that an export can lose."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tiny_build import PARTS, quiet, request
+from tiny_checkpoint import SCM, write_checkpoint
+
+from export.build import build
+
+pytestmark = pytest.mark.slow
+
+TRANSFORMER = PARTS["transformer"]
+
+
+def draw(bundle, **options):
+    from runtime.engine import SanaEngine
+
+    with SanaEngine(bundle, backend="onnxruntime", progress=False) as engine:
+        return engine.generate("a cat", width=64, height=96, **options)[0]
+
+
+def test_sprint_embeds_the_guidance_scale(tmp_path):
+    sprint = replace(TRANSFORMER, guidance_embeds=True, qk_norm="rms_norm_across_heads")
+    model = write_checkpoint(tmp_path / "sprint", **PARTS | {"transformer": sprint}, scheduler=SCM)
+    bundle = build(request(tmp_path / "bundle", model=model), quiet()).bundle
+    assert bundle.manifest.guidance_embeds
+    assert (bundle.manifest.schedule.scheduler, bundle.manifest.schedule.num_inference_steps) == ("scm", 2)
+    low, high = (np.asarray(draw(bundle, guidance=guidance)) for guidance in (1.5, 8.0))
+    assert np.any(low != high)
+
+
+def test_positions_follow_the_size(tmp_path):
+    """2K and 4K models add a sinusoid over the picture: its extent must not be that of the example that was exported."""
+    wide = replace(TRANSFORMER, interpolation_scale=1.0)
+    model = write_checkpoint(tmp_path / "wide", **PARTS | {"transformer": wide})
+    build(request(tmp_path / "bundle", model=model, components=("denoiser",)), quiet())
+
+
+def test_a_decoder_of_residual_blocks_has_no_plugins(tmp_path):
+    lite = replace(PARTS["vae"], decoder_block_types="ResBlock", upsample_block_type="pixel_shuffle", decoder_conv_act_fn="silu")
+    model = write_checkpoint(tmp_path / "lite", **PARTS | {"vae": lite})
+    bundle = build(request(tmp_path / "bundle", model=model, components=("decoder",)), quiet()).bundle
+    assert bundle.manifest.plugins == {"decoder": {}}
