@@ -45,7 +45,7 @@ def test_laid_out_model_loads(delivered: Path, tmp_path: Path) -> None:
     from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
     from transformers import Gemma2Model, PreTrainedTokenizerFast
 
-    lay_out(delivered, tmp_path)
+    lay_out(delivered, tmp_path, note="One more thing.")
     configs = {name: json.loads((tmp_path / name / "config.json").read_text()) for name in ("vae", "transformer", "text_encoder")}
     weights = {name: load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("vae", "transformer")}
     weights["text_encoder"] = load_file(tmp_path / "text_encoder/model.safetensors")
@@ -82,7 +82,8 @@ def test_laid_out_model_loads(delivered: Path, tmp_path: Path) -> None:
         )
     card = (tmp_path / "README.md").read_text()
     assert "SIL Open Font License" in card
-    assert "{" not in card.replace("{width}", "")
+    assert "One more thing." in card
+    assert "{" not in card
 
 
 def test_sigterm_saves_and_exits_with_zero(sprite_file: Path, tmp_path: Path) -> None:
