@@ -18,11 +18,20 @@ TIME_CHANNELS = 256  # width of the sinusoid that the time's MLP reads
 MAX_PERIOD = 10000
 
 
+def frequencies(half: int, device: torch.device) -> Tensor:
+    """(half,) fp32, 10000^(-i/half), the exponent in fp32 as published.
+
+    exp is taken in fp64 and rounded: fp32 exponentials differ in the last bit from library to library, an exporter folds this into
+    a constant with another one than PyTorch's, and times up to 1000 magnify that bit.
+    """
+    exponent = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=device) / half
+    return exponent.double().exp().float()
+
+
 def timestep_sinusoid(values: Tensor) -> Tensor:
     """values (B,) -> (B, 256) fp32, [cos | sin] of values * 10000^(-i/128)."""
     half = TIME_CHANNELS // 2
-    exponent = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float()[:, None] * exponent.exp()[None]
+    angles = values.float()[:, None] * frequencies(half, values.device)[None]
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -33,8 +42,7 @@ def axis_sinusoid(num_cells: int, span: float, num_channels: int, device: torch.
     """
     half = num_channels // 2
     position = torch.arange(num_cells, dtype=torch.float32, device=device) * span / num_cells
-    exponent = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=device) / half
-    angles = position[:, None] * exponent.exp()[None]
+    angles = position[:, None] * frequencies(half, device)[None]
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 

@@ -124,8 +124,10 @@ class CrossAttention(nn.Module):
         q, k, v = self.to_q(x), self.to_k(text), self.to_v(text)
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+        # The scale goes to q, in fp32: an exported graph would hold it in half precision, wrong by up to 5e-4 for all scores.
+        q = (q.to(torch.promote_types(q.dtype, torch.float32)) * (q.shape[-1] // self.num_heads) ** -0.5).to(v.dtype)
         q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
-        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias)))
+        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)))
 
 
 class SanaTransformerBlock(nn.Module):
