@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from train.captions import (
     ABOVE_BELOW,
-    COLOUR_NAMES,
     KIND_NAMES,
     LANGUAGES,
     LEFT_RIGHT,
@@ -47,6 +49,15 @@ class Question:
     scene: Scene
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """right: every object, each in its place. colour: the background. guess: the classes that were seen, place by place."""
+
+    right: bool
+    colour: bool
+    guess: tuple[int, ...]
+
+
 def held_out_questions(kind: int, num: int, names: list[Names], *, seed: int = 0) -> list[Question]:
     """Captions of scenes that training never showed: an emoji on a colour for one object or several of the same, two emoji
     together for pairs. Languages in the grammar's shares; every caption names its colour.
@@ -70,7 +81,7 @@ def held_out_questions(kind: int, num: int, names: list[Names], *, seed: int = 0
     return questions
 
 
-def cut(pictures: Tensor, place: tuple[float, float], *, stacked: bool = False) -> Tensor:
+def cut(pictures: Tensor, place: tuple[float, float]) -> Tensor:
     """The square around a place (fractions of width and height), (n, 3, s, s); clipped to the picture by shifting it inside."""
     height, width = pictures.shape[2:]
     side = round(CROP * min(height, width))
@@ -80,82 +91,73 @@ def cut(pictures: Tensor, place: tuple[float, float], *, stacked: bool = False) 
 
 
 @torch.no_grad()
-def judge(recogniser: Recogniser, pictures: Tensor, questions: list[Question]) -> dict[str, object]:
-    """All questions of one kind. `correct`: every object right and in its place; `colour`: the background; by language too."""
+def judge(recogniser: Recogniser, pictures: Tensor, questions: list[Question]) -> list[Verdict]:
+    """One verdict a picture. All questions are of one kind."""
     kind = questions[0].scene.kind
-    wanted = [[q.scene.first, q.scene.second if q.scene.second >= 0 else q.scene.first] for q in questions]
-    right = torch.ones(len(questions), dtype=torch.bool)
-    places: list[tuple[float, float] | None] = [None] if kind == SINGLE else list(PLACES[kind])
-    guesses = []
-    for index, place in enumerate(places):
-        seen = pictures if place is None else cut(pictures, place)
-        guess = torch.cat([recogniser(part)[0].argmax(1).cpu() for part in seen.split(256)])
-        guesses.append(guess)
-        right &= guess == torch.tensor([row[min(index, 1)] for row in wanted])
-    colour = torch.cat([recogniser(part)[1].argmax(1).cpu() for part in pictures.split(256)])
-    right_colour = colour == torch.tensor([q.scene.colour for q in questions])
-    by_language = {
-        language: round(right[[q.language == language for q in questions]].float().mean().item(), 4)
-        for language in LANGUAGES
-        if any(q.language == language for q in questions)
-    }
-    result: dict[str, object] = {
+    seen = [pictures] if kind == SINGLE else [cut(pictures, place) for place in PLACES[kind]]
+    guesses = [torch.cat([recogniser(part)[0].argmax(1).cpu() for part in each.split(256)]).tolist() for each in seen]
+    colours = torch.cat([recogniser(part)[1].argmax(1).cpu() for part in pictures.split(256)]).tolist()
+    verdicts = []
+    for question, colour, *guess in zip(questions, colours, *guesses, strict=True):
+        scene = question.scene
+        wanted = [scene.first, scene.second] if scene.second >= 0 else [scene.first] * len(guess)
+        verdicts.append(Verdict(right=guess == wanted, colour=colour == scene.colour, guess=tuple(guess)))
+    return verdicts
+
+
+def summary(questions: list[Question], verdicts: list[Verdict]) -> dict[str, Any]:
+    """`correct`: share with every object right and in its place; `colour`: with the right background; by language too."""
+    by_language: dict[str, list[bool]] = {}
+    missed: Counter[str] = Counter()
+    for question, verdict in zip(questions, verdicts, strict=True):
+        by_language.setdefault(question.language, []).append(verdict.right)
+        if question.scene.kind == SINGLE and not verdict.right:
+            missed[f"{question.scene.first}->{verdict.guess[0]}"] += 1
+    return {
         "questions": len(questions),
-        "correct": right.float().mean().item(),
-        "colour": right_colour.float().mean().item(),
-        "both": (right & right_colour).float().mean().item(),
-        "by_language": by_language,
+        "correct": fmean(verdict.right for verdict in verdicts),
+        "colour": fmean(verdict.colour for verdict in verdicts),
+        "both": fmean(verdict.right and verdict.colour for verdict in verdicts),
+        "by_language": {language: round(fmean(by_language[language]), 4) for language in LANGUAGES if language in by_language},
+        "missed": dict(missed.most_common(30)),
     }
-    if kind == SINGLE:
-        missed: dict[str, int] = {}
-        for q, hit, guess in zip(questions, right.tolist(), guesses[0].tolist(), strict=True):
-            if not hit:
-                missed[f"{q.scene.first}->{guess}"] = missed.get(f"{q.scene.first}->{guess}", 0) + 1
-        result["missed"] = dict(sorted(missed.items(), key=lambda item: -item[1])[:30])
-    return result
 
 
 def evaluate(
-    painter: Painter,
-    recogniser: Recogniser,
-    names: list[Names],
-    *,
-    num_single: int = 1000,
-    num_other: int = 300,
-    guidance: float = 4.5,
-) -> dict[str, object]:
-    """Every kind of scene at 256 px, 20 steps of DPM-Solver++; and a small sweep of guidance on single objects."""
-    report: dict[str, object] = {"guidance": guidance, "steps": 20}
+    painter: Painter, recogniser: Recogniser, names: list[Names], *, num_single: int = 1000, num_other: int = 300
+) -> dict[str, Any]:
+    """Every kind of scene at 256 px, 20 steps of DPM-Solver++; then single objects by guidance, steps and size."""
+    guidance = 4.5
+    report: dict[str, Any] = {"guidance": guidance, "steps": 20}
     for kind in (SINGLE, LEFT_RIGHT, ABOVE_BELOW, TWO, THREE):
         questions = held_out_questions(kind, num_single if kind == SINGLE else num_other, names)
         pictures = painter.draw([q.text for q in questions], guidance=guidance, seed=kind)
-        report[KIND_NAMES[kind]] = judge(recogniser, pictures, questions)
-    sweep = {}
+        report[KIND_NAMES[kind]] = summary(questions, judge(recogniser, pictures, questions))
+
     questions = held_out_questions(SINGLE, num_other, names, seed=1)
-    for scale in (1.0, 2.0, 3.0, 4.5, 6.0):
-        result = judge(recogniser, painter.draw([q.text for q in questions], guidance=scale, seed=7), questions)
-        sweep[str(scale)] = [round(float(str(result[key])), 4) for key in ("correct", "colour")]
-    report["sweep_guidance_correct_colour"] = sweep
+    texts = [q.text for q in questions]
+
+    def found(pictures: Tensor) -> dict[str, Any]:
+        return summary(questions, judge(recogniser, pictures, questions))
+
+    sweep = {str(scale): found(painter.draw(texts, guidance=scale, seed=7)) for scale in (1.0, 2.0, 3.0, 4.5, 6.0)}
+    report["sweep_guidance_correct_colour"] = {
+        scale: [round(result["correct"], 4), round(result["colour"], 4)] for scale, result in sweep.items()
+    }
     for steps in (10, 40):
-        result = judge(recogniser, painter.draw([q.text for q in questions], guidance=guidance, seed=7, steps=steps), questions)
-        report[f"correct_{steps}_steps"] = result["correct"]
-    sizes = {}
+        report[f"correct_{steps}_steps"] = found(painter.draw(texts, guidance=guidance, seed=7, steps=steps))["correct"]
+    report["correct_by_size"] = {}
     for width, height in ((320, 192), (192, 320), (320, 320)):
-        pictures = painter.draw([q.text for q in questions], guidance=guidance, seed=7, width=width, height=height)
+        pictures = painter.draw(texts, guidance=guidance, seed=7, width=width, height=height)
         side = min(width, height)
-        square = F.interpolate(
-            pictures[:, :, (height - side) // 2 : (height + side) // 2, (width - side) // 2 : (width + side) // 2],
-            size=(96, 96), mode="bilinear", antialias=True,
-        )  # fmt: skip
-        sizes[f"{width}x{height}"] = judge(recogniser, square, questions)["correct"]
-    report["correct_by_size"] = sizes
+        top, left = (height - side) // 2, (width - side) // 2
+        square = pictures[:, :, top : top + side, left : left + side]
+        report["correct_by_size"][f"{width}x{height}"] = found(square)["correct"]
     return report
 
 
 def grid(pictures: Tensor, captions: list[str], path: Path, *, columns: int = 8, side: int = 160) -> None:
-    """A PNG of pictures with their captions beneath, for looking at. Captions in scripts that Pillow's font lacks are shown as
-    they can be.
-    """
+    """A PNG of pictures with their captions beneath, for looking at. Pillow's font lacks some scripts and shows boxes for them."""
     height = round(side * pictures.shape[2] / pictures.shape[3])
     cell = height + 34
     rows = -(-len(captions) // columns)
@@ -165,21 +167,16 @@ def grid(pictures: Tensor, captions: list[str], path: Path, *, columns: int = 8,
     for index, text in enumerate(captions):
         left, top = index % columns * side, index // columns * cell
         sheet.paste(Image.fromarray(pixels[index]).resize((side - 4, height - 4), Image.Resampling.LANCZOS), (left + 2, top + 2))
-        for line, part in enumerate((text[:28], text[28:56])):
+        for line, part in enumerate(textwrap.wrap(text, 28)[:2]):
             draw.text((left + 3, top + height + 14 * line), part, fill="black", font=font)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, optimize=True)
 
 
 def grid_captions(names: list[Names], num: int) -> list[str]:
-    """A mixture for the picture grid: English, mostly held-out combinations of every kind."""
+    """A mixture for the picture grid: English, held-out combinations of every kind, no two alike."""
     kinds = [SINGLE, SINGLE, SINGLE, SINGLE, LEFT_RIGHT, ABOVE_BELOW, TWO, THREE]
     rng = np.random.default_rng(5)
-    texts = []
-    for index in range(num):
-        question = held_out_questions(kinds[index % len(kinds)], 1 + index // len(kinds), names, seed=3)[-1]
-        texts.append(caption(question.scene, names, rng, language="en", template=0))
-    return texts
-
-
-__all__ = ["COLOUR_NAMES", "Question", "cut", "evaluate", "grid", "grid_captions", "held_out_questions", "judge"]
+    questions = {kind: iter(held_out_questions(kind, num, names, seed=3)) for kind in set(kinds)}
+    scenes = [next(questions[kinds[index % len(kinds)]]).scene for index in range(num)]
+    return [caption(scene, names, rng, language="en", template=0) for scene in scenes]

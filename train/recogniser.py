@@ -6,15 +6,19 @@ Half of its training pictures went through the autoencoder, so that the blur of 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train.captions import SINGLE
 from train.flat import FlatParameters
-from train.scenes import SceneArrays, SceneTensors, compose
+from train.scenes import SceneArrays, SceneTensors, compose, draw_scenes
 
 INPUT_SIDE = 96  # px
 RECOGNISER: dict[str, Any] = {"widths": [24, 48, 96, 160], "blocks": 1, "input_side": INPUT_SIDE}
@@ -35,8 +39,9 @@ class Residual(nn.Module):
 
 
 class Recogniser(nn.Module):
-    """Pictures (B, 3, H, W), -1 to 1, of any size (resized to 96 x 96 inside) -> logits of emoji (B, classes) and of colour (B,
-    10).
+    """Pictures (B, 3, H, W), -1 to 1, of any size (resized to 96 x 96 inside).
+
+    Returns logits of emoji (B, classes) and of colour (B, 10).
     """
 
     def __init__(self, num_classes: int, num_colours: int, *, widths: list[int], blocks: int, input_side: int) -> None:
@@ -61,14 +66,21 @@ class Recogniser(nn.Module):
         return logits[:, : self.num_classes], logits[:, self.num_classes :]
 
 
+def load(folder: Path) -> tuple[Recogniser, list[str]]:
+    """The shipped judge, in fp32 on the CPU, and the English names of its classes. Raises FileNotFoundError."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    sizes = {name: config[name] for name in RECOGNISER}
+    model = Recogniser(len(config["classes"]), len(config["colours"]), **sizes)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.float().eval().requires_grad_(False), config["classes"]
+
+
 def close_ups(num: int, *, seed: int, num_classes: int) -> SceneArrays:
     """Scenes of one object each, in the sizes and places in which the judge meets objects: whole pictures, and parts of
     pictures that were cut around one object of several.
     """
-    import numpy as np
-
-    from train.scenes import SINGLE, draw_scenes
-
     scenes = draw_scenes(num, seed=seed, num_objects=num_classes, kind=SINGLE)
     rng = np.random.Generator(np.random.Philox(seed + 1))
     scenes.geometry[:, 0, :2] = 0.5 + rng.uniform(-0.08, 0.08, size=(num, 2))
