@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,12 @@ def small_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_random_checkpoint(variant: Variant, out: Path, seed: int = 0) -> None:
-    """Write the whole checkpoint to the folder `out`."""
+def write_random_checkpoint(variant: Variant, out: Path, seed: int = 0, *, small_text_encoder: bool = False) -> None:
+    """Write the whole checkpoint to the folder `out`. small_text_encoder: Gemma's width, one layer, the tokenizer's vocabulary."""
+    tokenizer = small_tokenizer()
+    text_config = GEMMA_2_2B
+    if small_text_encoder:
+        text_config = replace(text_config, num_hidden_layers=1, vocab_size=tokenizer.get_vocab_size())
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[variant.weights]
     sprint = variant.transformer.guidance_embeds
     scheduler = SCHEDULERS[sprint](variant)
@@ -130,11 +134,11 @@ def write_random_checkpoint(variant: Variant, out: Path, seed: int = 0) -> None:
     )
     write_json(out / "scheduler" / "scheduler_config.json", scheduler)
     (out / "tokenizer").mkdir(exist_ok=True)
-    small_tokenizer().save(str(out / "tokenizer" / "tokenizer.json"))
+    tokenizer.save(str(out / "tokenizer" / "tokenizer.json"))
     parts: tuple[tuple[str, str, Any, Callable[[], nn.Module], torch.dtype], ...] = (
         ("transformer", "diffusion_pytorch_model", variant.transformer, lambda: SanaTransformer2DModel(variant.transformer), dtype),
         ("vae", "diffusion_pytorch_model", DC_AE, lambda: AutoencoderDC(DC_AE), torch.bfloat16),
-        ("text_encoder", "model", GEMMA_2_2B, lambda: Gemma2Encoder(GEMMA_2_2B), torch.bfloat16),
+        ("text_encoder", "model", text_config, lambda: Gemma2Encoder(text_config), torch.bfloat16),
     )
     for number, (name, stem, config, make, stored) in enumerate(parts):
         extra = {"model_type": "gemma2"} if name == "text_encoder" else {}
@@ -147,8 +151,9 @@ def main() -> int:
     parser.add_argument("--variant", choices=sorted(VARIANTS), required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--small-text-encoder", action="store_true", help="one layer: to time the denoiser and the decoder alone")
     options = parser.parse_args()
-    write_random_checkpoint(VARIANTS[options.variant], options.out, options.seed)
+    write_random_checkpoint(VARIANTS[options.variant], options.out, options.seed, small_text_encoder=options.small_text_encoder)
     return 0
 
 
