@@ -1,8 +1,8 @@
 """Writes the captions of the training scenes, already tokenised, while the GPU is busy with something else.
 
-`python -m train.caption_cache --sprites F --out FILE.npz --plan '{"256x256": [200000, 100, 1.0]}' --captions 3 --length 48`:
-for each bucket the scenes (number, seed, aspect) that `scenes.draw_scenes` gives for the same arguments, with several captions
-each.
+    python -m train.caption_cache --sprites F --out FILE.npz --plan '{"256x256": [200000, 100, 1.0]}' --captions 3 --length 48
+
+For each bucket of the plan (number of scenes, seed, aspect): several captions of each of the scenes that `training_scenes` gives.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from train.captions import Names, caption
 from train.scenes import HeldOut, SceneArrays, draw_scenes
+from train.sprites import load_sprites
 from train.tokenizer import encode_captions
 
 CHUNK = 4096  # scenes a task
@@ -48,20 +49,15 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 4))
     args = parser.parse_args()
 
-    from safetensors import safe_open
-
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes below are the parallelism
-    with safe_open(args.sprites, framework="np") as file:
-        metadata = file.metadata()
-    names = json.loads(metadata["names"])
-    class_names = [entry["en"][0] for entry in names[: int(metadata["num_classes"])]]
+    sprites = load_sprites(args.sprites)
     arrays: dict[str, np.ndarray] = {}
     with ProcessPoolExecutor(args.workers) as pool:
         for bucket, (num, seed, aspect) in args.plan.items():
-            scenes = training_scenes(num, seed, aspect, class_names)
+            scenes = training_scenes(num, seed, aspect, sprites.class_names)
             futures = [
                 pool.submit(
-                    tokenise, scenes.select(np.arange(start, min(start + CHUNK, num))), names, metadata["tokenizer"],
+                    tokenise, scenes.select(np.arange(start, min(start + CHUNK, num))), sprites.names, sprites.tokenizer_json,
                     captions=args.captions, length=args.length, seed=seed * 1_000_003 + start,
                 )
                 for start in range(0, num, CHUNK)

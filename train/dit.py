@@ -25,8 +25,11 @@ CAPTION_DROPOUT = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class LatentCache:
-    """Encoded scenes of one bucket, on the device. latents: (n, 32, h, w) 16-bit, times the scaling factor; ids: (n, K, S) int16, K
-    captions a scene; facts: (n, 4) int64: kind, first, second (-1: none), colour."""
+    """Encoded scenes of one bucket, on the device.
+
+    latents: (n, 32, h, w) 16-bit, times the scaling factor. ids: (n, K, S) int16, K captions a scene. facts: (n, 4) int64: kind,
+    first, second (-1: none), colour.
+    """
 
     latents: Tensor
     ids: Tensor
@@ -39,8 +42,9 @@ def select_text(states: Tensor, prefix: int) -> Tensor:
 
 
 def encode_text(encoder: Gemma2Encoder, ids: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
-    """ids (B, S) int64 -> text (B, L, C) and mask (B, L), 1 for text. Padding is last and the encoder causal: no mask is needed
-    inside.
+    """ids (B, S) int64 -> text (B, L, C) and mask (B, L), 1 for text.
+
+    Padding is last and the encoder causal: no mask is needed inside.
     """
     text = select_text(encoder(ids, torch.ones_like(ids)), prefix)
     return text, select_text((ids != PAD_ID).long(), prefix)
@@ -59,7 +63,6 @@ def make_step(
     prefix: int,
     batch: int,
     stats: Tensor,
-    shift: float = FLOW_SHIFT,
 ) -> Callable[[], None]:
     """One training step on `batch` scenes of the cache, drawn with replacement. stats: (3,), sums of loss, norm, 1."""
     dtype = flat.working.dtype
@@ -72,7 +75,7 @@ def make_step(
             ids = cache.ids[rows, torch.randint(captions, (batch,), device=device)].long()
             x0 = cache.latents[rows].float()
             noise = torch.randn_like(x0)
-            sigma = shift_sigma(torch.randn(batch, device=device).sigmoid(), shift)
+            sigma = shift_sigma(torch.randn(batch, device=device).sigmoid(), FLOW_SHIFT)
             wide = sigma[:, None, None, None]
             noisy = ((1 - wide) * x0 + wide * noise).to(dtype)
             keep = (torch.rand(batch, 1, device=device) >= CAPTION_DROPOUT).long()

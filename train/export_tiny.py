@@ -96,7 +96,7 @@ def lay_out(source: Path, target: Path, *, note: str = "") -> None:
             "max_sequence_length": 300,
         },
     )
-    write_json(target / "metrics.json", {key: metrics[key] for key in sorted(metrics) if key not in ("dit_losses", "probe")})
+    write_json(target / "metrics.json", {key: metrics[key] for key in sorted(metrics) if key != "dit_losses"})
     held_out = {
         KIND_NAMES[kind]: [
             {"caption": q.text, "language": q.language, "first": q.scene.first, "second": q.scene.second, "colour": q.scene.colour}

@@ -1,59 +1,38 @@
-"""Ways to run the same training step faster, chosen by measurement (`train.probe`).
-
-An option is a word: "eager" (the modules as they are), "truth" (linear attention as plain PyTorch rather than the custom op),
-"compiled" (each block through torch.compile, convolutions by cuDNN) and "shifted" (compiled, with the depth-wise convolution
-written as nine shifted products, which the compiler fuses: cuDNN's backward of a 16-bit depth-wise convolution is slow). All
-compute the same function.
-"""
+"""How training runs the modules: the same functions as in evaluation, in forms that are faster or that a CUDA graph may hold."""
 
 from __future__ import annotations
 
 import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sana_ref import ops
-from sana_ref.layers import GLUMBConv
+from sana_ref.layers import RMSNorm
 from sana_ref.text_encoder import Gemma2Encoder
-from sana_ref.transformer import SanaTransformer2DModel
+from train.loop import Log
 
-OPTIONS = ("eager", "truth", "compiled", "shifted")
-_OP = ops.relu_linear_attention
-_op_works = True  # until `forbid_op`
+TOLERANCE = 0.02  # of a kernel in bf16 against PyTorch in bf16, relative; 0.003 was seen on an H100
 
 
-def depthwise_shifted(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """F.conv2d(x, weight, bias, padding=1, groups=C) for weight (C, 1, 3, 3), summed in fp32. x: (B, C, h, w)."""
-    height, width = x.shape[2:]
-    padded, taps = F.pad(x, (1, 1, 1, 1)).float(), weight.float()
-    total = bias.float()[:, None, None].expand(x.shape)
-    for row in range(3):
-        for column in range(3):
-            total = total + padded[:, :, row : row + height, column : column + width] * taps[:, 0, row, column, None, None]
-    return total.to(x.dtype)
-
-
-def _shifted_forward(self: nn.Conv2d, x: Tensor) -> Tensor:
-    return depthwise_shifted(x, self.weight, self.bias)
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Let the models of this process call plain PyTorch instead of the op `sana::relu_linear_attention`. sana-tiny's transformer
+    was trained so: 16 steps of 512 scenes a second on an H100, as CUDA graphs.
+    """
+    op = ops.relu_linear_attention
+    ops.relu_linear_attention = ops.relu_linear_attention_truth
+    try:
+        yield
+    finally:
+        ops.relu_linear_attention = op
 
 
 def _one_hot_forward(self: nn.Embedding, ids: Tensor) -> Tensor:
     rows = ids[..., None] == torch.arange(self.num_embeddings, device=ids.device)
     return rows.to(self.weight.dtype) @ self.weight
-
-
-def use_attention(*, truth: bool) -> None:
-    """Let the models call plain PyTorch instead of the op `sana::relu_linear_attention`, or the op again. For the whole process."""
-    ops.relu_linear_attention = ops.relu_linear_attention_truth if truth or not _op_works else _OP
-
-
-def forbid_op() -> None:
-    """The op's kernel was found not to work on this machine: plain PyTorch from now on, whatever is asked for."""
-    global _op_works
-    _op_works = False
-    use_attention(truth=True)
 
 
 def one_hot_embedding(text_encoder: Gemma2Encoder) -> None:
@@ -63,25 +42,45 @@ def one_hot_embedding(text_encoder: Gemma2Encoder) -> None:
     text_encoder.embed_tokens.forward = types.MethodType(_one_hot_forward, text_encoder.embed_tokens)  # type: ignore[method-assign]
 
 
-def prepare(transformer: SanaTransformer2DModel, text_encoder: Gemma2Encoder, option: str) -> None:
-    """Switch the modules, in place, to an option; the embedding as in `one_hot_embedding`."""
-    if option not in OPTIONS:
-        raise ValueError(f"option: got {option!r}; expected one of {OPTIONS}")
-    use_attention(truth=option != "eager")
-    one_hot_embedding(text_encoder)
-    if option == "shifted":
-        for part in transformer.modules():
-            if isinstance(part, GLUMBConv):
-                part.conv_depth.forward = types.MethodType(_shifted_forward, part.conv_depth)  # type: ignore[method-assign]
-    if option in ("compiled", "shifted"):
-        torch._dynamo.config.cache_size_limit = 64  # one entry a bucket for each class of block
-        for block in (*transformer.transformer_blocks, *text_encoder.layers):
-            block.compile(dynamic=False)
+def norm_kernel(model: nn.Module, device: torch.device) -> None:
+    """On a GPU let every RMSNorm of `model` run as the kernels of `train.fast_norm`."""
+    if device.type == "cuda":
+        from train.fast_norm import install  # imports Triton
+
+        install(model)
 
 
-def restore(transformer: SanaTransformer2DModel, text_encoder: Gemma2Encoder) -> None:
-    """Undo `prepare`: plain modules, as they are evaluated and exported."""
-    use_attention(truth=False)
-    for part in (*transformer.modules(), *text_encoder.modules()):
-        part.__dict__.pop("forward", None)
-        part._compiled_call_impl = None
+def check_kernels(device: torch.device, log: Log) -> None:
+    """Compare the Triton kernels (linear attention, norm), forward and backward, with PyTorch on this GPU.
+
+    Raises RuntimeError if one differs by more than rounding.
+    """
+    from train.fast_norm import install
+
+    generator = torch.Generator(device).manual_seed(0)
+
+    def compare(name: str, got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> None:
+        worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(got, wanted, strict=True))
+        log(f"{name}: kernel differs from PyTorch by {worst:.4f}")
+        if not worst < TOLERANCE:
+            raise RuntimeError(f"{name}: got a kernel that differs from PyTorch by {worst:.4f}; expected at most {TOLERANCE}")
+
+    q, k, v, grad = (torch.randn(4, 4, 64, 32, device=device, generator=generator).bfloat16().requires_grad_() for _ in range(4))
+
+    def attend(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        out = f(q, k, v)
+        return (out, *torch.autograd.grad(out, (q, k, v), grad))
+
+    compare("linear attention", attend(ops.relu_linear_attention), attend(ops.relu_linear_attention_truth))
+
+    x = torch.randn(4, 64, 32, 32, device=device, generator=generator).bfloat16()
+    x = x.to(memory_format=torch.channels_last).requires_grad_()
+    norm = RMSNorm(64, bias=True, axis=1).to(device, torch.bfloat16)
+
+    def normed() -> tuple[Tensor, ...]:
+        out = norm(x)
+        return (out, *torch.autograd.grad(out, (x, *norm.parameters()), x.detach().roll(1, 0)))
+
+    wanted = normed()
+    install(norm)
+    compare("norm", normed(), wanted)

@@ -118,11 +118,8 @@ def _fast(self: RMSNorm, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x.movedim(self.axis, -1), self.weight, self.bias, self.eps).movedim(-1, self.axis)
 
 
-def install(module: nn.Module, enable: bool = True) -> None:
-    """Let every RMSNorm of `module` run the kernels (or, with enable=False, the reference again)."""
+def install(module: nn.Module) -> None:
+    """Let every RMSNorm of `module` run the kernels."""
     for part in module.modules():
         if isinstance(part, RMSNorm):
-            if enable:
-                part.forward = types.MethodType(_fast, part)  # type: ignore[method-assign]
-            else:
-                part.__dict__.pop("forward", None)
+            part.forward = types.MethodType(_fast, part)  # type: ignore[method-assign]

@@ -98,8 +98,9 @@ class FlatParameters:
         }
 
     def step_with(self, loss: Tensor) -> Tensor:
-        """Differentiate `loss` and update. Returns the gradient's norm. Nothing changes if loss or norm is not finite, except
-        `skipped`.
+        """Differentiate `loss` and update. Returns the gradient's norm.
+
+        Nothing changes if loss or norm is not finite, except `skipped`.
         """
         config = self.config
         gradients = torch.autograd.grad(loss, self.parameters)

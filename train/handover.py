@@ -10,9 +10,7 @@ import torch
 from train import recogniser
 from train.captions import COLOUR_NAMES
 from train.evaluate import grid, grid_captions
-from train.models import (
-    FLOW_SHIFT,
-)
+from train.models import FLOW_SHIFT
 from train.run import Run
 
 

@@ -81,19 +81,9 @@ class Log:
         print(line, flush=True)
 
 
-def configure_gpu() -> None:
-    """The same settings in every process: they are part of the key of the compiler's cache."""
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")
-
-
-class CaptureError(RuntimeError):
-    """A step could not be captured. What the CUDA context is good for afterwards is unknown: begin again in a new process."""
-
-
-def capture(step: Callable[[], None], log: Log, name: str, *, graphs: bool = True) -> Callable[[], None]:
-    """The step as a CUDA graph; as it is without a GPU, or with graphs=False. Raises CaptureError."""
-    if not (graphs and torch.cuda.is_available()):
+def capture(step: Callable[[], None], log: Log, name: str) -> Callable[[], None]:
+    """The step as a CUDA graph; as it is without a GPU. Raises RuntimeError if the step does what a graph cannot hold."""
+    if not torch.cuda.is_available():
         return step
     began = time.monotonic()
     stream = torch.cuda.Stream()
@@ -109,8 +99,8 @@ def capture(step: Callable[[], None], log: Log, name: str, *, graphs: bool = Tru
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        raise CaptureError(
-            f"{name}: got {str(error).splitlines()[0]!r}; expected a captured graph. Run with --no-graphs"
+        raise RuntimeError(
+            f"{name}: got {str(error).splitlines()[0]!r}; expected a step that can be captured. Run with --no-graphs"
         ) from error
     log(f"{name}: captured in {time.monotonic() - began:.1f} s, {torch.cuda.memory_reserved() / 2**30:.1f} GiB reserved")
     return graph.replay
@@ -118,9 +108,10 @@ def capture(step: Callable[[], None], log: Log, name: str, *, graphs: bool = Tru
 
 @dataclass(kw_only=True)
 class Trainer:
-    """One stage's training. `stats` (3,) on the device: sum of losses, of gradient norms, number of steps, since the last log line.
+    """One stage's training.
 
-    `steps` and `weights` are by bucket name. `extra` names further device scalars that the step adds to (shown as means).
+    `steps` and `weights` (how often it is chosen) are by bucket name. `stats` is on the device, and the steps add to it: sum of
+    losses, of gradient norms, number of steps, then one sum for each of `extra_names`; shown as means and zeroed at each log line.
     """
 
     name: str

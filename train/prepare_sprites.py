@@ -1,5 +1,6 @@
-"""Draw the emoji of `emoji_list` once, as a small file that training reads: `python -m train.prepare_sprites --out
-out/sprites.safetensors`.
+"""Draws the emoji of `emoji_list` once, as a small file that training reads.
+
+    python -m train.prepare_sprites --out out/sprites.safetensors
 
 The file holds `rgba` (S, 128, 128, 4) uint8, straight alpha, each object centred and 124 px on its longer side; the first
 sprites are the classes. Its metadata holds the names in six languages and the tokenizer, which is trained here on captions of
@@ -36,9 +37,8 @@ def draw(character: str, font: ImageFont.FreeTypeFont) -> np.ndarray:
     # Two transparent pixels around it, so that the filter does not ring at a cut edge.
     cut = canvas.crop((box[0] - 2, box[1] - 2, box[2] + 2, box[3] + 2)).convert("RGBa")
     scale = FIT / max(cut.size)
-    cut = cut.resize((max(1, round(cut.width * scale)), max(1, round(cut.height * scale))), Image.Resampling.LANCZOS).convert(
-        "RGBA"
-    )
+    cut = cut.resize((max(1, round(cut.width * scale)), max(1, round(cut.height * scale))), Image.Resampling.LANCZOS)
+    cut = cut.convert("RGBA")
     sprite = Image.new("RGBA", (SIDE, SIDE))
     sprite.paste(cut, ((SIDE - cut.width) // 2, (SIDE - cut.height) // 2))
     return np.asarray(sprite)

@@ -1,4 +1,4 @@
-"""What the stages of sana-tiny's training share: arguments, device, sprites, helper processes, results so far."""
+"""What the stages of sana-tiny's training share."""
 
 from __future__ import annotations
 
@@ -15,21 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sana_ref import ops
-from sana_ref.layers import RMSNorm
-from train import dit, fast
-from train.loop import Budget, Log, Stop
-from train.models import (
-    BUCKETS,
-    compute_dtype,
-    make_vae,
-)
+from train import dit
+from train.fast import norm_kernel
+from train.flat import FlatParameters
+from train.loop import Budget, Log, Stop, Trainer, capture
+from train.models import BUCKETS, compute_dtype, make_vae
 from train.sampling import EXPORT_DTYPES, Painter
 from train.sprites import Sprites, load_sprites
 from train.tokenizer import num_instruction_tokens
 
 SECONDS_TO_WRITE = 12.0  # kept free at the end of an invocation
-PROBE_PATIENCE = 60.0  # how long to wait for the timing of options, once it is needed
+CAPTION_PATIENCE = 120.0  # seconds
 SEEDS = {"ae": 10, "latents": 100, "measure": 900, "recogniser": 500, "recogniser_test": 950}
 
 
@@ -49,17 +45,9 @@ class Run:
     ) -> None:
         from tokenizers import Tokenizer
 
-        self.args, self.sizes, self.configs, self.device, self.log, self.stop, self.end = (
-            args,
-            sizes,
-            configs,
-            device,
-            log,
-            stop,
-            end,
-        )
+        self.args, self.sizes, self.configs = args, sizes, configs
+        self.device, self.log, self.stop, self.end = device, log, stop, end
         self.dtype = compute_dtype(device)
-        self.graphs = not args.no_graphs
         self.work: Path = args.work
         self.work.mkdir(parents=True, exist_ok=True)
         args.out.mkdir(parents=True, exist_ok=True)
@@ -70,16 +58,8 @@ class Run:
         if (self.work / "metrics.json").is_file():
             self.metrics = json.loads((self.work / "metrics.json").read_text())
         self.caches: dict[str, dit.LatentCache] = {}
-        self.helpers: dict[str, subprocess.Popen[bytes]] = {}
-        self._kernels: bool | None = None
+        self.captions: subprocess.Popen[bytes] | None = None  # the process that writes them
         torch.manual_seed(0)
-
-    @property
-    def norm_kernel(self) -> bool:
-        """Whether the norm's kernel may be used here; looked at once."""
-        if self._kernels is None:
-            self._kernels = check_kernels(self)
-        return self._kernels
 
     @property
     def names(self) -> list[dict[str, list[str]]]:
@@ -92,62 +72,35 @@ class Run:
             for index, (name, (width, height)) in enumerate(BUCKETS.items())
         }
 
-    def start_helpers(self, wanted: list[str]) -> None:
-        """Captions are written, and options timed, by processes beside the first stages."""
-        caption_file = self.work / "captions.npz"
-        if "latents" in wanted and not (self.work / "latents.pt").is_file() and not caption_file.is_file():
-            command = [
-                "train.caption_cache",
-                "--sprites",
-                str(self.args.sprites),
-                "--out",
-                str(caption_file),
-                "--plan",
-                json.dumps(self.plan()),
-                "--captions",
-                str(self.sizes.captions),
-                "--length",
-                str(self.sizes.length),
-            ]
-            self._start("captions", command)
-        if "dit" in wanted and not self.args.option and self.device.type == "cuda" and not self._probed():
-            command = ["train.probe", "--out", str(self.work / "probe.json"), "--batch", str(self.sizes.batch)]
-            command += ["--prefix", str(self.prefix), "--length", str(self.sizes.length)]
-            self._start("probe", command + (["--minuscule"] if self.args.smoke else []))
-
-    def _probed(self) -> bool:
-        path = self.work / "probe.json"
-        return path.is_file() and "finished" in json.loads(path.read_text())
-
-    def _start(self, name: str, command: list[str]) -> None:
-        with open(self.work / f"{name}.log", "wb") as log:
-            self.helpers[name] = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=subprocess.STDOUT)
-
-    def stop_helpers(self) -> None:
-        for process in self.helpers.values():
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-
-    def wait_for(self, name: str, seconds: float) -> None:
-        """Let a helper finish. Raises RuntimeError with its last words if it failed; one that is too slow is stopped, and the
-        log says so.
-        """
-        process = self.helpers.pop(name, None)
-        if process is None:
+    def start_captions(self) -> None:
+        """Let a process beside the first stages write the captions, unless they or the latents are there already."""
+        path = self.work / "captions.npz"
+        if path.is_file() or (self.work / "latents.pt").is_file():
             return
-        began = time.monotonic()
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
-            self.log(f"{name}: stopped after waiting {seconds:.0f} s")
-            return
-        words = (self.work / f"{name}.log").read_text(errors="replace")[-1500:]
-        if process.returncode:
-            raise RuntimeError(f"{name}: got exit code {process.returncode}; expected 0. Its last words:\n{words}")
-        self.log(f"{name}: ready, waited {time.monotonic() - began:.1f} s" + (f"\n{words}" if name == "probe" else ""))
+        command = ["train.caption_cache", "--sprites", str(self.args.sprites), "--out", str(path)]
+        command += ["--plan", json.dumps(self.plan())]
+        command += ["--captions", str(self.sizes.captions), "--length", str(self.sizes.length)]
+        with open(self.work / "captions.log", "wb") as log:
+            self.captions = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=subprocess.STDOUT)
+
+    def stop_captions(self) -> None:
+        if self.captions is not None and self.captions.poll() is None:
+            self.captions.terminate()
+            self.captions.wait()
+
+    def wait_for_captions(self) -> Path:
+        """The file of captions. Raises RuntimeError with the process's last words if it failed or is too slow."""
+        if self.captions is not None:
+            began = time.monotonic()
+            try:
+                code: int | str = self.captions.wait(timeout=CAPTION_PATIENCE)
+            except subprocess.TimeoutExpired:
+                code = f"nothing after {CAPTION_PATIENCE:.0f} s of waiting"
+            if code != 0:
+                words = (self.work / "captions.log").read_text(errors="replace")[-1500:]
+                raise RuntimeError(f"captions: got {code}; expected exit code 0. Last words:\n{words}")
+            self.log(f"captions: ready, waited {time.monotonic() - began:.1f} s")
+        return self.work / "captions.npz"
 
     def record(self, name: str, value: Any) -> None:
         self.metrics[name] = value
@@ -155,8 +108,22 @@ class Run:
         temporary.write_text(json.dumps(self.metrics))
         os.replace(temporary, self.work / "metrics.json")
 
-    def budget(self, seconds: float) -> Budget:
-        return Budget(seconds=seconds, steps=self.args.steps)
+    def capture(self, step: Callable[[], None], name: str) -> Callable[[], None]:
+        """The step as a CUDA graph where there is a GPU, unless --no-graphs was given."""
+        return step if self.args.no_graphs else capture(step, self.log, name)
+
+    def trainer(self, name: str, flat: FlatParameters, *, seconds: float, **more: Any) -> Trainer:
+        """With this run's log, limits and work folder, and no steps yet; `more` as Trainer takes it."""
+        return Trainer(
+            name=name,
+            flat=flat,
+            steps={},
+            budget=Budget(seconds=seconds, steps=self.args.steps),
+            log=self.log,
+            stop=self.stop,
+            checkpoint=self.work / f"{name}.pt",
+            **more,
+        )
 
     def save_weights(self, name: str, weights: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file
@@ -177,7 +144,7 @@ class Run:
         """With the exported weights, in the type that training computes in."""
         model = make_vae(self.configs["vae"])
         model.load_state_dict(self.weights("vae"))
-        fast_norm_install(self, model)
+        norm_kernel(model, self.device)
         return model.to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
 
     def painter(self) -> Painter:
@@ -189,54 +156,3 @@ class Run:
             scaling_factor=self.metrics["scaling_factor"],
             device=self.device,
         )
-
-
-def fast_norm_install(run: Run, model: nn.Module) -> None:
-    """Use the norm's kernel where there is a GPU that runs it."""
-    if run.norm_kernel:
-        from train.fast_norm import install  # imports Triton
-
-        install(model)
-
-
-def check_kernels(run: Run) -> bool:
-    """On a GPU: whether the Triton kernels (linear attention, norm) agree with plain PyTorch. The attention falls back to the
-    latter if not, for the whole process; the result says whether the norm's kernel may be used.
-    """
-    if run.device.type != "cuda":
-        return False
-    from train.fast_norm import install
-
-    generator = torch.Generator(run.device).manual_seed(0)
-
-    def agree(make: Callable[[], tuple[Tensor, ...]], other: Callable[[], tuple[Tensor, ...]], name: str) -> bool:
-        try:
-            got = make()
-        except Exception as error:  # whatever Triton raises here: without the kernel training is slower, not wrong
-            run.log(f"{name}: kernel not used: {type(error).__name__}: {str(error)[:200]}")
-            return False
-        worst = max(((a - b).float().norm() / b.float().norm()).item() for a, b in zip(got, other(), strict=True))
-        run.log(f"{name}: kernel differs from PyTorch by {worst:.4f}")
-        return worst < 0.02
-
-    q, k, v, grad = (
-        torch.randn(4, 4, 64, 32, device=run.device, generator=generator).bfloat16().requires_grad_() for _ in range(4)
-    )
-
-    def attend(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-        out = f(q, k, v)
-        return (out, *torch.autograd.grad(out, (q, k, v), grad))
-
-    if not agree(lambda: attend(ops.relu_linear_attention), lambda: attend(ops.relu_linear_attention_truth), "linear attention"):
-        fast.forbid_op()
-
-    x = torch.randn(4, 64, 32, 32, device=run.device, generator=generator).bfloat16()
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
-    norm = RMSNorm(64, bias=True, axis=1).to(run.device, torch.bfloat16)
-
-    def normed(kernel: bool) -> tuple[Tensor, ...]:
-        install(norm, kernel)
-        out = norm(x)
-        return (out, *torch.autograd.grad(out, (x, *norm.parameters()), x.detach().roll(1, 0)))
-
-    return agree(lambda: normed(True), lambda: normed(False), "norm")

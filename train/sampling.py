@@ -65,15 +65,14 @@ class Painter:
         height: int = 256,
         steps: int = 20,
         guidance: float = 4.5,
-        shift: float = FLOW_SHIFT,
         seed: int = 0,
         batch: int = 250,
-        scheduler: str = "flow_dpm_solver",
     ) -> Tensor:
-        """(n, 3, height, width) fp32 on the device, -1 to 1. The k-th caption gets the k-th noise of the seed, whatever the
-        batch.
+        """(n, 3, height, width) fp32 on the device, -1 to 1.
+
+        The k-th caption gets the k-th noise of the seed, whatever the batch.
         """
-        schedule = make_schedule(scheduler, steps, shift)
+        schedule = make_schedule("flow_dpm_solver", steps, FLOW_SHIFT)
         shape = (32, height // PX_PER_LATENT, width // PX_PER_LATENT)
         generator = torch.Generator().manual_seed(seed)
         noise = torch.randn((len(captions), *shape), generator=generator)

@@ -28,8 +28,9 @@ MAX_ANGLE = math.radians(10)
 
 @dataclass(frozen=True, kw_only=True)
 class SceneArrays:
-    """kind, colour (n,) int64; objects (n, 3) int64, -1 for an empty place; geometry (n, 3, 4) fp32: centre x, centre y, size,
-    angle.
+    """kind, colour (n,) int64; objects (n, 3) int64, -1 for an empty place; geometry (n, 3, 4) fp32.
+
+    Geometry is centre x, centre y, size, angle (radians).
     """
 
     kind: np.ndarray

@@ -16,8 +16,9 @@ SIDE = 128  # px of a sprite
 
 @dataclass(frozen=True, kw_only=True)
 class Sprites:
-    """rgba: (S, 4, 128, 128) fp16, 0 to 1, colour premultiplied by alpha. The first `num_classes` are what the model is taught
-    to draw.
+    """rgba: (S, 4, 128, 128) fp16, 0 to 1, colour premultiplied by alpha.
+
+    The first `num_classes` are what the model is taught to draw.
     """
 
     rgba: Tensor

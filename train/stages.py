@@ -17,18 +17,9 @@ from train.caption_cache import training_scenes
 from train.captions import ABOVE_BELOW, COLOUR_NAMES, KIND_NAMES, LEFT_RIGHT, SINGLE, THREE
 from train.evaluate import PLACES, cut, evaluate, grid
 from train.flat import AdamWConfig, FlatParameters
-from train.loop import CaptureError, Schedule, Trainer, capture
-from train.models import (
-    AE_BUCKETS,
-    BUCKET_WEIGHTS,
-    BUCKETS,
-    make_text_encoder,
-    make_transformer,
-    make_vae,
-    num_parameters,
-)
-from train.probe import choose
-from train.run import PROBE_PATIENCE, SECONDS_TO_WRITE, SEEDS, Run, fast_norm_install
+from train.loop import Schedule
+from train.models import AE_BUCKETS, BUCKET_WEIGHTS, BUCKETS, make_text_encoder, make_transformer, make_vae, num_parameters
+from train.run import SECONDS_TO_WRITE, SEEDS, Run
 from train.sampling import EXPORT_DTYPES
 from train.scenes import SceneArrays, SceneTensors, draw_scenes, palette
 
@@ -42,34 +33,26 @@ def ae(run: Run) -> None:
     model = make_vae(run.configs["vae"])
     run.log(f"ae: {num_parameters(model) / 1e6:.2f} M parameters")
     flat = FlatParameters({"vae": model}, AdamWConfig(betas=(0.9, 0.98)), device=run.device, dtype=run.dtype, channels_last=True)
-    fast_norm_install(run, model)
+    fast.norm_kernel(model, run.device)
     sizes = {bucket: BUCKETS[bucket] for bucket in AE_BUCKETS}
     source = vae.SceneSource.of(run.sprites.rgba, sizes, num=run.sizes.ae_scenes, seed=SEEDS["ae"])
     stats = torch.zeros(5, device=run.device)
-    trainer = Trainer(
-        name="ae",
-        flat=flat,
-        steps={},
+    trainer = run.trainer(
+        "ae",
+        flat,
+        seconds=run.args.ae_seconds,
         weights=AE_BUCKETS,
         schedule=Schedule(peak=1e-3, decay=0.4),
-        budget=run.budget(run.args.ae_seconds),
-        log=run.log,
-        stop=run.stop,
         stats=stats,
         batch=run.sizes.ae_batch,
-        checkpoint=run.work / "ae.pt",
         extra_names=("l1", "penalty"),
-        checkpoint_seconds=run.args.checkpoint_seconds,
     )
     trainer.resume()
     trainer.steps = {
-        bucket: capture(
-            vae.make_step(model, flat, source, bucket, run.sizes.ae_batch, stats), run.log, f"ae {bucket}", graphs=run.graphs
-        )
+        bucket: run.capture(vae.make_step(model, flat, source, bucket, run.sizes.ae_batch, stats), f"ae {bucket}")
         for bucket in sizes
     }
-    finished = trainer.run(deadline=run.end - SECONDS_TO_WRITE)
-    if not finished:
+    if not trainer.run(deadline=run.end - SECONDS_TO_WRITE):
         return
     run.save_weights("vae", flat.state_dict("vae", dtype=EXPORT_DTYPES["vae"]))
     del trainer, flat, model, source
@@ -96,8 +79,9 @@ def _measure_vae(run: Run) -> None:
 
 @torch.no_grad()
 def latents(run: Run) -> None:
-    """Encode the training scenes once, and put their captions beside them. Both stay on the device and are saved for the next
-    invocation.
+    """Encode the training scenes once, and put their captions beside them.
+
+    Both stay on the device and are saved for the next invocation.
     """
     path = run.work / "latents.pt"
     if path.is_file():
@@ -121,13 +105,10 @@ def latents(run: Run) -> None:
         torch.cuda.synchronize()
     total = sum(len(out) for out, _ in encoded.values())
     run.log(f"latents: {total} scenes in {time.monotonic() - began:.1f} s")
-    run.wait_for("captions", 120)
-    with np.load(run.work / "captions.npz") as captions:
+    with np.load(run.wait_for_captions()) as captions:
         for bucket, (out, scenes) in encoded.items():
-            first, second = (
-                scenes.objects[:, 0],
-                np.where(np.isin(scenes.kind, (LEFT_RIGHT, ABOVE_BELOW)), scenes.objects[:, 1], -1),
-            )
+            first = scenes.objects[:, 0]
+            second = np.where(np.isin(scenes.kind, (LEFT_RIGHT, ABOVE_BELOW)), scenes.objects[:, 1], -1)
             facts = torch.from_numpy(np.stack([scenes.kind, first, second, scenes.colour], axis=1)).long().to(run.device)
             run.caches[bucket] = dit.LatentCache(latents=out, ids=torch.from_numpy(captions[bucket]).to(run.device), facts=facts)
     temporary = path.with_suffix(".tmp")
@@ -157,23 +138,19 @@ def text(run: Run) -> None:
     flat = FlatParameters({"text_encoder": encoder, "heads": heads}, AdamWConfig(), device=run.device, dtype=run.dtype)
     fast.one_hot_embedding(encoder)
     stats = torch.zeros(4, device=run.device)
-    trainer = Trainer(
-        name="text",
-        flat=flat,
-        steps={},
+    trainer = run.trainer(
+        "text",
+        flat,
+        seconds=run.args.text_seconds,
         weights={"256x256": 1.0},
         schedule=Schedule(peak=2e-3, decay=0.5),
-        budget=run.budget(run.args.text_seconds),
-        log=run.log,
-        stop=run.stop,
         stats=stats,
         batch=run.sizes.batch,
-        checkpoint=run.work / "text.pt",
         extra_names=("accuracy",),
         log_seconds=5.0,
     )
     step = dit.make_text_step(encoder, heads, flat, run.caches["256x256"], prefix=run.prefix, batch=run.sizes.batch, stats=stats)
-    trainer.steps = {"256x256": capture(step, run.log, "text", graphs=run.graphs)}
+    trainer.steps = {"256x256": run.capture(step, "text")}
     if trainer.run(deadline=run.end - SECONDS_TO_WRITE):
         run.save_weights("text_start", flat.state_dict("text_encoder"))
 
@@ -182,66 +159,28 @@ def train_dit(run: Run) -> None:
     """Transformer and text encoder together, on cached latents."""
     if run.metrics.get("dit_finished") or not caches(run) or not run.has("text_start"):
         return
-    option = run.args.option
-    if not option and run.device.type == "cuda":
-        try:
-            run.wait_for("probe", PROBE_PATIENCE)
-        except RuntimeError as error:
-            run.log(str(error))
-        probe = run.work / "probe.json"
-        found = json.loads(probe.read_text()) if probe.is_file() else {}
-        option = choose(found)
-        run.record("probe", found)
-    option = option or "eager"
     transformer, encoder = make_transformer(run.configs["transformer"]), make_text_encoder(run.configs["text_encoder"])
     encoder.load_state_dict(run.weights("text_start"))
     if run.has("transformer") and not (run.work / "dit.pt").is_file():  # all that is left of an earlier run
         run.log("dit: going on from exported weights, without the optimizer's state")
         transformer.load_state_dict(run.weights("transformer"))
         encoder.load_state_dict(run.weights("text_encoder"))
-    run.log(f"dit: {num_parameters(transformer) / 1e6:.2f} M + {num_parameters(encoder) / 1e6:.2f} M parameters, option {option}")
+    run.log(f"dit: {num_parameters(transformer) / 1e6:.2f} M + {num_parameters(encoder) / 1e6:.2f} M parameters")
     models = {"transformer": transformer, "text_encoder": encoder}
     flat = FlatParameters(models, AdamWConfig(ema_decay=0.9995), device=run.device, dtype=run.dtype)
     stats = torch.zeros(3, device=run.device)
-    trainer = Trainer(
-        name="dit",
-        flat=flat,
-        steps={},
+    fast.one_hot_embedding(encoder)
+    trainer = run.trainer(
+        "dit",
+        flat,
+        seconds=run.args.dit_seconds,
         weights=BUCKET_WEIGHTS,
-        schedule=Schedule(peak=run.args.lr, warm_up_steps=500),
-        budget=run.budget(run.args.dit_seconds),
-        log=run.log,
-        stop=run.stop,
+        schedule=Schedule(peak=1.5e-3, warm_up_steps=500),
         stats=stats,
         batch=run.sizes.batch,
-        checkpoint=run.work / "dit.pt",
-        checkpoint_seconds=run.args.checkpoint_seconds,
     )
     trainer.resume()
     trainer.losses = [tuple(row) for row in run.metrics.get("dit_losses", [])]
-
-    def captured(option: str) -> dict[str, Callable[[], None]]:
-        fast.restore(transformer, encoder)
-        fast.prepare(transformer, encoder, option)
-        return {
-            bucket: capture(
-                dit.make_step(transformer, encoder, flat, cache, prefix=run.prefix, batch=run.sizes.batch, stats=stats),
-                run.log,
-                f"dit {bucket}",
-                graphs=run.graphs,
-            )
-            for bucket, cache in run.caches.items()
-        }
-
-    try:
-        trainer.steps = captured(option)
-    except CaptureError:
-        raise
-    except Exception as error:  # whatever a compiler raises: training goes on without it
-        if option in ("eager", "truth"):
-            raise
-        run.log(f"dit: option {option} failed here ({type(error).__name__}: {str(error)[:200]}); going on with truth")
-        trainer.steps = captured("truth")
 
     def export() -> None:
         for name in models:
@@ -256,12 +195,19 @@ def train_dit(run: Run) -> None:
         if run.args.steps is None:
             left = max(1.0, run.end - reserve - time.monotonic())
             trainer.budget.seconds = trainer.budget.used + left * 0.97  # checkpoints take the rest
-    finished = trainer.run(deadline=run.end - reserve)
+    with fast.plain_attention():
+        trainer.steps = {
+            bucket: run.capture(
+                dit.make_step(transformer, encoder, flat, cache, prefix=run.prefix, batch=run.sizes.batch, stats=stats),
+                f"dit {bucket}",
+            )
+            for bucket, cache in run.caches.items()
+        }
+        finished = trainer.run(deadline=run.end - reserve)
     export()
     run.record("dit_seconds", round(trainer.budget.used, 1))
     run.record("dit_skipped", int(flat.snapshot()["skipped"].item()))
     run.record("dit_finished", finished)
-    fast.use_attention(truth=False)
 
 
 def train_recogniser(run: Run) -> None:
@@ -280,20 +226,17 @@ def train_recogniser(run: Run) -> None:
     step = recogniser.make_step(
         model, flat, SceneTensors.of(scenes, run.device), decoded, labels, run.sprites.rgba, colours, batch=batch, stats=stats
     )
-    trainer = Trainer(
-        name="recogniser",
-        flat=flat,
-        steps={"all": capture(step, run.log, "recogniser", graphs=run.graphs)},
+    trainer = run.trainer(
+        "recogniser",
+        flat,
+        seconds=run.args.recogniser_seconds,
         weights={"all": 1.0},
         schedule=Schedule(peak=2e-3, decay=0.6),
-        budget=run.budget(run.args.recogniser_seconds),
-        log=run.log,
-        stop=run.stop,
         stats=stats,
         batch=batch,
-        checkpoint=run.work / "recogniser.pt",
         extra_names=("accuracy",),
     )
+    trainer.steps = {"all": run.capture(step, "recogniser")}
     if not trainer.run(deadline=run.end - SECONDS_TO_WRITE):
         return
     run.save_weights("recogniser", flat.state_dict("recogniser", dtype=torch.float16))
@@ -321,8 +264,9 @@ def trained_recogniser(run: Run) -> recogniser.Recogniser:
 
 @torch.no_grad()
 def decoded_objects(run: Run, num: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Objects as the autoencoder shows them: (m, 3, 96, 96) uint8 and (m, 2) emoji and colour. Whole pictures of one object,
-    and parts of pictures of several.
+    """Objects as the autoencoder shows them: (m, 3, 96, 96) uint8 and (m, 2) emoji and colour.
+
+    Whole pictures of one object, and parts of pictures of several.
     """
     model, colours, side = run.trained_vae(), palette(run.device), recogniser.INPUT_SIDE
     pictures, labels = [], []

@@ -1,32 +1,30 @@
-"""Trains sana-tiny from sprites to a measured model:
-`python -m train.tiny --sprites out/sprites/sprites.safetensors --work DIR --out DIR --until-seconds 570`.
+"""Trains sana-tiny from sprites to a measured model.
+
+    python -m train.tiny --sprites out/sprites/sprites.safetensors --work DIR --out DIR --until-seconds 570
 
 Stages, each skipped when its result is in the work folder: ae (autoencoder), latents (scenes encoded once), text (the text encoder
 alone, on what captions say), dit (transformer and text encoder), recogniser, eval. An invocation stops by itself after
 --until-seconds with everything saved; the next one goes on. Give --finish with the last one: the transformer's training then
 takes all the time that is left before recogniser and evaluation, and its learning rate comes down. What is done so far is
-written to --out at most 8 files, none above 16 MiB; `python -m train.export_tiny` lays them out as a model.
+written to --out; `python -m train.export_tiny` lays it out as a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from train.fast import check_kernels
 from train.handover import deliver
-from train.loop import CaptureError, Log, Stop, configure_gpu
+from train.loop import Log, Stop
 from train.models import MINUSCULE, TINY
 from train.run import Run
 from train.stages import STAGES
-
-STARTED = "SANA_TINY_STARTED"  # environment: when the first process of this invocation began, on the monotonic clock
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,13 +58,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dit-seconds", type=float, default=520.0)
     parser.add_argument("--recogniser-seconds", type=float, default=40.0)
     parser.add_argument("--eval-seconds", type=float, default=40.0, help="reserved for evaluation and writing")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate of the transformer")
-    parser.add_argument("--option", default="", help="how to run the transformer's step (train.fast); default: measured")
     parser.add_argument("--no-graphs", action="store_true", help="run steps kernel by kernel, without CUDA graphs")
-    parser.add_argument(
-        "--steps", type=int, default=None, help="steps of each training stage instead of seconds (exactly repeatable)"
-    )
-    parser.add_argument("--checkpoint-seconds", type=float, default=60.0)
+    parser.add_argument("--steps", type=int, help="steps of each training stage instead of seconds (exactly repeatable)")
     parser.add_argument("--smoke", action="store_true", help="minuscule models and data: to try the program on a CPU")
     args = parser.parse_args(argv)
     for stage in args.stages.split(","):
@@ -77,14 +70,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None, *, stop: Stop | None = None) -> int:
     args = parse(argv)
-    log = Log(start=float(os.environ.get(STARTED, time.monotonic())))
+    log = Log()
     if stop is None:
         stop = Stop()
         stop.install()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda":
-        configure_gpu()
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
         log(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+        check_kernels(device, log)
     run = Run(
         args=args,
         sizes=SMOKE if args.smoke else Sizes(),
@@ -95,20 +90,16 @@ def main(argv: list[str] | None = None, *, stop: Stop | None = None) -> int:
         end=log.start + args.until_seconds,
     )
     wanted = args.stages.split(",")
-    run.start_helpers(wanted)
+    if "latents" in wanted:
+        run.start_captions()
     try:
         for stage in wanted:
             if stop.requested or time.monotonic() >= run.end:
                 log(f"stopping before {stage}")
                 break
             STAGES[stage](run)
-    except CaptureError as error:
-        log(f"{error}; beginning again so")
-        run.stop_helpers()
-        os.environ[STARTED] = str(log.start)  # the time limit still counts from the first start
-        os.execv(sys.executable, [sys.executable, "-m", "train.tiny", *(sys.argv[1:] if argv is None else argv), "--no-graphs"])
     finally:
-        run.stop_helpers()
+        run.stop_captions()
         deliver(run)
     log("done" if not stop.requested else "stopped as asked; run again with the same --work to go on")
     print(json.dumps({name: value for name, value in run.metrics.items() if name in ("vae", "eval", "recogniser")})[:3000])

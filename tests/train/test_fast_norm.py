@@ -28,13 +28,31 @@ for channels, sides in ((64, (7, 9)), (224, (3, 11)), (24, (1, 1))):
     got = norm(x)
     torch.testing.assert_close(got, wanted)
     torch.testing.assert_close(torch.autograd.grad(got, leaves, grad), wanted_grads, atol=1e-5, rtol=1e-5)
-    fast_norm.install(norm, False)
-    assert torch.equal(norm(x), wanted)
 """
 
 
-def test_kernels_equal_the_reference() -> None:
+CHECK = """
+import torch
+import train.fast_norm as fast_norm
+from train.fast import check_kernels
+from train.loop import Log
+
+log = Log()
+check_kernels(torch.device("cpu"), log)
+assert len(log.lines) == 2
+fast_norm._fast = lambda norm, x: 1.1 * x * norm.weight[:, None, None] + norm.bias[:, None, None]
+try:
+    check_kernels(torch.device("cpu"), log)
+except RuntimeError as error:
+    assert "norm: got a kernel that differs" in str(error)
+else:
+    raise AssertionError("a wrong kernel passed")
+"""
+
+
+@pytest.mark.parametrize("code", [CODE, CHECK], ids=["kernels equal the reference", "the check sees a wrong kernel"])
+def test_in_the_interpreter(code: str) -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -35,10 +35,9 @@ def delivered(sprite_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder / "out"
 
 
-def test_at_most_eight_files(delivered: Path) -> None:
-    files = list(delivered.iterdir())
-    assert len(files) <= 8
-    assert {path.name for path in files} >= {"vae.safetensors", "transformer.safetensors", "text_encoder.safetensors", "tiny.json"}
+def test_every_part_is_handed_over(delivered: Path) -> None:
+    parts = {"vae.safetensors", "transformer.safetensors", "text_encoder.safetensors", "recogniser.safetensors", "tiny.json"}
+    assert {path.name for path in delivered.iterdir()} == parts | {"grid_vae.png", "grid_256.png", "grid_320x192.png"}
 
 
 def test_laid_out_model_loads(delivered: Path, tmp_path: Path) -> None:

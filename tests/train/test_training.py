@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sana_ref import ops
 from train import dit, fast, vae
 from train.flat import AdamWConfig, FlatParameters
 from train.loop import Budget, Log, Schedule, Stop, Trainer
 from train.models import MINUSCULE, make_text_encoder, make_transformer, make_vae
-from train.probe import made_up_cache
 from train.sprites import Sprites
 
 CPU = torch.device("cpu")
@@ -25,8 +25,12 @@ def dit_step(stats: Tensor) -> tuple[FlatParameters, Callable[[], None]]:
     torch.manual_seed(0)
     transformer, encoder = make_transformer(MINUSCULE["transformer"]), make_text_encoder(MINUSCULE["text_encoder"])
     flat = FlatParameters({"transformer": transformer, "text_encoder": encoder}, AdamWConfig(), device=CPU, dtype=torch.float32)
-    fast.prepare(transformer, encoder, "eager")
-    cache = made_up_cache("256x256", CPU, width=PREFIX + LENGTH - 2, vocabulary=2048, num=8)
+    fast.one_hot_embedding(encoder)
+    cache = dit.LatentCache(
+        latents=torch.randn(8, 32, 8, 8),
+        ids=torch.randint(4, 2048, (8, 1, PREFIX + LENGTH - 2)).short(),
+        facts=torch.zeros(8, 4, dtype=torch.long),
+    )
     return flat, dit.make_step(transformer, encoder, flat, cache, prefix=PREFIX, batch=8, stats=stats)
 
 
@@ -147,12 +151,23 @@ def test_dropping_a_caption_is_the_empty_prompt() -> None:
     assert mask.tolist() == [[1] * 6 + [0] * 6, [1] + [0] * 11]
 
 
-def test_shifted_depthwise_equals_the_convolution() -> None:
+def test_one_hot_embedding_equals_the_embedding() -> None:
     torch.manual_seed(0)
-    conv = nn.Conv2d(6, 6, 3, padding=1, groups=6)
-    x = torch.randn(2, 6, 5, 7, requires_grad=True)
-    got, wanted = fast.depthwise_shifted(x, conv.weight, conv.bias), conv(x)
-    torch.testing.assert_close(got, wanted)
-    grad = torch.randn_like(wanted)
-    leaves = (x, conv.weight, conv.bias)
-    torch.testing.assert_close(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(wanted, leaves, grad))
+    plain, one_hot = (make_text_encoder(MINUSCULE["text_encoder"]) for _ in range(2))
+    one_hot.load_state_dict(plain.state_dict())
+    fast.one_hot_embedding(one_hot)
+    ids = torch.randint(4, 2048, (2, 7))
+    outputs = [encoder(ids, torch.ones_like(ids)) for encoder in (plain, one_hot)]
+    torch.testing.assert_close(*outputs)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), encoder.embed_tokens.weight)[0]
+        for out, encoder in zip(outputs, (plain, one_hot), strict=True)
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_plain_attention_ends_with_its_block() -> None:
+    op = ops.relu_linear_attention
+    with fast.plain_attention():
+        assert ops.relu_linear_attention is ops.relu_linear_attention_truth
+    assert ops.relu_linear_attention is op
