@@ -205,5 +205,5 @@ def held_out_colour(name: str, colour: str) -> bool:
 
 
 def held_out_pair(name: str, other: str) -> bool:
-    """Whether training never shows these two together, in either order: about one pair in twenty."""
-    return _bucket("pair", *sorted((name, other))) < 5
+    """Whether training never shows these two together, in either order: about one pair in twenty. A pair is of two different."""
+    return name != other and _bucket("pair", *sorted((name, other))) < 5

@@ -52,6 +52,7 @@ def test_composing_a_batch_equals_composing_one_by_one(sprites: Sprites) -> None
 def test_training_scenes_contain_no_held_out_combination(sprites: Sprites) -> None:
     held = HeldOut.of(sprites.class_names)
     assert 0.02 < held.colour.mean() < 0.25
+    assert not held.pair.diagonal().any()
     scenes = draw_scenes(3000, seed=5, num_objects=12, without=held)
     assert not held.hits(scenes).any()
     assert held.hits(draw_scenes(3000, seed=5, num_objects=12)).any()
