@@ -189,12 +189,6 @@ def train_dit(run: Run) -> None:
         run.record("dit_steps", trainer.step)
 
     trainer.on_checkpoint = export
-    reserve = SECONDS_TO_WRITE
-    if run.args.finish:
-        reserve = run.args.eval_seconds + (0 if run.has("recogniser") else run.args.recogniser_seconds * 1.5)
-        if run.args.steps is None:
-            left = max(1.0, run.end - reserve - time.monotonic())
-            trainer.budget.seconds = trainer.budget.used + left * 0.97  # checkpoints take the rest
     with fast.plain_attention():
         trainer.steps = {
             bucket: run.capture(
@@ -203,6 +197,12 @@ def train_dit(run: Run) -> None:
             )
             for bucket, cache in run.caches.items()
         }
+        reserve = SECONDS_TO_WRITE
+        if run.args.finish:
+            reserve = run.args.eval_seconds + (0 if run.has("recogniser") else run.args.recogniser_seconds * 1.5)
+            if run.args.steps is None:  # what is left now: capturing took some of it
+                left = max(1.0, run.end - reserve - time.monotonic())
+                trainer.budget.seconds = trainer.budget.used + left * 0.97  # checkpoints take the rest
         finished = trainer.run(deadline=run.end - reserve)
     export()
     run.record("dit_seconds", round(trainer.budget.used, 1))
