@@ -1,7 +1,8 @@
 """Inputs for the parity check: seeded noise, rows of a real schedule, and real prompts through the model's own tokenizer.
 
-Two cases a component. Together they cover both numbers of texts (with guidance and without), one image and several, the smallest
-size and one that is not square. Sizes are the smallest that the engine serves: errors do not grow with the picture, time does.
+Two or three cases a component. Together they cover both numbers of texts (with guidance and without), one image and several, early
+and late steps, the smallest size and one that is not square. Sizes are the smallest that the engine serves: errors do not grow with
+the picture, time does.
 """
 
 import warnings
@@ -54,17 +55,25 @@ def denoiser_cases(
     schedule: Schedule,
     embedded_guidance: bool,
 ) -> dict[str, Arrays]:
-    """Inputs of the step: the first row with guidance, a middle one without. `embeds` and `masks` as of text_cases."""
+    """Inputs of the step: first and last row with guidance, a middle one without. `embeds` and `masks` as of text_cases.
+
+    Three rows, because an error in the time's sinusoid is the same for all tokens of a case: one alone could look like a bias.
+    """
     cases = {}
-    for case, (batch, height, width) in _sizes(ranges).items():
-        guided = case == "square" and not embedded_guidance
+    sizes = _sizes(ranges)
+    for case, row, (batch, height, width) in (
+        ("square", 0, sizes["square"]),
+        ("wide", schedule.num_steps // 2, sizes["wide"]),
+        ("last", schedule.num_steps - 1, sizes["square"]),
+    ):
+        guided = case != "wide" and not embedded_guidance
         texts = ("negative", "prompt") if guided else ("prompt",)
-        seeds = [_SEED + i for i in range(batch)]
+        seeds = [_SEED + row + i for i in range(batch)]
         shape = (channels, height, width)
         inputs: Arrays = {
             "latents": normal_batch(seeds, shape, stream=0),
             "previous": normal_batch(seeds, shape, stream=1),
-            "coefficients": np.array(schedule.table[0 if case == "square" else schedule.num_steps // 2]),
+            "coefficients": np.array(schedule.table[row]),
             "guidance_weights": np.array([1 - GUIDANCE, GUIDANCE] if guided else [1.0], np.float32),
             "prompt_embeds": np.stack([embeds[text][:batch] for text in texts]),
             "prompt_mask": np.stack([masks[text][:batch] for text in texts]),

@@ -85,6 +85,12 @@ def export_module(module: torch.nn.Module, spec: ExportSpec) -> ir.Model:
     parameters = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     _simplify(model, parameters)
     _name_dimensions(model, spec)
+    double = [value.name for node in model.graph for value in node.outputs if value.dtype == ir.DataType.DOUBLE]
+    if double:
+        raise BuildError(
+            f"export: {double[0]!r} is computed in fp64; expected constants alone to be. export/translation.py takes exp() and "
+            "pow() for frequencies, which are folded: give this one another translation."
+        )
     missing = sorted(parameters - set(model.graph.initializers))
     if missing:
         raise BuildError(

@@ -1,7 +1,7 @@
 """The parity check: what a bundle computes against the reference, held to twice PyTorch's own error at the same precision.
 
-ONNX Runtime runs the portable graph on any machine. TensorRT runs the engine where a GPU of its architecture is. The report keeps
-the worst case of each number.
+ONNX Runtime runs the portable graph on any machine. TensorRT runs the engine where a GPU of its architecture is. A bound on the
+size of the error holds for each case; the mean is taken over all of them.
 """
 
 from collections.abc import Iterable, Mapping
@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 
 from engines.errors import ParityError
 from engines.golden import Golden
-from engines.parity_report import ComponentParity, ErrorStats, OutputParity, bound_from, check, measure, portable_bound_from
+from engines.parity_report import (
+    ComponentParity,
+    ErrorStats,
+    OutputParity,
+    bound_from,
+    check_bias,
+    check_size,
+    measure,
+    pooled,
+    portable_bound_from,
+)
 from engines.spec import ComponentName
 from export.reference import PyTorchErrors
 
@@ -45,8 +55,8 @@ def bounds(pytorch: PyTorchErrors) -> dict[str, OutputParity]:
     """Each output's bounds, with nothing measured against them yet. A bound holds for every case: PyTorch's worst decides."""
     found = {}
     for name in next(iter(pytorch.own.values())):
-        own = worst(case[name] for case in pytorch.own.values())
-        fp32 = None if pytorch.fp32 is None else worst(case[name] for case in pytorch.fp32.values())
+        own = _largest(case[name] for case in pytorch.own.values())
+        fp32 = None if pytorch.fp32 is None else _largest(case[name] for case in pytorch.fp32.values())
         found[name] = OutputParity(
             pytorch=own,
             bound=bound_from(own),
@@ -63,8 +73,8 @@ def measured(
     golden: Mapping[str, Golden],
     parity: Mapping[str, OutputParity],
 ) -> dict[str, ErrorStats]:
-    """The error of every output, the worst of its cases. Raises ParityError, naming each number that is past its bound."""
-    stats: dict[str, list[ErrorStats]] = {name: [] for name in parity}
+    """The error of every output: the size in the worst case, the mean of all. Raises ParityError, naming what is past its bound."""
+    stats: dict[str, list[tuple[ErrorStats, int]]] = {name: [] for name in parity}
     wrong: list[str] = []
     for case, example in golden.items():
         for name, exact in example.outputs.items():
@@ -73,14 +83,19 @@ def measured(
                 error = measure(got[case][name], exact)
             except ParityError as unusable:
                 raise ParityError(f"{where}: {unusable} No bundle was written.") from None
-            stats[name].append(error)
-            wrong += [f"{where}: {sentence}" for sentence in check(error, parity[name].bound_of(backend))]
+            stats[name].append((error, exact.size))
+            wrong += [f"{where}: {sentence}" for sentence in check_size(error, parity[name].bound_of(backend))]
+    together = {name: pooled(cases) for name, cases in stats.items()}
+    for name, error in together.items():
+        sentences = check_bias(error, parity[name].bound_of(backend))
+        wrong += [f"{component}, {name} ({BACKENDS[backend]}, all cases): {sentence}" for sentence in sentences]
     if wrong:
         raise ParityError(
             "\n".join(wrong) + f"\n{BACKENDS[backend]} computes something else than the model, so no bundle was written. "
             "The graph, a kernel or the stored weights are wrong: look at what changed since parity last held."
         )
-    return {name: worst(errors) for name, errors in stats.items()}
+    largest = {name: _largest(error for error, _ in cases) for name, cases in stats.items()}
+    return {name: largest[name].model_copy(update={"mean": together[name].mean}) for name in stats}
 
 
 def run_tensorrt(engine: Path, golden: Mapping[str, Golden]) -> dict[str, dict[str, NDArray[np.generic]]]:
@@ -121,7 +136,7 @@ def summary(component: ComponentName, parity: ComponentParity) -> str:
     return f"  {component}: " + "; ".join(parts)
 
 
-def worst(stats: Iterable[ErrorStats]) -> ErrorStats:
+def _largest(stats: Iterable[ErrorStats]) -> ErrorStats:
     """Of each number the largest."""
     each = list(stats)
     return ErrorStats(rms=max(s.rms for s in each), max=max(s.max for s in each), mean=max((s.mean for s in each), key=abs))

@@ -3,6 +3,8 @@
 - `sana::*` custom ops stay single nodes of domain `sana`: TensorRT meets them as plugins, everything else runs their function body.
 - Scaled dot-product attention: the exporter's own rule splits the scale over q and k, reshapes k through computed shapes, and
   rounds twice; ours is the textbook form that TensorRT recognises and fuses.
+- Frequencies of sinusoids (`exp`, `theta ** x` of constants) are folded, in fp64 and rounded once: NumPy's fp32 exp is off by two
+  units in the last place, which a timestep of 1000 turns into 1e-4 radians.
 """
 
 from collections.abc import Callable
@@ -20,6 +22,7 @@ __all__ = ["OPSET", "SANA_DOMAIN", "translation_table"]
 
 OPSET = 23  # from 22 on Conv takes bf16
 SANA_DOMAIN = "sana"
+_DOUBLE = onnx.TensorProto.DOUBLE
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 
@@ -69,6 +72,17 @@ def _scaled_dot_product_attention(
     return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
+def _folded_exp(x: Any) -> Any:
+    wide: Any = op.Cast(x, to=_DOUBLE)
+    return op.Cast(op.Exp(wide), to=x.dtype.value)
+
+
+def _folded_power(base: float, exponent: Any) -> Any:
+    wide: Any = op.Constant(value=onnx.helper.make_tensor("base", _DOUBLE, [], [base]))
+    wide_exponent: Any = op.Cast(exponent, to=_DOUBLE)
+    return op.Cast(op.Pow(wide, wide_exponent), to=exponent.dtype.value)
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The table for `torch.onnx.export(custom_translation_table=...)`. Importing `sana_ref.ops` registers the custom ops."""
     import sana_ref.ops  # noqa: F401
@@ -77,4 +91,6 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.sana.relu_linear_attention.default: _relu_linear_attention,
         torch.ops.aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
+        torch.ops.aten.exp.default: _folded_exp,
+        torch.ops.aten.pow.Scalar: _folded_power,
     }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["DESCRIPTION", "HELP", "NAME", "Measurement", "add_arguments", "measure_component", "run"]
 
 NAME = "verify"
+ALL_CASES = "all"  # pooled, which is how the mean is judged
 HELP = "check a bundle: digests, and numbers against the reference's"
 DESCRIPTION = "Compare all digests, then run the golden inputs. Exit code 0: all within bounds; 1: not; 2: a file is damaged."
 
@@ -74,12 +75,13 @@ def measure_component(engine: SanaEngine, report: ParityReport, component: Compo
     Raises BundleError if report and golden file do not speak of the same outputs: a check of nothing must not pass.
     """
     from engines.golden import golden_name, load_golden
-    from engines.parity_report import check, measure
+    from engines.parity_report import check_bias, check_size, measure, pooled
 
     if component not in report.components:
         raise BundleError(f"parity.json has no bounds for {component}; expected them for each component. Rebuild.")
     bounds = {name: output.bound_of(engine.backend) for name, output in report.components[component].outputs.items()}
     found = []
+    sizes: dict[str, list[tuple[ErrorStats, int]]] = {name: [] for name in bounds}
     cases = load_golden(engine.bundle.file(golden_name(component)))
     with engine.session(component) as session:
         for case, golden in cases.items():
@@ -97,7 +99,12 @@ def measure_component(engine: SanaEngine, report: ParityReport, component: Compo
                 except ParityError as error:
                     found.append(Measurement(component, case, name, bounds[name], None, [str(error)]))
                 else:
-                    found.append(Measurement(component, case, name, bounds[name], stats, check(stats, bounds[name])))
+                    sizes[name].append((stats, reference.size))
+                    found.append(Measurement(component, case, name, bounds[name], stats, check_size(stats, bounds[name])))
+    for name, measured in sizes.items():
+        if measured:
+            together = pooled(measured)
+            found.append(Measurement(component, ALL_CASES, name, bounds[name], together, check_bias(together, bounds[name])))
     return found
 
 
