@@ -1,0 +1,74 @@
+"""Writes the measured numbers into README.md, between its two markers: `python benchmarks/tables.py`.
+
+The newest line of each figure counts. With --check nothing is written, and the exit code is 1 if README.md is not up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import FIGURES, ROOT
+
+BEGIN, END = "<!-- figures: written by benchmarks/tables.py -->\n", "<!-- end of figures -->"
+WORDS = {  # figure: what it is, in the order of the table
+    "tiny_picture_cpu_s": "sana-tiny, prompt to PNG, 256 px, 20 steps, ONNX Runtime",
+    "tiny_picture_gpu_ms": "sana-tiny, prompt to PNG, 256 px, 20 steps, TensorRT",
+    "tiny_single_object_recognised": "sana-tiny, held-out single objects recognised",
+    "step_1600m_1024px_fp16_ms": "Sana-1.6B, one denoiser step with guidance, 1024 px, fp16",
+    "decode_1024px_bf16_ms": "DC-AE decode, 1024 px, bf16",
+    "build_1600m_fp16_s": "Sana-1.6B, checkpoint to bundle, no GPU",
+    "build_1600m_fp16_peak_gb": "Sana-1.6B, checkpoint to bundle, peak memory",
+    "demo_fresh_clone_s": "`make demo` on a fresh clone",
+}
+
+
+def newest(path: Path = FIGURES) -> dict[str, dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return {row["figure"]: row for row in rows}
+
+
+def number(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def table(figures: dict[str, dict[str, Any]]) -> str:
+    lines = ["| what | measured | beside it | where, when |", "|---|---|---|---|"]
+    notes: list[str] = []
+    for name, words in WORDS.items():
+        row = figures.get(name)
+        if row is None:
+            continue
+        peers = "; ".join(f"{peer.replace('_', ' ')} {number(value)} {row['unit']}" for peer, value in row["peer"].items())
+        mark = ""
+        if row["note"]:
+            if row["note"] not in notes:
+                notes.append(row["note"])
+            mark = f" [{notes.index(row['note']) + 1}]"
+        lines.append(f"| {words}{mark} | {number(row['value'])} {row['unit']} | {peers} | {row['machine']}, {row['date']} |")
+    return "\n".join(lines + [""] + [f"[{index}] {note}.  " for index, note in enumerate(notes, 1)]) + "\n"
+
+
+def updated(readme: str, figures: dict[str, dict[str, Any]]) -> str:
+    """Raises ValueError if README.md has lost its markers."""
+    start, end = readme.index(BEGIN) + len(BEGIN), readme.index(END)
+    return f"{readme[:start]}\n{table(figures)}\n{readme[end:]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = updated(before, newest())
+    if options.check:
+        return int(before != after)
+    path.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
