@@ -168,6 +168,7 @@ def main() -> int:
     parser.add_argument("--height", type=int)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--pictures", type=int, default=5)
+    parser.add_argument("--note", default="", help="said beside the figures, for example: random weights")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/figures.jsonl")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is the truth here
@@ -207,7 +208,7 @@ def main() -> int:
                 f"{names[component]}_{precision[component]}_ms",
                 times[f"{stage}_ms"],
                 peer={"diffusers_eager": round(peers[stage], 4)},
-                note="; ".join(filter(None, (f"rms error {ratio:.2f} x PyTorch's", note))),
+                note="; ".join(filter(None, (f"rms error {ratio:.2f} x PyTorch's", args.note, note))),
             )
         if size == "tiny":
             keep("tiny_picture_gpu_ms", times["wall_ms"], note=f"{args.steps} steps, {px}, prompt to PNG; {note}")
