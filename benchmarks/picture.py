@@ -57,8 +57,6 @@ def main() -> int:
         name, seconds = "demo_fresh_clone_s", fresh_clone_s()
     else:
         name, seconds = "tiny_picture_cpu_s", picture_s(options.bundle)
-        ("demo_fresh_clone_s", fresh_clone_s()) if options.fresh_clone else ("tiny_picture_cpu_s", picture_s(options.bundle))
-    )
     print(f"{name}: {seconds:.2f}")
     if options.record:
         record(name, seconds, "s")
