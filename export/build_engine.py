@@ -6,6 +6,7 @@ No GPU is needed, except for `--target current`. Run it again after a change: on
 """
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-batch", type=int, default=4, metavar="N", help="pictures in one go, 1 to 1024; default 4")
     add("--components", default=",".join(COMPONENTS), help="only these, for development; default: all")
     add("--cache", type=Path, help="where finished stages are kept; default: $SANA_CACHE_DIR or ~/.cache/sana")
+    add("--report", type=Path, metavar="JSON", help="also write each stage's time and peak memory to this file")
     return parser
 
 
@@ -87,7 +89,9 @@ def _build(options: argparse.Namespace) -> None:
     if result.unchanged:
         progress.say(f"{options.out}: nothing changed, nothing done.")
     else:
-        progress.say(f"{options.out}: done.")
+        progress.say(f"{options.out}: done, {progress.seconds:.0f} s, peak {progress.peak_bytes / 1e9:.2f} GB.")
+    if options.report is not None:
+        options.report.write_text(json.dumps(progress.report(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

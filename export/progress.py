@@ -85,3 +85,19 @@ class Progress:
         stage.peak_bytes = peak_memory_bytes()
         self.stages.append(stage)
         self.say(stage.line())
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the stage that needed most."""
+        return max((stage.peak_bytes for stage in self.stages), default=0)
+
+    def report(self) -> list[dict[str, object]]:
+        """What was measured, for programs."""
+        return [
+            {"stage": stage.name, "seconds": stage.seconds, "peak_bytes": stage.peak_bytes, "cached": stage.cached}
+            for stage in self.stages
+        ]

@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import subprocess
@@ -84,7 +85,10 @@ def test_it_starts_as_a_file_and_as_a_module(start, tmp_path):
 
 
 def test_a_build_prints_plain_lines_when_nobody_watches(tmp_path, capsys):
-    code = main(["--model", str(tiny()), "--target", "onnx", "--out", str(tmp_path / "b"), "--cache", str(cache())])
+    report = tmp_path / "report.json"
+    options = ["--out", str(tmp_path / "b"), "--cache", str(cache()), "--report", str(report)]
+    code = main(["--model", str(tiny()), "--target", "onnx", *options])
+    assert {"stage", "seconds", "peak_bytes", "cached"} == set(json.loads(report.read_text())[-1])
     lines = capsys.readouterr().err.splitlines()
     assert code == 0
     assert [line.split("  ")[0] for line in lines if not line.startswith("  ")][:3] == [
@@ -93,4 +97,4 @@ def test_a_build_prints_plain_lines_when_nobody_watches(tmp_path, capsys):
         "export denoiser",
     ]
     assert any("fp16 is the denoiser's alone" in line for line in lines)
-    assert lines[-1].endswith("b: done.")
+    assert "b: done, " in lines[-1]
