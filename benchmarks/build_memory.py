@@ -2,8 +2,8 @@
 
     python benchmarks/build_memory.py --work /tmp/build --record
 
-The build runs in a child process with an empty cache. Memory is the child's high-water mark as the kernel counts it, files mapped into
-it included: the largest of its stages, each of which starts the mark anew. Needs about 45 GB of disk in --work.
+The build runs in a child process with an empty cache. Memory is the child's high-water mark as the kernel counts it, files mapped
+into it included: the largest of its stages, each of which starts the mark anew. Needs about 45 GB of disk in --work.
 """
 
 from __future__ import annotations
