@@ -63,7 +63,7 @@ def commit() -> str:
 
 def command() -> str:
     """What was typed, without the machine's folders."""
-    script = Path(sys.argv[0])
+    script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
     return shlex.join(["python", str(name), *sys.argv[1:]])
 
