@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,9 @@ def test_names_are_the_checkpoints_and_dimensions_have_names(exported):
     model = onnx.load(exported[1] / "model.onnx", load_external_data=False)
     assert {t.name for t in model.graph.initializer if t.external_data} == set(Toy().state_dict())
     assert [d.dim_param or d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == ["batch", 4, "height", "width"]
+    named = {d.dim_param for v in model.graph.value_info for d in v.type.tensor_type.shape.dim} - {""}
+    assert {"batch", "height", "width"} <= named
+    assert not any(re.search(r"\bs\d", name) for name in named)
 
 
 def test_bytes_are_the_same_every_time_and_hold_no_paths(exported, weights, tmp_path):
