@@ -80,7 +80,9 @@ def export_module(module: torch.nn.Module, spec: ExportSpec) -> ir.Model:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporter uses its own deprecated names
         warnings.simplefilter("ignore", DeprecationWarning)
-        program = torch.export.export(module.eval(), examples, dynamic_shapes=(*dynamic,), strict=False)
+        program = torch.export.export(
+            module.eval(), examples, dynamic_shapes=(*dynamic,), strict=False, prefer_deferred_runtime_asserts_over_guards=True
+        )
         model = _to_onnx(program, spec)
     parameters = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     _simplify(model, parameters)
