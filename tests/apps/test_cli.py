@@ -173,18 +173,22 @@ def test_ctrl_c_while_drawing(tmp_path):
 
     write_fake_bundle(tmp_path / "b")
     code = (
-        "import sys, time, pathlib, runtime.engine as e\n"
+        "import signal, sys, time, pathlib, runtime.engine as e\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits that it is ignored
         "def slow(*a, **k):\n    pathlib.Path('ready').touch(); time.sleep(60)\n"
         "e.SanaEngine.generate = slow\n"
         "from apps.cli.main import main; sys.exit(main(['generate', 'b', 'x', '--out', 'x.png']))\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=20)
+    try:
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=20)
+    finally:
+        child.kill()
     assert child.returncode == 130
     assert err.splitlines()[-1] == "sana: interrupted"
     assert "Traceback" not in err
