@@ -1,7 +1,7 @@
 """parity.json: how far a bundle's numbers are from the reference's, and how far they may be. docs/bundle.md describes it.
 
 The rule, for every output of every component: rms and maximum of the error are at most twice those of PyTorch at the same
-precision, both against a wider reference; and the mean of the error stays under a quarter of the rms, its own or PyTorch's, so that
+precision, both against a wider reference; and the mean of the error stays under a quarter of its rms, so that
 a bias cannot hide behind noise. Every error is divided by the rms of the reference, so that each number means the same everywhere.
 
 All sides compute with the weights that the bundle stores: rounding them is the build's choice and no error of a graph. The portable
@@ -40,7 +40,7 @@ __all__ = [
 
 FACTOR = 2.0  # times PyTorch's own error
 FP32_FACTOR = 16.0  # times PyTorch's fp32 error, for the portable graphs of 16-bit components: CPUs differ in how they sum
-MEAN_SHARE = 0.25  # of the rms, the measured one or PyTorch's
+MEAN_SHARE = 0.25  # of the measured rms
 
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -62,7 +62,7 @@ class Bound(_Model):
 
     rms: Positive
     max: Positive
-    mean_share: Positive = MEAN_SHARE  # |mean| as a share of the rms: the measured one or half of `rms`, whichever is larger
+    mean_share: Positive = MEAN_SHARE  # |mean| as a share of the rms that was measured
 
 
 class OutputParity(_Model):
@@ -151,8 +151,8 @@ def check_size(measured: ErrorStats, bound: Bound) -> list[str]:
 
 def check_bias(measured: ErrorStats, bound: Bound) -> list[str]:
     """As check, for the mean alone. Of all cases pooled: within one, an error that all pixels share looks like a bias."""
-    most = bound.mean_share * max(measured.rms, bound.rms / FACTOR)
-    return _beyond("|mean|", abs(measured.mean), most, "a share of the rms: more is a bias")
+    most = bound.mean_share * measured.rms
+    return _beyond("|mean|", abs(measured.mean), most, "a share of the measured rms: more is a bias")
 
 
 def _beyond(name: str, got: float, most: float, why: str) -> list[str]:

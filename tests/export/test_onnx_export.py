@@ -104,8 +104,6 @@ def test_names_are_the_checkpoints_and_dimensions_have_names(exported):
 
 def test_bytes_are_the_same_every_time_and_hold_no_paths(exported, weights, tmp_path):
     dtype, folder = exported
-    if dtype != torch.float16:
-        pytest.skip("one precision is enough")
     model = export_module(meta_toy(dtype), SPEC)
     write_weights(model, weights.__getitem__, tmp_path / DATA_NAME)
     ir.save(with_function_bodies(model), tmp_path / "typed.onnx")

@@ -52,7 +52,6 @@ else:
 
 @pytest.mark.parametrize("code", [CODE, CHECK], ids=["kernels equal the reference", "the check sees a wrong kernel"])
 def test_in_the_interpreter(code: str) -> None:
-    pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
