@@ -3,6 +3,7 @@
 - `sana::*` custom ops stay single nodes of domain `sana`: TensorRT meets them as plugins, everything else runs their function body.
 - Scaled dot-product attention: the exporter's own rule splits the scale over q and k, reshapes k through computed shapes, and
   rounds twice; ours is the textbook form that TensorRT recognises and fuses.
+- The size of a dimension is taken with Gather: TensorRT-RTX 1.6 refuses the Squeeze that the exporter would write.
 - Frequencies of sinusoids (`exp`, `theta ** x` of constants) are folded, in fp64 and rounded once: NumPy's fp32 exp is off by two
   units in the last place, which a timestep of 1000 turns into 1e-4 radians.
 """
@@ -83,6 +84,11 @@ def _folded_power(base: float, exponent: Any) -> Any:
     return op.Cast(op.Pow(wide, wide_exponent), to=exponent.dtype.value)
 
 
+def _size(x: Any, dim: int) -> Any:
+    index: Any = op.Constant(value_int=dim)
+    return op.Gather(op.Shape(x), index)
+
+
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The table for `torch.onnx.export(custom_translation_table=...)`. Importing `sana_ref.ops` registers the custom ops."""
     import sana_ref.ops  # noqa: F401
@@ -93,4 +99,5 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
         torch.ops.aten.exp.default: _folded_exp,
         torch.ops.aten.pow.Scalar: _folded_power,
+        torch.ops.aten.sym_size.int: _size,
     }

@@ -60,7 +60,7 @@ class DenoiserStep(nn.Module):
         guidance_scale (1,) and noise (B, C, h, w), standard normal: only models with guidance_embeds, which need them.
         """
         config = self.transformer.config
-        timestep, c_in, c_x, c_v, c_previous, c_noise, p_x, p_v = coefficients.unbind()
+        timestep, c_in, c_x, c_v, c_previous, c_noise, p_x, p_v = (coefficients[i] for i in range(8))
         num_texts, batch = prompt_embeds.shape[:2]
         dtype = self.transformer.proj_out.weight.dtype
         guidance = None if guidance_scale is None else (guidance_scale * config.guidance_embeds_scale).expand(num_texts * batch)

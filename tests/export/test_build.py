@@ -2,13 +2,14 @@ import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny_build import quiet, request, said, tiny
 
 from engines.bundle import Bundle
 from engines.errors import CheckpointError, DiskFullError, ParityError
-from engines.spec import Precision
+from engines.spec import COMPONENTS, Precision
 from export.build import build
 from export.parity import run_onnxruntime
 
@@ -43,6 +44,13 @@ def test_parity_is_reported_and_holds(built):
         for output in report["components"][component]["outputs"].values():
             assert output["onnxruntime"]["rms"] <= output["portable_bound"]["rms"] < output["bound"]["rms"] / 20
             assert output["tensorrt"] is None
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_no_node_that_tensorrt_rtx_1_6_refuses(built, component):
+    """Its core has no Squeeze for the parser of 1.7, and both together are what runs on compute capability 9.0."""
+    graph = onnx.load(built / component / "model.onnx", load_external_data=False).graph
+    assert "Squeeze" not in {node.op_type for node in graph.node}
 
 
 def test_the_bundle_draws(built):
