@@ -20,6 +20,7 @@ import torch
 from onnxscript import optimizer
 
 from engines.errors import BuildError
+from export.accumulation import accumulate_in_fp32
 from export.scalars import keep_scalars_exact
 from export.translation import OPSET, SANA_DOMAIN, translation_table
 from plugins import relu_linear_attention
@@ -86,6 +87,7 @@ def export_module(module: torch.nn.Module, spec: ExportSpec) -> ir.Model:
         model = _to_onnx(program, spec)
     parameters = {name for name, _ in module.named_parameters()} | {name for name, _ in module.named_buffers()}
     _simplify(model, parameters)
+    accumulate_in_fp32(model)
     _name_dimensions(model, spec)
     double = [value.name for node in model.graph for value in node.outputs if value.dtype == ir.DataType.DOUBLE]
     if double:

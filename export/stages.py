@@ -44,6 +44,7 @@ __all__ = ["GOLDEN_NAME", "GRID_NAME", "EngineFile", "Result", "Runner", "engine
 _EXPORT_CODE = (
     "sana_ref/*.py",
     "plugins/*.py",
+    "export/accumulation.py",
     "export/components.py",
     "export/onnx_export.py",
     "export/scalars.py",
