@@ -16,7 +16,12 @@ BEGIN, END = "<!-- figures: written by benchmarks/tables.py -->\n", "<!-- end of
 WORDS = {  # figure: what it is, in the order of the table
     "tiny_picture_cpu_s": "sana-tiny, prompt to PNG, 256 px, 20 steps, ONNX Runtime",
     "tiny_picture_gpu_ms": "sana-tiny, prompt to PNG, 256 px, 20 steps, TensorRT",
-    "tiny_single_object_recognised": "sana-tiny, held-out single objects recognised",
+    "tiny_scene_single": "sana-tiny, scene score, captions kept out: one object",
+    "tiny_scene_two": "… both of two objects",
+    "tiny_scene_counting": "… two or three of an object",
+    "tiny_scene_colour": "… the background",
+    "tiny_scene_position": "… left, right, above, below",
+    "tiny_scene_language": "… other languages than English",
     "step_1600m_1024px_fp16_ms": "Sana-1.6B, one denoiser step with guidance, 1024 px, fp16",
     "decode_1024px_bf16_ms": "DC-AE decode, 1024 px, bf16",
     "build_1600m_fp16_s": "Sana-1.6B, checkpoint to bundle, no GPU",

@@ -57,12 +57,16 @@ class Recogniser(nn.Module):
         self.norm = nn.GroupNorm(8, widths[-1])
         self.head = nn.Linear(widths[-1], num_classes + num_colours)
 
-    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, pictures: Tensor) -> Tensor:
+        """(n, widths[-1]): what both answers are read from."""
         side = (self.input_side, self.input_side)
         if pictures.shape[2:] != side:
             pictures = F.interpolate(pictures.float(), size=side, mode="bilinear", antialias=True, align_corners=False)
         x = self.stages(self.stem(pictures.to(self.stem.weight.dtype)))
-        logits = self.head(F.silu(self.norm(x)).mean(dim=(2, 3))).float()
+        return F.silu(self.norm(x)).mean(dim=(2, 3))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(self.features(pictures)).float()
         return logits[:, : self.num_classes], logits[:, self.num_classes :]
 
 
