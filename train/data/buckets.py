@@ -68,7 +68,10 @@ def nearest(buckets: Sequence[Bucket], width: int, height: int) -> int:
 
 def crop_box(width: int, height: int, bucket: Bucket) -> tuple[float, float, float, float]:
     """The centre of a picture that has the bucket's aspect ratio and touches two of its sides: left, top, right, bottom in px."""
-    scale = min(width / bucket.width, height / bucket.height)
-    wide, high = min(width, scale * bucket.width), min(height, scale * bucket.height)
+    wide, high = float(width), float(height)
+    if width * bucket.height > height * bucket.width:
+        wide = height * bucket.width / bucket.height
+    else:
+        high = width * bucket.height / bucket.width
     left, top = (width - wide) / 2, (height - high) / 2
     return left, top, left + wide, top + high
