@@ -1,4 +1,4 @@
-"""The `sana` command: build, generate, replay, inspect, verify. Each is one module of this package; docs/cli.md shows them in use.
+"""The `sana` command: build, generate, replay, inspect, verify, data. Each is one module here; docs/cli.md shows them in use.
 
 What a command makes goes to stdout, what it says to stderr. Exit codes: 0 done; 1 compared, and different (replay, verify);
 2 an error, said in one message (SANA_DEBUG=1 shows where it came from); 130 interrupted. Loading this module loads nothing heavy.
@@ -16,12 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from apps.cli import build, generate, inspect, replay, verify
+from apps.cli import build, data, generate, inspect, replay, verify
 from engines.errors import SanaError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = {module.NAME: module for module in (build, generate, replay, inspect, verify)}
+COMMANDS = {module.NAME: module for module in (build, generate, replay, inspect, verify, data)}
+OTHER_PROGRAMS = (build, data)  # commands whose arguments belong to another program: none is parsed here
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments and arguments[0] == build.NAME:
-        return build.run(arguments[1:])  # all of them belong to another program
+    for module in OTHER_PROGRAMS:
+        if arguments and arguments[0] == module.NAME:
+            return int(module.run(arguments[1:]))
     parser = _parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         from engines.spec import nearest

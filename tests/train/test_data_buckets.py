@@ -1,5 +1,6 @@
 """Sizes of a resolution, and which one a picture is brought to."""
 
+import itertools
 import math
 
 import numpy as np
@@ -29,7 +30,7 @@ def test_sizes(resolution):
         assert Bucket(bucket.height, bucket.width) in buckets
     assert {bucket.height / bucket.width for bucket in (buckets[0], buckets[-1])} == {0.25, 4.0}
     aspects = [bucket.height / bucket.width for bucket in buckets]
-    assert all(b / a < 1.17 for a, b in zip(aspects, aspects[1:], strict=False))  # no picture within 4:1 loses more than 8 %
+    assert all(b / a < 1.17 for a, b in itertools.pairwise(aspects))  # no picture within 4:1 loses more than 8 %
 
 
 def test_unknown_resolution():

@@ -132,6 +132,7 @@ def test_shards_that_are_there_are_not_made_again(data, cache, tmp_path):
     assert contents(copy) == contents(cache)
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_step_leaves_whole_shards_and_the_next_run_makes_the_same(tmp_path):
     data = write_folder(tmp_path / "data", sample_files(2))
     whole = contents(writer(data, tmp_path / "whole", shard_size=1).write())

@@ -259,9 +259,9 @@ def test_files_too_large_are_not_read(tmp_path, monkeypatch):
     found = find(settings(tmp_path))
     monkeypatch.setattr("train.data.source.MAX_JSON_BYTES", 10)
     monkeypatch.setattr("train.data.source.MAX_IMAGE_BYTES", 10)
-    with pytest.raises(BrokenSample, match="got a caption file of .* bytes; expected at most 10"):
+    with pytest.raises(BrokenSample, match=r"got a caption file of .* bytes; expected at most 10"):
         read_captions(found.root, found.items[0])
-    with pytest.raises(BrokenSample, match="got a picture of .* bytes; expected at most 10"):
+    with pytest.raises(BrokenSample, match=r"got a picture of .* bytes; expected at most 10"):
         read_image(found.root, found.items[0])
     monkeypatch.undo()
     (tmp_path / "000.png").write_bytes(b"short")
