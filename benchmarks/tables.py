@@ -35,8 +35,9 @@ def newest(path: Path = FIGURES) -> dict[str, dict[str, Any]]:
     return {row["figure"]: row for row in rows}
 
 
-def number(value: float) -> str:
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def number(value: float, unit: str) -> str:
+    """With its unit; a share has none."""
+    return f"{value:.3f}" if unit == "share" else f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
 
 
 def table(figures: dict[str, dict[str, Any]]) -> str:
@@ -46,13 +47,13 @@ def table(figures: dict[str, dict[str, Any]]) -> str:
         row = figures.get(name)
         if row is None:
             continue
-        peers = "; ".join(f"{peer.replace('_', ' ')} {number(value)} {row['unit']}" for peer, value in row["peer"].items())
+        peers = "; ".join(f"{peer.replace('_', ' ')} {number(value, row['unit'])}" for peer, value in row["peer"].items())
         mark = ""
         if row["note"]:
             if row["note"] not in notes:
                 notes.append(row["note"])
             mark = f" [{notes.index(row['note']) + 1}]"
-        lines.append(f"| {words}{mark} | {number(row['value'])} {row['unit']} | {peers} | {row['machine']}, {row['date']} |")
+        lines.append(f"| {words}{mark} | {number(row['value'], row['unit'])} | {peers} | {row['machine']}, {row['date']} |")
     return "\n".join(lines + [""] + [f"[{index}] {note}.  " for index, note in enumerate(notes, 1)]) + "\n"
 
 
