@@ -32,14 +32,14 @@ class LogitNormal(_Settings):
 
     kind: Literal["logit_normal"] = "logit_normal"
     mean: Finite = 0.0
-    std: float = Field(1.0, gt=0, allow_inf_nan=False)
+    std: float = Field(default=1.0, gt=0, allow_inf_nan=False)
 
 
 class Mode(_Settings):
     """Heavier in the middle for a scale above 0, at the ends below 0; 0 is uniform."""
 
     kind: Literal["mode"] = "mode"
-    scale: float = Field(1.29, ge=-1, le=MODE_MAX)
+    scale: float = Field(default=1.29, ge=-1, le=MODE_MAX)
 
 
 class Custom(_Settings):
@@ -65,7 +65,7 @@ class ObjectiveSettings(_Settings):
     """x_t = (1 - t) x0 + t noise; the model learns noise - x0, the mean over elements of a weighted squared error."""
 
     timesteps: Distribution = LogitNormal()
-    flow_shift: float = Field(3.0, gt=0, allow_inf_nan=False)  # t' = k t / (1 + (k - 1) t); 1: none
+    flow_shift: float = Field(default=3.0, gt=0, allow_inf_nan=False)  # t' = k t / (1 + (k - 1) t); 1: none
     weighting: Weighting = "none"
-    min_snr_gamma: float = Field(5.0, gt=0, allow_inf_nan=False)  # of the weighting min_snr
-    caption_dropout: float = Field(0.1, ge=0, le=1)  # share of captions replaced by the empty prompt
+    min_snr_gamma: float = Field(default=5.0, gt=0, allow_inf_nan=False)  # of the weighting min_snr
+    caption_dropout: float = Field(default=0.1, ge=0, le=1)  # share of captions replaced by the empty prompt
