@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import parallel_worker
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from train.parallel import checkpoint
+from train.parallel.__main__ import main as convert
 from train.parallel.wrap import per_process
 
 WORKER = Path(parallel_worker.__file__)
@@ -99,3 +101,25 @@ def test_a_batch_that_cannot_be_dealt_out() -> None:
     assert per_process(64, 8, 2) == 4
     with pytest.raises(ValueError, match=r"got 30 for 8 processes x 2 micro-batches; expected a multiple of 16.*The next is 32"):
         per_process(30, 8, 2)
+
+
+def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = parallel_worker.make_model()
+    checkpoint.save(tmp_path / "step_3", model)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(asdict(model.config)))
+    assert convert(["convert", str(tmp_path / "step_3"), str(tmp_path / "transformer"), "--config", str(config)]) == 0
+    assert convert(["convert", str(tmp_path / "transformer"), str(tmp_path / "again")]) == 0
+    target = parallel_worker.make_model()
+    with torch.no_grad():
+        target.proj_out.weight.zero_()
+    checkpoint.load(tmp_path / "again", target)
+    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), model.parameters(), strict=True))
+
+    assert convert(["convert", str(tmp_path / "transformer"), str(tmp_path / "again")]) == 2
+    assert "Nothing is overwritten" in capsys.readouterr().err
+    assert convert(["convert", str(tmp_path / "step_3"), str(tmp_path / "other")]) == 2
+    assert "got no transformer config" in capsys.readouterr().err
+    assert convert(["convert", str(tmp_path), str(tmp_path / "other")]) == 2
+    assert "got neither a distributed checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
