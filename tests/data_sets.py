@@ -66,9 +66,6 @@ class FakeEncoders:
     def texts(self, captions: list[str]) -> list[Tensor]:
         return [torch.tensor([[len(text), ord(text[0])]] * (1 + len(text) % 5), dtype=torch.float32) for text in captions]
 
-    def empty_text(self) -> Tensor:
-        return torch.zeros(1, 2)
-
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Of every file that is not hidden."""

@@ -70,25 +70,24 @@ def test_latents_decode_to_their_pictures_and_texts_are_what_drawing_uses(data, 
     opened = Cache(cache, expected=digests)
     length = reference.checkpoint.prompt.max_sequence_length
     buckets = make_buckets(512)
-    for number, entry in enumerate(opened.entries):
-        batch = opened.batch([number], length=length, epoch=0, seed=0, temperature=0)
-        image = decode((data / f"{entry.key}.png").read_bytes(), 10**6)
-        wanted = np.asarray(fit(image, buckets[nearest(buckets, *image.size)])).astype(float)
-        images = torch.from_numpy(wanted / 127.5 - 1).float().movedim(-1, 0)[None]
-        with torch.inference_mode():
-            through = loaded.vae(torch.float32)(images)  # neither coding nor decoding applies the scaling factor
-        drawn = reference.decode(batch.latents)
-        torch.testing.assert_close(drawn, through, rtol=0, atol=1e-3)
-        psnr = 10 * math.log10(4 / (drawn.clamp(-1, 1) - images).square().mean())
-        swapped = 10 * math.log10(4 / (drawn.clamp(-1, 1) - images.flip(1)).square().mean())
-        assert psnr > max(20, swapped + 3)  # dB: it is the picture, as well as this small model can
-        embeds, mask = reference.encode_prompts(entry.captions[0])
-        assert torch.equal(batch.mask, mask)
-        torch.testing.assert_close(batch.text * mask[..., None], embeds * mask[..., None], rtol=1e-4, atol=1e-4)
-    embeds, mask = reference.encode_prompts("", negative=True)
-    empty = opened.batch([0], length=length, epoch=0, seed=0, temperature=0, drop=[True])
-    assert torch.equal(empty.mask, mask)
-    torch.testing.assert_close(empty.text, embeds * mask[..., None], rtol=1e-4, atol=1e-4)
+    entry = opened.entries[0]
+    batch = opened.batch([0], length=length, passes=[0], seed=0, temperature=0)
+    image = decode((data / f"{entry.key}.png").read_bytes(), 10**6)
+    wanted = np.asarray(fit(image, buckets[nearest(buckets, *image.size)])).astype(float)
+    images = torch.from_numpy(wanted / 127.5 - 1).float().movedim(-1, 0)[None]
+    with torch.inference_mode():
+        through = loaded.vae(torch.float32)(images)  # neither coding nor decoding applies the scaling factor
+    drawn = reference.decode(batch.latents)
+    torch.testing.assert_close(drawn, through, rtol=0, atol=1e-3)
+    psnr = 10 * math.log10(4 / (drawn.clamp(-1, 1) - images).square().mean())
+    swapped = 10 * math.log10(4 / (drawn.clamp(-1, 1) - images.flip(1)).square().mean())
+    assert psnr > max(20, swapped + 3)  # dB: it is the picture, as well as this small model can
+    embeds, mask = reference.encode_prompts(entry.captions[0])
+    assert torch.equal(batch.mask, mask)
+    torch.testing.assert_close(batch.text * mask[..., None], embeds * mask[..., None], rtol=1e-4, atol=1e-4)
+    empty, mask = reference.encode_prompts("", negative=True)
+    assert mask.sum() == 1
+    torch.testing.assert_close(batch.text[0, 0], empty[0, 0], rtol=1e-4, atol=1e-4)  # so captions can be dropped by a mask
 
 
 def test_digests_are_of_weights_and_types():

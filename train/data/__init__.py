@@ -7,7 +7,8 @@
     report      broken samples: counted, named, and too many of them stop the run
     cache       shards of latents and embeddings: written, resumed
     reading     a finished cache, and batches from it
-    order       which samples are step n of an epoch on one of several GPUs
+    order       which samples are batch n of a run, on one of several GPUs
+    stream      the two as the trainer takes them
     encoders    a checkpoint's autoencoder and text encoder
     prepare, contact_sheet   what `sana data prepare` and `sana data inspect` do
 

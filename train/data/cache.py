@@ -2,7 +2,6 @@
 
     OUT/1024px-0123456789abcdef/    the digest of the identity: the encoders, the data set, the sizes
         cache.json                  the identity, and how many shards there will be
-        empty.safetensors           the embedding of the empty prompt, for guidance
         shard-00000.safetensors     see `Writer.write_shard`
         report.json, index.json     broken samples; the shards: written when all are there
 
@@ -54,10 +53,10 @@ class Encoders(Protocol):
         """(B, H, W, 3) uint8 RGB -> (B, C, H/32, W/32), as the transformer sees them, on the CPU."""
 
     def texts(self, captions: list[str]) -> list[Tensor]:
-        """Of each caption (l, C): the embeddings of its l tokens, without padding, on the CPU."""
+        """Of each caption (l, C): the embeddings of its l tokens, without padding, on the CPU.
 
-    def empty_text(self) -> Tensor:
-        """(l, C): the embedding of the empty prompt, as sampling uses it."""
+        The first is <bos>, which is all that an empty prompt has and sees nothing that follows: it stands for the empty prompt.
+        """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,11 +142,6 @@ class Writer:
     def _begin(self) -> None:
         content = {"identity": asdict(self.identity), "num_shards": self.num_shards, "num_samples": len(self.found.items)}
         self._put("cache.json", _json(content))
-        path = self.folder / "empty.safetensors"
-        if not path.exists():
-            from safetensors.torch import save
-
-            self._put(path.name, save({"text": _own(self.encoders.empty_text())}))
 
     def _shard(self, index: int) -> None:
         path = self.folder / shard_name(index)

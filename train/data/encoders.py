@@ -52,19 +52,12 @@ class CheckpointEncoders:
         latents = self._vae.encode(images.to(self._dtypes["vae"]))
         return (latents * self._vae.config.scaling_factor).cpu()
 
+    @torch.inference_mode()
     def texts(self, captions: list[str]) -> list[Tensor]:
         """Of each caption (l, C). A caption longer than the model reads is cut, as when drawing."""
-        return self._encode(captions, negative=False)
-
-    def empty_text(self) -> Tensor:
-        """(l, C), without the instruction, as the negative prompt that sampling starts from."""
-        return self._encode([""], negative=True)[0]
-
-    @torch.inference_mode()
-    def _encode(self, captions: list[str], *, negative: bool) -> list[Tensor]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", PromptCutWarning)
-            tokens = self._tokenizer.encode(captions, negative=negative)
+            tokens = self._tokenizer.encode(captions)
         ids, mask = (torch.from_numpy(array).to(self._device) for array in (tokens.ids, tokens.mask))
         embeds = self._text_encoder(ids, mask).to(self._dtypes["text_encoder"]).cpu()
         lengths = tokens.selected_mask.sum(axis=1).astype(int)  # padding is on the right

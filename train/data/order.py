@@ -1,14 +1,18 @@
-"""Which samples make up step n of an epoch, on each of several GPUs.
+"""Which samples make up batch n of a run, for any number of GPUs.
 
-A step's batch has pictures of one bucket. Every epoch shuffles the samples of each bucket, cuts them into batches and shuffles the
-batches: each sample comes once an epoch. All of it follows from seed and epoch, so that a position is two numbers, epoch and step,
-and a resumed run goes on with the same samples. The batch of a step is the same for every number of GPUs; each takes its share.
-The last batch of a bucket is short. All GPUs still take the same steps; where a short batch has fewer samples than there are GPUs,
-some get none: `Batch.whole` is what a mean over the batch divides by. `drop_short` leaves short batches out instead.
+A batch has pictures of one bucket. Each bucket's samples are shuffled anew for every pass and put end to end, pass after pass;
+batches are cut from that line, and those that end within an epoch are shuffled. So every sample comes once a pass, every batch is
+full, and what is left of a bucket at the end of an epoch belongs to the next. (In a bucket with fewer samples than a batch, a batch
+spans several passes.) Short or dropped batches would be the alternatives: over 33 buckets, a small data set would lose much of
+itself each epoch.
+
+The line of batches follows from the seed alone, so that a position in it is one number, and a run on more GPUs, which take batches
+in turn, sees the same ones: at any moment GPUs may have different buckets, whose areas are about the same.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,62 +25,67 @@ __all__ = ["Batch", "Order"]
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """samples: indices into the data set, this GPU's share. whole: how many samples all GPUs have together."""
+    """samples: indices into the data set. passes: of each of them, how often the run saw it before."""
 
-    epoch: int
-    step: int  # of the epoch
+    number: int  # of the run
     bucket: int
     samples: tuple[int, ...]
-    whole: int
+    passes: tuple[int, ...]
 
 
 class Order:
-    """buckets: of each sample. batch_size: samples a step, of all GPUs together. rank of world: this GPU among all."""
+    """buckets: of each sample. batch_size: samples in a batch, all of them on one GPU."""
 
-    def __init__(
-        self,
-        buckets: Sequence[int],
-        *,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        drop_short: bool = False,
-    ) -> None:
-        if not 0 <= rank < world or batch_size < 1:
-            raise DataError(f"got rank {rank} of {world} and batches of {batch_size}; expected 0 <= rank < world and 1 or more.")
-        self._buckets = np.asarray(buckets, dtype=np.int64)
-        self._batch_size, self._seed, self._rank, self._world, self._drop_short = batch_size, seed, rank, world, drop_short
-        counts = np.bincount(self._buckets) if len(self._buckets) else np.zeros(0, dtype=np.int64)
-        rounded = counts // batch_size if drop_short else -(-counts // batch_size)
-        self.steps_per_epoch = int(rounded.sum())
-        if not self.steps_per_epoch:
+    def __init__(self, buckets: Sequence[int], *, batch_size: int, seed: int) -> None:
+        if not len(buckets) or batch_size < 1:
+            raise DataError(f"got {len(buckets)} samples and batches of {batch_size}; expected 1 or more of both.")
+        all_buckets = np.asarray(buckets, dtype=np.int64)
+        self._members = {int(bucket): np.flatnonzero(all_buckets == bucket) for bucket in np.unique(all_buckets)}
+        self._batch_size, self._seed = batch_size, seed
+
+    def num_before(self, epoch: int) -> int:
+        """How many batches come before an epoch."""
+        return sum(epoch * len(members) // self._batch_size for members in self._members.values())
+
+    def epoch_of(self, number: int) -> int:
+        """The epoch of batch `number`."""
+        last = 1
+        while self.num_before(last) <= number:
+            last *= 2
+        first = last // 2
+        while first + 1 < last:  # num_before(first) <= number < num_before(last)
+            middle = (first + last) // 2
+            first, last = (middle, last) if self.num_before(middle) <= number else (first, middle)
+        return first
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+        """The batches that end in an epoch, without the first `skip`; none, if the data set is smaller than a batch."""
+        size = self._batch_size
+        cut: list[tuple[int, int]] = []  # bucket, and number of the batch within its line
+        for bucket, members in self._members.items():
+            cut += [(bucket, index) for index in range(epoch * len(members) // size, (epoch + 1) * len(members) // size)]
+        shuffled = self._rng(epoch).permutation(len(cut))
+        lines: dict[tuple[int, int], np.ndarray] = {}
+        for number in range(skip, len(cut)):
+            bucket, index = cut[shuffled[number]]
+            members = self._members[bucket]
+            places = [divmod(place, len(members)) for place in range(index * size, (index + 1) * size)]
+            for passed in {passed for passed, _ in places}:
+                if (bucket, passed) not in lines:
+                    lines[bucket, passed] = self._rng(passed, bucket).permutation(members)
+            samples = tuple(int(lines[bucket, passed][place]) for passed, place in places)
+            yield Batch(self.num_before(epoch) + number, bucket, samples, tuple(passed for passed, _ in places))
+
+    def batches(self, start: int = 0, *, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """Without end: from batch number `start` on, those that GPU `rank` of `world` takes. Raises DataError."""
+        if start < 0 or not 0 <= rank < world:
             raise DataError(
-                f"got {len(self._buckets)} samples and not one batch of {batch_size} of one bucket; expected one or more. "
-                "Use smaller batches, or keep short ones."
+                f"got batch {start} and rank {rank} of {world}; expected 0 or more, and a rank below the number of GPUs."
             )
+        epoch = self.epoch_of(start)
+        later = itertools.chain.from_iterable(self.epoch(number) for number in itertools.count(epoch + 1))
+        line = itertools.chain(self.epoch(epoch, start - self.num_before(epoch)), later)
+        return itertools.islice(line, rank, None, world)
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch from step `start` on. Raises DataError if the epoch has no such step."""
-        if not 0 <= start <= self.steps_per_epoch:
-            raise DataError(
-                f"step: got {start} of an epoch of {self.steps_per_epoch}; expected a position in it. "
-                "Was the position saved with other data or another batch size?"
-            )
-        rng = np.random.Generator(np.random.Philox([self._seed, epoch]))
-        batches: list[tuple[int, np.ndarray]] = []
-        for bucket in np.unique(self._buckets):
-            members = rng.permutation(np.flatnonzero(self._buckets == bucket))
-            for begin in range(0, len(members), self._batch_size):
-                batch = members[begin : begin + self._batch_size]
-                if len(batch) == self._batch_size or not self._drop_short:
-                    batches.append((int(bucket), batch))
-        for step, which in enumerate(rng.permutation(len(batches))[start:], start):
-            bucket, batch = batches[which]
-            yield Batch(epoch, step, bucket, tuple(map(int, batch[self._rank :: self._world])), len(batch))
-
-    def endless(self, epoch: int = 0, step: int = 0) -> Iterator[Batch]:
-        """From a position on, epoch after epoch. The position after `batch` is (batch.epoch, batch.step + 1)."""
-        while True:
-            yield from self.epoch(epoch, step)
-            epoch, step = epoch + 1, 0
+    def _rng(self, *what: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox([self._seed, *what]))

@@ -49,9 +49,6 @@ class Cache:
     """
 
     def __init__(self, folder: Path, expected: Mapping[str, Any] | None = None) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         self.folder = folder
         self.identity = _identity(folder, expected or {})
         if not (folder / "index.json").is_file():
@@ -64,8 +61,7 @@ class Cache:
                 raise DataError(f"{folder}: index.json belongs to another cache. Delete the folder; run sana data prepare again.")
             for shard in index["shards"]:
                 self._add(shard["file"], shard["bytes"])
-            self._empty = load_file(folder / "empty.safetensors")["text"]
-        except (KeyError, TypeError, OSError, SafetensorError) as error:
+        except (KeyError, TypeError) as error:
             raise DataError(f"{folder}: damaged ({error!r}). Delete it and run sana data prepare again.") from None
         sizes = sorted({(entry.width, entry.height) for entry in self.entries})
         self.buckets = [sizes.index((entry.width, entry.height)) for entry in self.entries]  # of each entry, as Order takes them
@@ -73,38 +69,31 @@ class Cache:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def batch(
-        self, samples: Sequence[int], *, length: int, epoch: int, seed: int, temperature: float, drop: Sequence[bool] | None = None
-    ) -> TrainingBatch:
-        """Samples of one bucket, with the caption that `epoch` sees. length: L, to which text is padded.
-
-        drop: for which samples the empty prompt takes the caption's place, so that the model learns to do without.
-        """
+    def batch(self, samples: Sequence[int], *, length: int, passes: Sequence[int], seed: int, temperature: float) -> TrainingBatch:
+        """Samples of one bucket. length: L, to which text is padded. passes: of each sample, which decides its caption."""
         from safetensors import safe_open
 
         latents, texts, captions = [], [], []
-        for position, sample in enumerate(samples):
+        for sample, epoch in zip(samples, passes, strict=True):
             entry = self.entries[sample]
             chosen = choose(entry.scores, temperature, seed=seed, epoch=epoch, key=entry.key)
-            dropped = drop is not None and drop[position]
             with safe_open(self.folder / entry.shard, framework="pt") as file:
                 latents.append(file.get_tensor(f"{entry.number}.latent"))
-                texts.append(self._empty if dropped else file.get_tensor(f"{entry.number}.text.{chosen}"))
-            captions.append("" if dropped else entry.captions[chosen])
-        longest = max((len(text) for text in texts), default=0)
-        if longest > length or len({latent.shape for latent in latents}) > 1:
+                texts.append(file.get_tensor(f"{entry.number}.text.{chosen}"))
+            captions.append(entry.captions[chosen])
+        sizes, longest = {tuple(latent.shape) for latent in latents}, max(map(len, texts), default=0)
+        if len(sizes) != 1 or longest > length:
             raise DataError(
-                f"batch: got texts of up to {longest} tokens and {len({latent.shape for latent in latents})} sizes; "
-                f"expected at most {length} tokens and one size."
+                f"batch: got {len(samples)} samples of {len(sizes)} sizes with up to {longest} tokens; expected one size and at "
+                f"most {length} tokens."
             )
-        text = self._empty.new_zeros(len(texts), length, self._empty.shape[1])
+        text = texts[0].new_zeros(len(texts), length, texts[0].shape[1])
         mask = torch.zeros(len(texts), length)
         for row, embedding in enumerate(texts):
             text[row, : len(embedding)] = embedding
             mask[row, : len(embedding)] = 1
-        stacked = torch.stack(latents) if latents else torch.zeros(0)
         keys = tuple(self.entries[sample].key for sample in samples)
-        return TrainingBatch(keys=keys, captions=tuple(captions), latents=stacked, text=text, mask=mask)
+        return TrainingBatch(keys=keys, captions=tuple(captions), latents=torch.stack(latents), text=text, mask=mask)
 
     def _add(self, name: str, num_bytes: int) -> None:
         path = self.folder / name
