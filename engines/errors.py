@@ -2,6 +2,7 @@
 
     SanaError
     ├── SpecError                what was asked to be built cannot be: precision, target, shape range
+    │   └── ConfigError          a configuration does not compose, or does not fit its schema
     ├── RequestError             a bad argument of generate(): prompt, size, seed, steps (also a ValueError)
     ├── CheckpointError          a checkpoint is missing, incomplete, or does not fit its config
     ├── BundleError              a bundle cannot be read or written
@@ -27,6 +28,7 @@ __all__ = [
     "BuildError",
     "BundleError",
     "CheckpointError",
+    "ConfigError",
     "DigestError",
     "DiskFullError",
     "ManifestError",
@@ -49,6 +51,10 @@ class SanaError(Exception):
 
 class SpecError(SanaError):
     """What was asked to be built cannot be."""
+
+
+class ConfigError(SpecError):
+    """A configuration does not compose, or does not fit its schema."""
 
 
 class RequestError(SanaError, ValueError):

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from engines.errors import ManifestError, MissingFileError
 from engines.spec import nearest
 
-__all__ = ["MAX_JSON_BYTES", "loads", "read_bounded", "validate_json"]
+__all__ = ["MAX_JSON_BYTES", "fields_at", "loads", "read_bounded", "validate_json"]
 
 MAX_JSON_BYTES = 16 << 20
 _MAX_COMPLAINTS = 5  # of one document: the rest usually follows from the first
@@ -70,7 +70,7 @@ def validate_json(model: type[Model], data: bytes, *, source: str) -> Model:
 def _complaint(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, message: str, value: object) -> str:
     where = ".".join(str(part) for part in loc if part != "[key]") or "the document"
     if kind == "extra_forbidden":
-        return f"{where}: unknown key; {nearest(str(loc[-1]), _fields_at(model, loc[:-1]))}."
+        return f"{where}: unknown key; {nearest(str(loc[-1]), fields_at(model, loc[:-1]))}."
     if kind == "missing":
         return f"{where}: missing. Rebuild with a program that writes it."
     if kind == "value_error":
@@ -79,13 +79,16 @@ def _complaint(model: type[BaseModel], loc: tuple[int | str, ...], kind: str, me
     return f"{where}: got {shown if len(shown) <= 80 else shown[:77] + '...'}; {message[0].lower()}{message[1:]}."
 
 
-def _fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def fields_at(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys that are valid at `loc` of a document of `model`: walks models, and containers and unions of them."""
     at: Any = model
     for part in loc:
         inner = _models(at)
+        tagged = [model for model in inner if any(field.default == part for field in model.model_fields.values())]
         if inner and str(part) in inner[0].model_fields:
             at = inner[0].model_fields[str(part)].annotation
+        elif len(inner) > 1 and tagged:  # one member of a union, named by its discriminator
+            at = tagged[0]
         # else: `part` is a key or an index of a container, whose annotation already names what it contains
     inner = _models(at)
     return list(inner[0].model_fields) if inner else []

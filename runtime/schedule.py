@@ -166,8 +166,9 @@ def make_schedule(
 
 
 def load_schedule(path: Path | str, *, num_steps: int | None = None) -> Schedule:
-    """The schedule that a YAML file (configs/schedule/*.yaml) describes, with another number of steps if one is given.
+    """The schedule that a YAML file describes, with another number of steps if one is given.
 
+    path: of the file, or the name of one in configs/schedule, such as "sana_4k".
     Raises SpecError for a file that is missing or not what the schema says, and what make_schedule raises.
     """
     from runtime.schedule_file import read_schedule_file  # needs PyYAML and pydantic, which a training host may not have

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from engines.errors import RequestError, SpecError
 from engines.spec import nearest
+from runtime.config import compose, validate
 from runtime.schedule import INTERMEDIATE_TIMESTEP, MAX_STEPS, Schedule, SchedulerName, SpacingName, make_schedule
 
 __all__ = ["ScheduleFile", "read_schedule_file"]
@@ -31,9 +32,17 @@ class ScheduleFile(BaseModel):
     intermediate_timestep: Positive | Literal["even"] | None = None  # scm, radians; "even": no special middle
 
 
+class _Group(BaseModel):
+    schedule: ScheduleFile
+
+
 def read_schedule_file(path: Path, *, num_steps: int | None = None) -> Schedule:
-    """Read, check and compute. Raises SpecError naming the file, the key, and for an unknown key the nearest valid one."""
-    spec = _parse(path)
+    """Read, check and compute. Raises SpecError naming the file, the key, and for an unknown key the nearest valid one.
+
+    path: a file of one's own, which is read alone and within limits; or a name of the group "schedule" of the configuration.
+    """
+    is_name = not path.suffix and len(path.parts) == 1 and not path.exists()
+    spec = validate(compose(f"schedule/{path}"), _Group).schedule if is_name else _parse(path)
     flow_only, scm_only = (
         {"flow_shift": spec.flow_shift},
         {
