@@ -1,0 +1,171 @@
+"""The schema of a training experiment: what configs/train.yaml, its groups and an experiment on top may say.
+
+    settings = load("sana_600m_1024px", ["trainer.optimizer.lr=2e-5"])
+    python -m train.schema sana_600m_1024px trainer.optimizer.lr=2e-5     # check, and say what is wrong
+
+Sections that belong to one package are defined there, and only put together here. Nothing here imports PyTorch but
+`transformer_config`, so that a mistake in a file is found before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from runtime.config import ConfigError, compose_experiment, validate
+from runtime.schedule_file import ScheduleFile
+from train.data.settings import DataSettings
+from train.objective.settings import ObjectiveSettings
+from train.trainer.settings import TrainerSettings
+
+if TYPE_CHECKING:
+    from sana_ref.transformer import SanaTransformerConfig
+
+__all__ = [
+    "EnvironmentSettings",
+    "ExperimentSettings",
+    "ModelSettings",
+    "ParallelSettings",
+    "TransformerSettings",
+    "ValidationSettings",
+    "VariantName",
+    "load",
+    "transformer_config",
+]
+
+# Those of sana_ref.variants, which imports PyTorch; a test holds the two together.
+VariantName = Literal[
+    "sana_600m_512px",
+    "sana_600m_1024px",
+    "sana_1600m_512px",
+    "sana_1600m_1024px",
+    "sana_1600m_2kpx",
+    "sana_1600m_4kpx",
+    "sana_1_5_1600m_1024px",
+    "sana_1_5_4800m_1024px",
+    "sprint_600m_1024px",
+    "sprint_1600m_1024px",
+]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TransformerSettings(_Section):
+    """A transformer of one's own: the fields and defaults of sana_ref.transformer.SanaTransformerConfig, which checks them."""
+
+    in_channels: Count = 32
+    out_channels: Count | None = 32
+    num_attention_heads: Count = 70
+    attention_head_dim: Count = 32
+    num_layers: Count = 20
+    num_cross_attention_heads: Count = 20
+    cross_attention_head_dim: Count = 112
+    cross_attention_dim: Count = 2240
+    caption_channels: Count = 2304
+    mlp_ratio: float = Field(2.5, gt=0, allow_inf_nan=False)
+    dropout: float = 0.0
+    attention_bias: bool = False
+    sample_size: Count = 32  # latent cells a side
+    patch_size: Count = 1
+    norm_elementwise_affine: bool = False
+    norm_eps: float = Field(1e-6, gt=0, allow_inf_nan=False)
+    interpolation_scale: float | None = None
+    guidance_embeds: bool = False
+    guidance_embeds_scale: float = 0.1
+    qk_norm: Literal["rms_norm_across_heads"] | None = None
+    timestep_scale: float = Field(1.0, gt=0, allow_inf_nan=False)
+
+
+class ModelSettings(_Section):
+    """What is trained: a published architecture by its name, or one's own. Exactly one of them."""
+
+    variant: VariantName | None = None
+    transformer: TransformerSettings | None = None
+    checkpoint: str | None = None  # a folder or Hub id to start from; None: new weights
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.variant is None) == (self.transformer is None):
+            what = "neither" if self.variant is None else "both"
+            raise ValueError(f"got {what} of variant and transformer; expected one of them. Set the other to null")
+        return self
+
+
+class ParallelSettings(_Section):
+    """How the work is spread. auto: from the model's size and the memory there is (train.parallel.reckoning)."""
+
+    strategy: Literal["auto", "single", "ddp", "fsdp2"] = "auto"
+
+
+class ValidationSettings(_Section):
+    """Pictures drawn while training, by `schedule`."""
+
+    every: Count = 1000  # steps
+    prompts: tuple[str, ...] = ()
+    guidance_scale: float = Field(4.5, ge=1, allow_inf_nan=False)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class EnvironmentSettings(_Section):
+    """Where the run happens."""
+
+    name: Literal["local", "cluster", "ci"]
+    out: Path  # each run makes a folder in it
+    num_workers: int = Field(ge=0)  # processes that read data, for each GPU
+
+
+class ExperimentSettings(_Section):
+    """All of it."""
+
+    name: str = Field(min_length=1, pattern=r"^[\w.-]+$")  # also of the run's folder in env.out
+    model: ModelSettings
+    data: DataSettings
+    objective: ObjectiveSettings
+    parallel: ParallelSettings
+    trainer: TrainerSettings
+    validation: ValidationSettings
+    schedule: ScheduleFile  # of the sampler that validates
+    env: EnvironmentSettings
+
+
+def load(experiment: str, overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> ExperimentSettings:
+    """The settings of configs/experiment/EXPERIMENT.yaml with `overrides`. Raises ConfigError."""
+    return validate(compose_experiment(experiment, overrides, config_dir), ExperimentSettings)
+
+
+def transformer_config(model: ModelSettings) -> SanaTransformerConfig:
+    """The transformer that `model` names. Imports PyTorch."""
+    from sana_ref.transformer import SanaTransformerConfig
+    from sana_ref.variants import VARIANTS
+
+    if model.transformer is not None:
+        return SanaTransformerConfig(**model.transformer.model_dump())
+    return VARIANTS[str(model.variant)].transformer
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0 if the experiment fits the schema; 2 with the message if not."""
+    parser = argparse.ArgumentParser(prog="python -m train.schema", description="Check an experiment's configuration.")
+    parser.add_argument("experiment")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--config-dir", metavar="FOLDER")
+    arguments = parser.parse_args(argv)
+    try:
+        load(arguments.experiment, arguments.overrides, arguments.config_dir)
+    except ConfigError as error:
+        print(f"sana: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{arguments.experiment}: fits the schema", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
