@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="px, a multiple of 32")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--scheduler", metavar="NAME", help="flow_euler, flow_dpm_solver or scm")
-    how.add_argument("--schedule", type=Path, metavar="FILE.yaml", help="a schedule of your own")
+    how.add_argument("--schedule", type=Path, metavar="FILE.yaml|NAME", help="a schedule of your own, or one of configs/schedule")
     add_backend(parser)
     parser.add_argument("--batch", type=int, help="pictures drawn in one go, at most (default: as many as the bundle allows)")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR|FILE.png", help="where to (default: this folder)")

@@ -1,4 +1,4 @@
-"""The `sana` command: build, generate, replay, inspect, verify, data. Each is one module here; docs/cli.md shows them in use.
+"""The `sana` command: build, generate, replay, inspect, verify, data, config. Each is one module; docs/cli.md shows them.
 
 What a command makes goes to stdout, what it says to stderr. Exit codes: 0 done; 1 compared, and different (replay, verify);
 2 an error, said in one message (SANA_DEBUG=1 shows where it came from); 130 interrupted. Loading this module loads nothing heavy.
@@ -16,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from apps.cli import build, data, generate, inspect, replay, verify
+from apps.cli import build, config, data, generate, inspect, replay, verify
 from engines.errors import SanaError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = {module.NAME: module for module in (build, generate, replay, inspect, verify, data)}
+COMMANDS = {module.NAME: module for module in (build, generate, replay, inspect, verify, data, config)}
 OTHER_PROGRAMS = (build, data)  # commands whose arguments belong to another program: none is parsed here
 
 
