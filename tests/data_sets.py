@@ -56,7 +56,7 @@ def tar_of(files: Mapping[str, bytes]) -> bytes:
 class FakeEncoders:
     """Latents are means of 32 x 32 px; a text's embedding says how long it is and what it begins with."""
 
-    vae_digest, text_digest = "0" * 64, "1" * 64
+    vae_digest, text_digest, dtype = "0" * 64, "1" * 64, "float32"
 
     def latents(self, pixels: np.ndarray) -> Tensor:
         count, height, width, channels = pixels.shape

@@ -45,7 +45,7 @@ def test_what_is_in_it(data, cache):
     assert sorted(entry.key for entry in opened.entries) == [f"{i:03}" for i in range(NUM)]
     assert {(entry.width, entry.height) for entry in opened.entries} == {(640, 416), (512, 512), (384, 704)}
     assert len(set(opened.buckets)) == 3
-    assert opened.entries[0].captions == ("picture 0", "a box")
+    assert opened.captions(0) == ("picture 0", "a box")
     assert opened.entries[0].scores == (28.0, 26.5)
 
 
@@ -57,9 +57,10 @@ def test_batches_of_an_epoch(cache):
         seen.update(batch.keys)
         assert batch.latents.shape[:2] == (2, 3)
         assert batch.text.shape == (2, 8, 2)
-        for row, (key, caption, number) in enumerate(zip(batch.keys, batch.captions, step.passes, strict=True)):
-            entry = next(entry for entry in opened.entries if entry.key == key)
-            assert caption == entry.captions[choose(entry.scores, 1.0, seed=4, epoch=number, key=key)]
+        for row, (key, chosen, number) in enumerate(zip(batch.keys, batch.chosen, step.passes, strict=True)):
+            sample = next(sample for sample, entry in enumerate(opened.entries) if entry.key == key)
+            assert chosen == choose(opened.entries[sample].scores, 1.0, seed=4, epoch=number, key=key)
+            caption = opened.captions(sample)[chosen]
             num_tokens = 1 + len(caption) % 5
             assert batch.mask[row].tolist() == [1.0] * num_tokens + [0.0] * (8 - num_tokens)
             assert batch.text[row, :num_tokens].tolist() == [[len(caption), ord(caption[0])]] * num_tokens

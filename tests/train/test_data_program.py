@@ -1,5 +1,6 @@
 """`sana data` from end to end: a real checkpoint, latents that decode to their pictures, contact sheets, Ctrl-C."""
 
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from PIL import Image
 from apps.cli.main import main as sana
 from train.data.__main__ import main
 from train.data.buckets import make_buckets, nearest
-from train.data.encoders import CheckpointEncoders, text_digest, vae_digest
+from train.data.encoders import CheckpointEncoders, expected_identity
 from train.data.images import decode, fit
 from train.data.reading import Cache
 
@@ -66,8 +67,7 @@ def test_latents_decode_to_their_pictures_and_texts_are_what_drawing_uses(data, 
 
     reference = SanaReference(MODEL)
     loaded = checkpoint.load(MODEL, components=("vae", "text_encoder"))
-    digests = {"vae": vae_digest(loaded, torch.float32), "text_encoder": text_digest(loaded, torch.float32)}
-    opened = Cache(cache, expected=digests)
+    opened = Cache(cache, expected=expected_identity(loaded))
     length = reference.checkpoint.prompt.max_sequence_length
     buckets = make_buckets(512)
     entry = opened.entries[0]
@@ -82,7 +82,7 @@ def test_latents_decode_to_their_pictures_and_texts_are_what_drawing_uses(data, 
     psnr = 10 * math.log10(4 / (drawn.clamp(-1, 1) - images).square().mean())
     swapped = 10 * math.log10(4 / (drawn.clamp(-1, 1) - images.flip(1)).square().mean())
     assert psnr > max(20, swapped + 3)  # dB: it is the picture, as well as this small model can
-    embeds, mask = reference.encode_prompts(entry.captions[0])
+    embeds, mask = reference.encode_prompts(opened.captions(0)[0])
     assert torch.equal(batch.mask, mask)
     torch.testing.assert_close(batch.text * mask[..., None], embeds * mask[..., None], rtol=1e-4, atol=1e-4)
     empty, mask = reference.encode_prompts("", negative=True)
@@ -90,16 +90,17 @@ def test_latents_decode_to_their_pictures_and_texts_are_what_drawing_uses(data, 
     torch.testing.assert_close(batch.text[0, 0], empty[0, 0], rtol=1e-4, atol=1e-4)  # so captions can be dropped by a mask
 
 
-def test_digests_are_of_weights_and_types():
+def test_encoders_say_what_they_are():
     from sana_ref import checkpoint
 
     loaded = checkpoint.load(MODEL, components=("vae", "text_encoder"))
-    kinds = {digest(loaded, dtype) for digest in (vae_digest, text_digest) for dtype in (torch.float32, torch.bfloat16)}
-    assert len(kinds) == 4
     encoders = CheckpointEncoders(MODEL, dtype=torch.bfloat16)
-    assert encoders.vae_digest == vae_digest(loaded, torch.bfloat16)
-    assert encoders.text_digest == text_digest(loaded, torch.bfloat16)
+    assert {"vae": encoders.vae_digest, "text_encoder": encoders.text_digest} == expected_identity(loaded)
+    assert encoders.dtype == "bfloat16"
     assert encoders.texts(["a fox", "a red apple"])[1].dtype == torch.bfloat16
+    changed = dataclasses.replace(loaded, prompt=dataclasses.replace(loaded.prompt, complex_human_instruction="Paint."))
+    assert expected_identity(changed)["text_encoder"] != encoders.text_digest
+    assert expected_identity(changed)["vae"] == encoders.vae_digest
 
 
 @pytest.mark.slow

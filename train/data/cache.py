@@ -44,10 +44,11 @@ TEXTS_AT_ONCE = 16
 
 
 class Encoders(Protocol):
-    """What turns pictures and captions into what training reads. The digests are of all that decides the results."""
+    """What turns pictures and captions into what training reads. The digests are of all that decides the results but the type."""
 
     vae_digest: str
     text_digest: str
+    dtype: str  # that they compute and answer in
 
     def latents(self, pixels: np.ndarray) -> Tensor:
         """(B, H, W, 3) uint8 RGB -> (B, C, H/32, W/32), as the transformer sees them, on the CPU."""
@@ -65,6 +66,7 @@ class Identity:
 
     vae: str  # digest
     text_encoder: str  # digest, tokenizer and instruction included
+    dtype: str  # of computing and storing
     data: str  # digest
     resolution: int  # px
     max_pixels: int
@@ -103,6 +105,7 @@ class Writer:
         self.identity = Identity(
             vae=encoders.vae_digest,
             text_encoder=encoders.text_digest,
+            dtype=encoders.dtype,
             data=found.digest,
             resolution=settings.resolution,
             max_pixels=settings.max_pixels,

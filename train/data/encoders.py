@@ -17,19 +17,19 @@ from sana_ref import checkpoint as checkpoints
 from sana_ref.components import TextEncoderForExport
 from sana_ref.pipeline import component_dtypes
 
-__all__ = ["CheckpointEncoders", "text_digest", "vae_digest"]
+__all__ = ["CheckpointEncoders", "expected_identity"]
 
 
-def vae_digest(checkpoint: checkpoints.Checkpoint, dtype: torch.dtype) -> str:
-    """Of what decides the latents: the autoencoder's weights and config, and the type that it computes in."""
-    return _digest([checkpoint.component_digest("vae"), str(component_dtypes(dtype)["vae"])])
+def expected_identity(checkpoint: checkpoints.Checkpoint) -> dict[str, str]:
+    """What a cache's identity must say to be of this checkpoint's encoders: see reading.Cache."""
+    return {"vae": checkpoint.component_digest("vae"), "text_encoder": _text_digest(checkpoint)}
 
 
-def text_digest(checkpoint: checkpoints.Checkpoint, dtype: torch.dtype) -> str:
-    """Of what decides the embeddings: the text encoder, its type, the tokenizer and what is put around a prompt."""
+def _text_digest(checkpoint: checkpoints.Checkpoint) -> str:
+    """Of what decides the embeddings: the text encoder, the tokenizer, and what is put around a prompt."""
     tokenizer = hashlib.sha256(checkpoint.tokenizer_path.read_bytes()).hexdigest()
-    component = checkpoint.component_digest("text_encoder")
-    return _digest([component, str(component_dtypes(dtype)["text_encoder"]), tokenizer, asdict(checkpoint.prompt)])
+    content = [checkpoint.component_digest("text_encoder"), tokenizer, asdict(checkpoint.prompt)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class CheckpointEncoders:
@@ -38,7 +38,8 @@ class CheckpointEncoders:
     def __init__(self, model: str | Path, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         checkpoint = checkpoints.load(model, components=("vae", "text_encoder"))
         dtypes = component_dtypes(dtype)
-        self.vae_digest, self.text_digest = vae_digest(checkpoint, dtype), text_digest(checkpoint, dtype)
+        self.vae_digest, self.text_digest = expected_identity(checkpoint).values()
+        self.dtype = str(dtype).removeprefix("torch.")
         self._dtypes, self._device = dtypes, torch.device(device)
         self._vae = checkpoint.vae(dtypes["vae"], device).eval()
         self._tokenizer = PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt)
@@ -62,7 +63,3 @@ class CheckpointEncoders:
         embeds = self._text_encoder(ids, mask).to(self._dtypes["text_encoder"]).cpu()
         lengths = tokens.selected_mask.sum(axis=1).astype(int)  # padding is on the right
         return [row[:length] for row, length in zip(embeds, lengths, strict=True)]
-
-
-def _digest(content: list[object]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -19,14 +19,13 @@ __all__ = ["Cache", "Entry", "TrainingBatch"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A sample of a cache. scores: one for each caption."""
+    """A sample of a cache. scores: one for each caption, whose words stay on the disk: there may be millions."""
 
     key: str
     shard: str
     number: int  # within the shard
     width: int  # px, of its bucket
     height: int
-    captions: tuple[str, ...]
     scores: tuple[float, ...]
 
 
@@ -35,7 +34,7 @@ class TrainingBatch:
     """latents: (B, C, h, w), as the transformer sees them. text: (B, L, C), zero where mask (B, L) fp32 is 0."""
 
     keys: tuple[str, ...]
-    captions: tuple[str, ...]
+    chosen: tuple[int, ...]  # which caption of each
     latents: Tensor
     text: Tensor
     mask: Tensor
@@ -73,14 +72,14 @@ class Cache:
         """Samples of one bucket. length: L, to which text is padded. passes: of each sample, which decides its caption."""
         from safetensors import safe_open
 
-        latents, texts, captions = [], [], []
+        latents, texts, chosen = [], [], []
         for sample, epoch in zip(samples, passes, strict=True):
             entry = self.entries[sample]
-            chosen = choose(entry.scores, temperature, seed=seed, epoch=epoch, key=entry.key)
+            caption = choose(entry.scores, temperature, seed=seed, epoch=epoch, key=entry.key)
             with safe_open(self.folder / entry.shard, framework="pt") as file:
                 latents.append(file.get_tensor(f"{entry.number}.latent"))
-                texts.append(file.get_tensor(f"{entry.number}.text.{chosen}"))
-            captions.append(entry.captions[chosen])
+                texts.append(file.get_tensor(f"{entry.number}.text.{caption}"))
+            chosen.append(caption)
         sizes, longest = {tuple(latent.shape) for latent in latents}, max(map(len, texts), default=0)
         if len(sizes) != 1 or longest > length:
             raise DataError(
@@ -93,7 +92,12 @@ class Cache:
             text[row, : len(embedding)] = embedding
             mask[row, : len(embedding)] = 1
         keys = tuple(self.entries[sample].key for sample in samples)
-        return TrainingBatch(keys=keys, captions=tuple(captions), latents=torch.stack(latents), text=text, mask=mask)
+        return TrainingBatch(keys=keys, chosen=tuple(chosen), latents=torch.stack(latents), text=text, mask=mask)
+
+    def captions(self, sample: int) -> tuple[str, ...]:
+        """The words of a sample's captions, read from its shard."""
+        entry = self.entries[sample]
+        return tuple(shard_header(self.folder / entry.shard)["samples"][entry.number]["captions"])
 
     def _add(self, name: str, num_bytes: int) -> None:
         path = self.folder / name
@@ -103,8 +107,8 @@ class Cache:
                 f"{path}: got {got}; expected {num_bytes} bytes. Delete it and index.json; run sana data prepare again."
             )
         for number, sample in enumerate(shard_header(path)["samples"]):
-            lists = {field: tuple(sample[field]) for field in ("captions", "scores")}
-            self.entries.append(Entry(shard=name, number=number, **{**sample, **lists}))
+            size, scores = (sample["width"], sample["height"]), tuple(sample["scores"])
+            self.entries.append(Entry(sample["key"], name, number, *size, scores))
 
 
 def _identity(folder: Path, expected: Mapping[str, Any]) -> Identity:
