@@ -118,6 +118,7 @@ class EnvironmentSettings(_Section):
     """Where the run happens."""
 
     name: Literal["local", "cluster", "ci"]
+    data: Path  # what an experiment trains on unless it says otherwise
     out: Path  # each run makes a folder in it
     num_workers: int = Field(ge=0)  # processes that read data, for each GPU
 

@@ -13,7 +13,7 @@ def test_every_value_has_its_origin(capsys):
     found = {line.split(" = ")[0].strip(): line for line in lines}
     assert found["trainer.steps"].split() == ["trainer.steps", "=", "7", "command", "line"]
     assert "configs/experiment/sana_1600m_4kpx.yaml:" in found["objective.flow_shift"]
-    assert "${oc.env:SANA_DATA," in found["data.path"]
+    assert "${oc.env:SANA_DATA," in found["env.data"]
     assert len({line.index(" = ") for line in lines}) == 1
     assert all("None" not in line for line in lines)
 

@@ -34,6 +34,15 @@ def test_every_experiment_fits(name):
     ExperimentSettings.model_validate_json(settings.model_dump_json())  # what a checkpoint keeps
 
 
+def test_the_example_of_the_documentation(tmp_path):
+    text = (ROOT / "docs" / "config.md").read_text().split("```yaml\n# mine/experiment/forest.yaml\n")[1].split("```")[0]
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "forest.yaml").write_text(text)
+    settings = load("forest", config_dir=tmp_path)
+    assert (settings.trainer.optimizer.kind, settings.data.path) == ("adamw", Path("/data/forest"))
+    assert settings.trainer.folder == Path("out/train/forest")
+
+
 def test_every_published_size_has_an_experiment():
     assert set(FLOW) <= {load(name).model.variant for name in EXPERIMENTS}
 
