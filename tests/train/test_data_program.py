@@ -104,13 +104,13 @@ def test_encoders_say_what_they_are():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_run_again(tmp_path, number, data, capsys):
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+def test_interrupted(tmp_path, number, workers):
     """Also where the working folder has a train.py of its own."""
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong program')")
     many = write_folder(tmp_path / "data", sample_files(40))
     command = [sys.executable, "-c", "import sys; from apps.cli.main import main; sys.exit(main())"]
-    arguments = ["data", "prepare", str(many), *PREPARE, "--out", str(tmp_path / "out")]
+    arguments = ["data", "prepare", str(many), *PREPARE, "--out", str(tmp_path / "out"), "--workers", str(workers)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         [*command[:2], "import sys; sys.path.remove(''); " + command[2], *arguments],
@@ -131,6 +131,8 @@ def test_interrupted_and_run_again(tmp_path, number, data, capsys):
     assert child.returncode == 130
     assert "data: interrupted. Finished shards are kept; the same command goes on from there." in said
     assert "Traceback" not in said
+    with pytest.raises(ProcessLookupError):  # nothing is left running
+        os.killpg(child.pid, 0)
     folder = next((tmp_path / "out").iterdir())
     kept = contents(folder)
     assert 2 < len([name for name in kept if name.startswith("shard")]) + 1 < 40

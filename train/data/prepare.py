@@ -75,6 +75,8 @@ def prepare_with(workers: int, arguments: Sequence[str]) -> Path:
         except BaseException:  # Ctrl-C reached them too; whatever else it was, none is left behind
             for child in children:
                 child.terminate()
+            for child in children:
+                child.wait()  # Popen's own way out does not, after Ctrl-C
             raise
     codes = [child.returncode for child in children]
     if any(codes):
