@@ -59,7 +59,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: Path | 
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException, MissingConfigException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from hydra.types import RunMode
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -90,7 +90,12 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: Path | 
         at = f" ({origins.of(key.split('.'))})" if key else ""
         remedy = f" Give it: {key}=…" if "???" in str(error) or "Missing mandatory" in str(error) else ""
         raise ConfigError(f"{config_name}: {key or 'the configuration'}{at}: {_first_line(error)}.{remedy}") from None
-    except (HydraException, YAMLError, UnicodeDecodeError) as error:
+    except OverrideParseException as error:
+        said = error.override or "an override"
+        raise ConfigError(
+            f"command line: {said}: {_first_line(error)}; expected key=value, group=file, +key=value or ~key."
+        ) from None
+    except (HydraException, YAMLError, ValueError) as error:  # Hydra raises bare ValueErrors, and UnicodeDecodeError is one
         cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ is not None else error
         raise ConfigError(f"{config_name}: {_first_line(error)}{'' if cause is error else f' ({_first_line(cause)})'}.") from None
     assert isinstance(values, dict)
@@ -101,6 +106,8 @@ def compose_experiment(name: str, overrides: Sequence[str] = (), config_dir: Pat
     """Compose experiment/NAME.yaml over train.yaml. Raises as compose does; for an unknown one, with the nearest name."""
     folders = _folders(config_dir)
     _find(folders, f"experiment/{name}")
+    if twice := [override for override in overrides if override.lstrip("+").startswith("experiment=")]:
+        raise ConfigError(f"command line: {twice[0]}: got a second experiment, after {name!r}; expected one.")
     composed = compose(EXPERIMENT, [f"experiment={name}", *overrides], config_dir)
     return Composed(name=name, values=composed.values, origins=composed.origins)
 

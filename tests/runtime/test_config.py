@@ -1,5 +1,6 @@
 """Composition, origins, and what is said of mistakes: on small folders of its own, and once on the project's."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -139,8 +140,11 @@ def test_an_unknown_key_names_the_nearest_and_the_file(folder):
         ("name=???", ["name (command line): Missing mandatory value", "name=…"]),
         ("name=${nowhere}", ["name (command line): Interpolation key 'nowhere' not found"]),
         ("name=${oc.env:SANA_TEST_NOT_SET}", ["Environment variable 'SANA_TEST_NOT_SET' not found"]),
-        ("name=[", ["train: "]),
-        ("name=a,b", ["train: "]),
+        ("name=[", ["command line: name=[: ", "expected key=value, group=file"]),
+        ("name=a,b", ["train: Ambiguous value"]),
+        ("experiment=base", ["got a second experiment, after 'child'"]),
+        ("=3", ["train: "]),
+        ("name", ["command line: name: "]),
     ],
 )
 def test_a_mistake_on_the_command_line_is_said(folder, override, words):
@@ -165,6 +169,24 @@ def test_a_broken_file_is_an_error_of_ours(folder, text):
 
 def test_an_unknown_experiment_names_the_nearest(folder):
     assert "experiment: got 'chlid'; did you mean 'child'?" in told(folder, experiment="chlid")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("override /optimizer: cmae", "optimizer: got 'cmae'; did you mean 'came'?"),
+        ("override /optimzer: came", "optimzer"),
+        ("bse", "experiment: got 'bse'; did you mean 'base'?"),
+    ],
+)
+def test_a_mistake_in_a_defaults_list_is_said(folder, line, words):
+    (folder / "experiment" / "child.yaml").write_text(f"# @package _global_\ndefaults:\n  - {line}\n  - _self_\nname: x\n")
+    assert words in told(folder)
+
+
+@pytest.mark.parametrize("name", ["../train", "", "a b", "child,base", "child.yaml", "/etc/passwd"])
+def test_what_is_no_name_of_an_experiment_is_refused(folder, name):
+    assert told(folder, experiment=name)
 
 
 def test_folders_are_searched_in_order(folder, tmp_path_factory, monkeypatch):
@@ -238,23 +260,25 @@ def test_the_last_that_says_a_value_is_its_origin(layers):
         assert origins.of(key).line == said[key, json.dumps(value)]
 
 
-safe = st.text("abcdefghijklmnopqrstuvwxyz ,=:[]{}()'\"\\$éü*~+", max_size=12)
+words = st.text("abcxyz0189 ,=:[]{}()'\"éü*~+?", max_size=12)  # no $ and no backslash, which mean something in OmegaConf and Hydra
 
 
 @settings(max_examples=25)
-@given(value=st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | safe)
+@given(value=st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | words)
 def test_any_scalar_can_come_from_the_command_line(value, tmp_path_factory):
     folder = _one_key(tmp_path_factory)
-    text = str(value).lower() if isinstance(value, bool) else repr(value)
-    if isinstance(value, str):
-        if "$" in value or value.endswith("\\"):
-            return  # an interpolation, and Hydra's own rule for a backslash before the quote
-        text = "'" + value.replace("'", "\\'") + "'"
-        if "\\'" in value:
-            return
+    text = json.dumps(value) if not isinstance(value, str) else "'" + value.replace("'", "\\'") + "'"
+    assume(value != "???")  # a missing value, quoted or not
     composed = compose("one", [f"key={text}"], folder)
     assert composed.values["key"] == value
     assert str(composed.origins.of(["key"])) == "command line"
+
+
+@settings(max_examples=40)
+@given(override=st.text("key=+~${}[],'\"\\:@/. 1?", max_size=10))
+def test_any_override_composes_or_is_an_error_of_ours(override, tmp_path_factory):
+    with contextlib.suppress(ConfigError):
+        compose("one", [override], _one_key(tmp_path_factory))
 
 
 def _one_key(factory) -> Path:
