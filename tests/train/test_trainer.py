@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,24 @@ def test_resumed_run_depends_on_each_part_of_the_checkpoint(tmp_path):
     assert not all(torch.equal(a, one.ema.average[name]) for name, a in trainer.ema.average.items())
 
 
+@pytest.mark.slow
+def test_compiled_run_is_exact_too(tmp_path):
+    whole, trainer = trained(tmp_path / "whole", compile=True)
+    assert trained(tmp_path / "parts", stop_at=(3,), compile=True)[0] == whole
+    assert whole == pytest.approx(trained(tmp_path / "eager")[0], rel=1e-5)
+    assert trainer.parameters.keys() == dict(SanaTransformer2DModel(MODEL).named_parameters()).keys()
+
+
+def test_deterministic_kernels_are_asked_for_while_it_runs(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    seen = []
+    trainer = make_trainer(tmp_path, deterministic=True, steps=1)
+    trainer.model.register_forward_hook(lambda *_: seen.append(torch.are_deterministic_algorithms_enabled()))
+    trainer.run()
+    assert seen == [True, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_activation_checkpointing_changes_no_loss(tmp_path):
     assert trained(tmp_path / "a")[0] == trained(tmp_path / "b", activation_checkpointing=True)[0]
 
@@ -164,6 +183,17 @@ def test_accumulation_is_the_batch_as_a_whole(tmp_path):
     loss, got, _ = trainer._step(iter(MemorySource()))
     assert got == pytest.approx(expected, rel=1e-5)
     assert loss == pytest.approx((first + second).item() / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "module"), [("came", "came_pytorch"), ("adamw8bit", "bitsandbytes")])
+def test_optional_optimizers_resume_exactly(tmp_path, kind, module):
+    pytest.importorskip(module)
+    optimizer = OptimizerSettings(kind=kind, lr=1e-3)
+    model = replace(MODEL, attention_head_dim=64, cross_attention_head_dim=64, cross_attention_dim=128)  # 4096 numbers have 8 bits
+    whole, one = trained(tmp_path / "whole", optimizer=optimizer, model=model)
+    parts, other = trained(tmp_path / "parts", stop_at=(3,), optimizer=optimizer, model=model)
+    assert parts == whole
+    assert_same(one.model.state_dict(), other.model.state_dict())
 
 
 def test_it_learns(tmp_path):

@@ -1,7 +1,9 @@
 """Optimizers, schedules, the average of the weights, and settings."""
 
 import math
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +83,12 @@ def test_tensorboard_that_is_absent_says_so(tmp_path, monkeypatch):
     settings = TrainerSettings(folder=tmp_path, steps=1, batch=1, micro_batch=1, tensorboard=True)
     with pytest.raises(TrainingError, match="pip install tensorboard"):
         Scalars(settings, 0)
+
+
+def test_settings_load_without_pytorch():
+    code = "import sys, train.trainer.settings, train.objective.settings; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_accumulation(tmp_path):

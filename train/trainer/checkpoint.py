@@ -12,6 +12,7 @@ kill or a full disk leaves the last good one. Whether a checkpoint is of this mo
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -114,20 +115,22 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
         return final
     writing = folder / f".{final.name}.writing"
     needed = sum(map(_num_bytes, (snapshot.model, snapshot.ema, snapshot.optimizer)))
+    free: int | None = None
     try:
         shutil.rmtree(writing, ignore_errors=True)
         writing.mkdir(parents=True)
         free = shutil.disk_usage(folder).free
         if free < needed:
-            raise OSError(f"{needed:,} bytes are needed and {free:,} are free")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         _write(writing, snapshot)
         os.replace(writing, final)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(writing, ignore_errors=True)
         last = latest(folder)
+        room = "" if free is None else f", and {free:,} were free"
         raise TrainingCheckpointError(
             f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]}. It takes about {needed:,} bytes beside "
-            f"the older ones. {f'The last good one stays: {last}.' if last else 'There is no older one.'} Make room and resume."
+            f"the older ones{room}. {f'The last good one stays: {last}.' if last else 'There is no older one.'} Make room and resume."
         ) from error
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)

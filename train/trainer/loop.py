@@ -1,7 +1,8 @@
 """The steps of a training run: forward and backward passes of micro-batches, one update, a checkpoint now and then.
 
 A step is a function of the weights, the optimizer's state, the step's number and the source's position, and a checkpoint holds
-these four: a resumed run has the uninterrupted run's losses to the last bit, on one device with deterministic kernels.
+these four: a resumed run has the uninterrupted run's losses to the last bit, on a CPU. On a GPU some kernels add in an order of
+their own, which the setting `deterministic` forbids.
 
 The trainer calls `model` as it is given; it may be wrapped. It asks for parameters by name, never for the class.
 """
@@ -12,6 +13,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
@@ -77,6 +79,19 @@ def _checkpoint_activations(model: nn.Module) -> None:
         raise TrainingError(f"activation_checkpointing: {type(model).__name__} has no transformer_blocks. Set it to false.")
     for block in blocks:
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """PyTorch's own switch, put back afterwards. cuBLAS asks for the variable too, read when its first product is computed."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 class Trainer:
@@ -173,7 +188,8 @@ class Trainer:
         last, since = time.monotonic(), self.step
         try:
             while self.step < self.settings.steps and not (stop is not None and stop.requested):
-                loss, norm, lr = self._step(batches)
+                with _deterministic(self.settings.deterministic):
+                    loss, norm, lr = self._step(batches)
                 self.step += 1
                 if self.on_step is not None:
                     self.on_step(self.step, loss)
