@@ -75,7 +75,7 @@ def test_no_space_leaves_the_last_good_one(tmp_path, monkeypatch, where):
     assert save(tmp_path, snapshot(2), keep=1).name == "step_00000002"
 
 
-def test_a_disk_that_is_really_full(tmp_path):
+def test_a_file_that_may_not_grow(tmp_path):
     """A process that may write no more than 64 KiB to a file, with a checkpoint beyond that: what the writers raise themselves."""
     import resource
     import signal

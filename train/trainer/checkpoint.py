@@ -130,7 +130,8 @@ def save(folder: Path, snapshot: Snapshot, *, keep: int) -> Path:
         room = "" if free is None else f", and {free:,} were free"
         raise TrainingCheckpointError(
             f"{final}: the checkpoint could not be written: {str(error).splitlines()[0]}. It takes about {needed:,} bytes beside "
-            f"the older ones{room}. {f'The last good one stays: {last}.' if last else 'There is no older one.'} Make room and resume."
+            f"the older ones{room}. {f'The last good one stays: {last}' if last else 'There is no older one'}. "
+            "Make room and resume."
         ) from error
     for old in _folders(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
