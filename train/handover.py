@@ -11,7 +11,7 @@ from train import recogniser
 from train.captions import COLOUR_NAMES
 from train.evaluate import grid, grid_captions
 from train.models import FLOW_SHIFT
-from train.run import Run
+from train.tiny_run import Run
 
 
 def deliver(run: Run) -> None:

@@ -1,158 +1,105 @@
-"""What the stages of sana-tiny's training share."""
+"""Train a transformer on cached latents: `python -m train.run experiment=NAME [key=value …]`.
+
+    sana data prepare DATA --model CHECKPOINT --out CACHE
+    python -m train.run experiment=sana_600m_512px data.cache=CACHE/…
+
+The configuration is composed and checked before anything is loaded. A run whose folder holds a checkpoint goes on from it, to the
+same losses; one with another configuration is refused, unless --allow-changes is given. SIGTERM and Ctrl-C save and end with 0.
+One process: several are not started from here yet.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import subprocess
+import signal
 import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
 
-from train import dit
-from train.fast import norm_kernel
-from train.flat import FlatParameters
-from train.loop import Budget, Log, Stop, Trainer, capture
-from train.models import BUCKETS, compute_dtype, make_vae
-from train.sampling import EXPORT_DTYPES, Painter
-from train.sprites import Sprites, load_sprites
-from train.tokenizer import num_instruction_tokens
+from runtime.config import ConfigError
+from sana_ref import checkpoint as checkpoints
+from sana_ref.transformer import SanaTransformer2DModel
+from train.data.encoders import expected_identity
+from train.data.errors import DataError
+from train.data.reading import Cache
+from train.data.stream import CachedSource
+from train.loop import Stop
+from train.schema import ExperimentSettings, load, transformer_config
+from train.trainer.errors import TrainingError
+from train.trainer.loop import Trainer
 
-SECONDS_TO_WRITE = 12.0  # kept free at the end of an invocation
-CAPTION_PATIENCE = 120.0  # seconds
-SEEDS = {"ae": 10, "latents": 100, "measure": 900, "recogniser": 500, "recogniser_test": 950}
+__all__ = ["main", "make_trainer"]
+
+TEXT_TOKENS = 300  # of published models; a checkpoint says its own
+PREFIX = "experiment="
 
 
-class Run:
-    """What the stages share: arguments, device, sprites, and the results so far (work/metrics.json)."""
-
-    def __init__(
-        self,
-        *,
-        args: argparse.Namespace,
-        sizes: Any,
-        configs: dict[str, dict[str, Any]],
-        device: torch.device,
-        log: Log,
-        stop: Stop,
-        end: float,
-    ) -> None:
-        from tokenizers import Tokenizer
-
-        self.args, self.sizes, self.configs = args, sizes, configs
-        self.device, self.log, self.stop, self.end = device, log, stop, end
-        self.dtype = compute_dtype(device)
-        self.work: Path = args.work
-        self.work.mkdir(parents=True, exist_ok=True)
-        args.out.mkdir(parents=True, exist_ok=True)
-        self.sprites: Sprites = load_sprites(args.sprites, device)
-        self.tokenizer = Tokenizer.from_str(self.sprites.tokenizer_json)
-        self.prefix = num_instruction_tokens(self.tokenizer)
-        self.metrics: dict[str, Any] = {}
-        if (self.work / "metrics.json").is_file():
-            self.metrics = json.loads((self.work / "metrics.json").read_text())
-        self.caches: dict[str, dit.LatentCache] = {}
-        self.captions: subprocess.Popen[bytes] | None = None  # the process that writes them
-        torch.manual_seed(0)
-
-    @property
-    def names(self) -> list[dict[str, list[str]]]:
-        return self.sprites.names[: self.sprites.num_classes]
-
-    def plan(self) -> dict[str, tuple[int, int, float]]:
-        """Number of scenes, seed and aspect of each bucket of the latent cache."""
-        return {
-            name: (self.sizes.scenes if index == 0 else self.sizes.scenes // 8, SEEDS["latents"] + index, width / height)
-            for index, (name, (width, height)) in enumerate(BUCKETS.items())
-        }
-
-    def start_captions(self) -> None:
-        """Let a process beside the first stages write the captions, unless they or the latents are there already."""
-        path = self.work / "captions.npz"
-        if path.is_file() or (self.work / "latents.pt").is_file():
-            return
-        command = ["train.caption_cache", "--sprites", str(self.args.sprites), "--out", str(path)]
-        command += ["--plan", json.dumps(self.plan())]
-        command += ["--captions", str(self.sizes.captions), "--length", str(self.sizes.length)]
-        with open(self.work / "captions.log", "wb") as log:
-            self.captions = subprocess.Popen([sys.executable, "-m", *command], stdout=log, stderr=subprocess.STDOUT)
-
-    def stop_captions(self) -> None:
-        if self.captions is not None and self.captions.poll() is None:
-            self.captions.terminate()
-            self.captions.wait()
-
-    def wait_for_captions(self) -> Path:
-        """The file of captions. Raises RuntimeError with the process's last words if it failed or is too slow."""
-        if self.captions is not None:
-            began = time.monotonic()
-            try:
-                code: int | str = self.captions.wait(timeout=CAPTION_PATIENCE)
-            except subprocess.TimeoutExpired:
-                code = f"nothing after {CAPTION_PATIENCE:.0f} s of waiting"
-            if code != 0:
-                words = (self.work / "captions.log").read_text(errors="replace")[-1500:]
-                raise RuntimeError(f"captions: got {code}; expected exit code 0. Last words:\n{words}")
-            self.log(f"captions: ready, waited {time.monotonic() - began:.1f} s")
-        return self.work / "captions.npz"
-
-    def record(self, name: str, value: Any) -> None:
-        self.metrics[name] = value
-        temporary = self.work / "metrics.tmp"
-        temporary.write_text(json.dumps(self.metrics))
-        os.replace(temporary, self.work / "metrics.json")
-
-    def capture(self, step: Callable[[], None], name: str) -> Callable[[], None]:
-        """The step as a CUDA graph where there is a GPU, unless --no-graphs was given."""
-        return step if self.args.no_graphs else capture(step, self.log, name)
-
-    def trainer(self, name: str, flat: FlatParameters, *, seconds: float, **more: Any) -> Trainer:
-        """With this run's log, limits and work folder, and no steps yet; `more` as Trainer takes it."""
-        return Trainer(
-            name=name,
-            flat=flat,
-            steps={},
-            budget=Budget(seconds=seconds, steps=self.args.steps),
-            log=self.log,
-            stop=self.stop,
-            checkpoint=self.work / f"{name}.pt",
-            **more,
+def make_trainer(settings: ExperimentSettings, *, log: Callable[[str], None] = print) -> Trainer:
+    """The run that `settings` describes, at its beginning. Raises DataError, TrainingError and the errors of a checkpoint."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 or settings.parallel.strategy in ("ddp", "fsdp2"):
+        raise TrainingError(
+            f"parallel: got {world_size} processes and strategy {settings.parallel.strategy}; expected one process, which is all "
+            "that this program starts so far. Set parallel.strategy=single, and run it without torchrun."
         )
+    if settings.data.cache is None:
+        raise TrainingError("data.cache: got null; expected the folder that `sana data prepare` named. Set data.cache=FOLDER")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config, length, expected = transformer_config(settings.model), TEXT_TOKENS, {}
+    torch.manual_seed(settings.trainer.seed)
+    model = SanaTransformer2DModel(config)
+    if settings.model.checkpoint is not None:
+        start = checkpoints.load(settings.model.checkpoint)
+        if start.transformer_config != config:
+            raise TrainingError(
+                f"model.checkpoint: got {settings.model.checkpoint}, a transformer with {start.transformer_config}; "
+                f"expected {config}"
+            )
+        model.load_state_dict(start.transformer(torch.float32, "cpu").state_dict())
+        length, expected = start.prompt.max_sequence_length, expected_identity(start)
+    source = CachedSource(
+        Cache(settings.data.cache, expected),
+        micro_batch=settings.trainer.micro_batch,
+        length=length,
+        seed=settings.data.seed,
+        temperature=settings.data.caption_temperature,
+    )
+    # Where things lie, and how long the run is to be, may change when it goes on; what is computed may not.
+    kept = settings.model_dump(mode="json", exclude={"env": True, "trainer": {"folder"}, "data": {"path", "cache"}})
+    return Trainer(
+        model.to(device).requires_grad_(True).train(), source, settings.trainer, settings.objective, config=kept, log=log
+    )
 
-    def save_weights(self, name: str, weights: dict[str, Tensor]) -> None:
-        from safetensors.torch import save_file
 
-        temporary = self.work / f"{name}.safetensors.tmp"
-        save_file(weights, temporary)
-        os.replace(temporary, self.work / f"{name}.safetensors")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when all steps are done, or after SIGTERM or Ctrl-C, which save; 2 with a message on stderr if it cannot be done."""
+    parser = argparse.ArgumentParser(prog="train.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="+", metavar="experiment=NAME key=value")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="more configuration, searched first")
+    parser.add_argument("--allow-changes", action="store_true", help="go on although the configuration differs, and say in what")
+    options = parser.parse_intermixed_args(arguments)
+    names = [text.removeprefix(PREFIX) for text in options.overrides if text.startswith(PREFIX)]
+    if len(names) != 1:
+        parser.error(f"got {len(names)} experiments; expected one: experiment=NAME. `sana config show NAME` shows it")
+    stop = Stop()
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    stop.install()
+    try:
+        settings = load(names[0], [text for text in options.overrides if not text.startswith(PREFIX)], options.config_dir)
+        trainer = make_trainer(settings)
+        trainer.resume(allow_changes=options.allow_changes)
+        done = trainer.run(stop)
+    except (ConfigError, DataError, TrainingError, checkpoints.CheckpointError) as error:
+        print(f"train: error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    print(f"{settings.trainer.folder}: " + ("done" if done else "stopped and saved; the same command goes on"))
+    return 0
 
-    def weights(self, name: str) -> dict[str, Tensor]:
-        from safetensors.torch import load_file
 
-        return load_file(self.work / f"{name}.safetensors")
-
-    def has(self, name: str) -> bool:
-        return (self.work / f"{name}.safetensors").is_file()
-
-    def trained_vae(self) -> nn.Module:
-        """With the exported weights, in the type that training computes in."""
-        model = make_vae(self.configs["vae"])
-        model.load_state_dict(self.weights("vae"))
-        norm_kernel(model, self.device)
-        return model.to(self.device, self.dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-    def painter(self) -> Painter:
-        return Painter.of(
-            self.configs,
-            {name: self.weights(name) for name in EXPORT_DTYPES},
-            tokenizer=self.tokenizer,
-            length=self.sizes.length,
-            scaling_factor=self.metrics["scaling_factor"],
-            device=self.device,
-        )
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,9 +19,9 @@ from train.evaluate import PLACES, cut, evaluate, grid
 from train.flat import AdamWConfig, FlatParameters
 from train.loop import Schedule
 from train.models import AE_BUCKETS, BUCKET_WEIGHTS, BUCKETS, make_text_encoder, make_transformer, make_vae, num_parameters
-from train.run import SECONDS_TO_WRITE, SEEDS, Run
 from train.sampling import EXPORT_DTYPES
 from train.scenes import SceneArrays, SceneTensors, draw_scenes, palette
+from train.tiny_run import SECONDS_TO_WRITE, SEEDS, Run
 
 
 def ae(run: Run) -> None:

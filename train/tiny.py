@@ -23,8 +23,8 @@ from train.fast import check_kernels
 from train.handover import deliver
 from train.loop import Log, Stop
 from train.models import MINUSCULE, TINY
-from train.run import Run
 from train.stages import STAGES
+from train.tiny_run import Run
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

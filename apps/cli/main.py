@@ -1,4 +1,4 @@
-"""The `sana` command: build, generate, replay, inspect, verify, data, config. Each is one module; docs/cli.md shows them.
+"""The `sana` command. Each of COMMANDS is a module of this package, each of PROGRAMS another program; docs/cli.md shows them.
 
 What a command makes goes to stdout, what it says to stderr. Exit codes: 0 done; 1 compared, and different (replay, verify);
 2 an error, said in one message (SANA_DEBUG=1 shows where it came from); 130 interrupted. Loading this module loads nothing heavy.
@@ -16,13 +16,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TextIO
 
-from apps.cli import build, config, data, generate, inspect, replay, verify
+from apps.cli import config, generate, inspect, replay, verify
+from apps.cli.program import PROGRAMS
 from engines.errors import SanaError
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = {module.NAME: module for module in (build, generate, replay, inspect, verify, data, config)}
-OTHER_PROGRAMS = (build, data)  # commands whose arguments belong to another program: none is parsed here
+COMMANDS = {module.NAME: module for module in (generate, replay, inspect, verify, config)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,14 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    for module in OTHER_PROGRAMS:
-        if arguments and arguments[0] == module.NAME:
-            return int(module.run(arguments[1:]))
+    if arguments and arguments[0] in PROGRAMS:
+        return PROGRAMS[arguments[0]].run(arguments[1:])
     parser = _parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
         from engines.spec import nearest
 
-        raise SanaError(f"unknown command {arguments[0]!r}; {nearest(arguments[0], COMMANDS)}. Try: sana --help")
+        raise SanaError(f"unknown command {arguments[0]!r}; {nearest(arguments[0], [*COMMANDS, *PROGRAMS])}. Try: sana --help")
     try:
         parsed = parser.parse_args(arguments)
     except SystemExit as stop:  # --help, --version, or a usage message that argparse has printed
@@ -69,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="sana", description="From a checkpoint to pictures.", allow_abbrev=False)
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", metavar="command")
+    for name, program in PROGRAMS.items():
+        commands.add_parser(name, help=program.help)  # for the list in --help; what follows is parsed by the program
     for name, module in COMMANDS.items():
         module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.DESCRIPTION, allow_abbrev=False))
     return parser

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from apps.cli import inspect
 from apps.cli.main import COMMANDS, main
+from apps.cli.program import PROGRAMS
 from engines.errors import DigestError
 from engines.spec import Target
 
@@ -26,15 +28,14 @@ def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subproc
 def test_help_names_every_command(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr()
-    assert all(f"{name} " in printed.out for name in COMMANDS)
+    assert all(f"{name} " in printed.out for name in (*COMMANDS, *PROGRAMS))
     assert not printed.err
     assert main([]) == 2  # nothing was asked for: the help goes where messages go
     printed = capsys.readouterr()
     assert not printed.out
     assert "usage: sana" in printed.err
     for name in COMMANDS:
-        if name != "build":
-            assert main([name, "--help"]) == 0
+        assert main([name, "--help"]) == 0
 
 
 def test_version(capsys):
@@ -46,7 +47,7 @@ def test_version(capsys):
 def test_an_unknown_command_names_the_nearest(word, meant, capsys):
     assert main([word, "x"]) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(f"sana: error: unknown command {word!r}; did you mean {meant!r}? Valid: build, generate")
+    assert printed.err.startswith(f"sana: error: unknown command {word!r}; did you mean {meant!r}? Valid: generate, replay")
     assert len(printed.err.splitlines()) == 1
 
 
@@ -120,7 +121,8 @@ class TestBuild:
             (package / "build_engine.py").write_text(code)
             monkeypatch.syspath_prepend(tmp_path)
             monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-            monkeypatch.setattr("apps.cli.build.PROGRAM", "stub_export.build_engine")
+            stub = replace(PROGRAMS["build"], module="stub_export.build_engine")
+            monkeypatch.setitem(PROGRAMS, "build", stub)
 
         return write
 
@@ -134,7 +136,8 @@ class TestBuild:
         assert main(["build"]) == 128 + signal.SIGKILL
 
     def test_without_the_extra(self, monkeypatch, capsys):
-        monkeypatch.setattr("apps.cli.build.NEEDS", ("sys", "a_package_that_is_not_there"))
+        stub = replace(PROGRAMS["build"], needs=("sys", "a_package_that_is_not_there"))
+        monkeypatch.setitem(PROGRAMS, "build", stub)
         assert main(["build", "--model", "x"]) == 2
         printed = capsys.readouterr().err
         assert "a_package_that_is_not_there not installed" in printed
@@ -152,7 +155,8 @@ class TestBuild:
             "pathlib.Path('ready').touch(); time.sleep(60)\n"
         )
         code = (
-            "import apps.cli.build\napps.cli.build.PROGRAM = 'stub_export.build_engine'\n"
+            "from apps.cli.program import PROGRAMS, Program\n"
+            "PROGRAMS['build'] = Program(module='stub_export.build_engine', help='', needs=())\n"
             "from apps.cli.main import main\nraise SystemExit(main(['build']))"
         )
         environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path}"}

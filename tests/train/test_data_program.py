@@ -17,6 +17,7 @@ from data_sets import captions, contents, picture, sample_files, tar_of, write_f
 from PIL import Image
 
 from apps.cli.main import main as sana
+from apps.cli.program import PROGRAMS
 from train.data.__main__ import main
 from train.data.buckets import make_buckets, nearest
 from train.data.encoders import CheckpointEncoders, expected_identity
@@ -203,6 +204,6 @@ def test_a_broken_worker_is_an_error(tmp_path, capfd):
 
 
 def test_sana_data_without_the_extra(monkeypatch, capsys):
-    monkeypatch.setattr("apps.cli.data.NEEDS", ("sys", "a_package_that_is_not_there"))
+    monkeypatch.setitem(PROGRAMS, "data", dataclasses.replace(PROGRAMS["data"], needs=("sys", "a_package_that_is_not_there")))
     assert sana(["data", "inspect", "x"]) == 2
     assert "a_package_that_is_not_there not installed" in capsys.readouterr().err

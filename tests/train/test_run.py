@@ -1,0 +1,107 @@
+"""A training run from its configuration: data prepared with sana-tiny, trained, stopped, gone on with."""
+
+import contextlib
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from data_sets import sample_files, write_folder
+
+from sana_ref import checkpoint as checkpoints
+from train import run
+from train.data import __main__ as data_program
+from train.trainer import checkpoint
+
+MODEL = Path(__file__).parents[2] / "models" / "sana-tiny"
+EXPERIMENT = """\
+# @package _global_
+name: small
+model:
+  variant: null
+  transformer: {config}
+  checkpoint: {checkpoint}
+objective:
+  caption_dropout: 0.5
+trainer:
+  steps: 4
+  batch: 4
+  micro_batch: 2
+  ema_decay: 0.9
+  checkpoint_steps: 100
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache of a few pictures, and an experiment that trains sana-tiny's transformer on it."""
+    root = tmp_path_factory.mktemp("run")
+    write_folder(root / "data", sample_files(6))
+    arguments = ["prepare", str(root / "data"), "--model", str(MODEL), "--out", str(root / "caches"), "--resolution", "512"]
+    assert data_program.main(arguments) == 0
+    known = json.loads((MODEL / "transformer" / "config.json").read_text())
+    config = json.dumps({name: value for name, value in known.items() if not name.startswith("_")})
+    (root / "configs" / "experiment").mkdir(parents=True)
+    (root / "configs" / "experiment" / "small.yaml").write_text(EXPERIMENT.format(config=config, checkpoint=MODEL))
+    return root
+
+
+def command(folder: Path, out: Path, *more: str) -> list[str]:
+    (cache,) = (folder / "caches").iterdir()
+    settings = [
+        f"data.cache={cache}",
+        f"env.out={out}",
+        "env=ci",
+        "optimizer=adamw",
+        "trainer.steps=4",
+        "trainer.batch=4",
+        "trainer.micro_batch=2",
+    ]
+    return ["experiment=small", "--config-dir", str(folder / "configs"), *settings, "trainer.checkpoint_steps=100", *more]
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    newest = checkpoint.latest(out / "small")
+    assert newest is not None
+    return load_file(newest / "model.safetensors")
+
+
+def test_a_run_that_is_extended_ends_where_one_that_was_not_does(folder: Path, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    assert run.main(command(folder, tmp_path / "straight")) == 0
+    half = command(folder, tmp_path / "twice", "trainer.steps=2")
+    assert run.main(half) == 0
+    assert run.main(command(folder, tmp_path / "twice")) == 2  # another number of steps is another configuration
+    assert run.main([*command(folder, tmp_path / "twice"), "--allow-changes"]) == 0
+    straight, twice = weights(tmp_path / "straight"), weights(tmp_path / "twice")
+    assert straight.keys() == twice.keys()
+    assert all(torch.equal(straight[name], twice[name]) for name in straight)
+    before = checkpoints.load(MODEL).transformer(torch.float32, "cpu").state_dict()
+    assert any(not torch.equal(before[name], straight[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("trainer.btach=3", "batch"),
+        ("data.cache=null", "got null; expected the folder that `sana data prepare` named"),
+        ("data.cache=/nowhere", "/nowhere"),
+        ("parallel.strategy=ddp", "expected one process"),
+        ("model.transformer.num_layers=3", "a transformer with"),
+    ],
+)
+def test_what_cannot_be_trained_is_said(
+    folder: Path, tmp_path: Path, change: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main(command(folder, tmp_path, change)) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "small").exists()
+
+
+def test_an_experiment_must_be_named() -> None:
+    with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit, match="2"):
+        run.main(["trainer.steps=3"])
+    assert "experiment=NAME" in said.getvalue()
