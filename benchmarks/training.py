@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.figures import record
 from benchmarks.flops import peak_flops, training_flops
+from engines.errors import SpecError
 from sana_ref.build import empty
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 from sana_ref.variants import VARIANTS
@@ -89,7 +91,10 @@ def theirs(config: SanaTransformerConfig, weights: dict[str, Tensor]) -> nn.Modu
     for module in model.modules():  # what is no parameter was made on the meta device too: positions
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
-                raise NotImplementedError(f"{type(module).__name__}.{name}: got a table of positions; expected a variant without")
+                raise SpecError(
+                    f"--variant: diffusers' {type(module).__name__} of this one has a table of positions ({name}), which is not "
+                    "carried over; expected a variant without. Use --no-peer"
+                )
     return model.requires_grad_(True).train()
 
 
@@ -185,7 +190,11 @@ def main() -> int:
     variant = VARIANTS[args.variant]
     side = (args.side or variant.side) // 32
     batch = Batch.random(variant.transformer, args.batch, side, device)
-    found = measure(variant.transformer, batch, steps=args.steps, compiled=args.compile, peer=not args.no_peer)
+    try:
+        found = measure(variant.transformer, batch, steps=args.steps, compiled=args.compile, peer=not args.no_peer)
+    except SpecError as error:
+        print(f"training: {error}", file=sys.stderr)
+        return 2
     print("\n".join(f"{name}: {value}" for name, value in found.items()))
     if "ours_s" not in found:
         print("the model is not exact enough; nothing was timed")

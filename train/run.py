@@ -66,7 +66,7 @@ def make_trainer(settings: ExperimentSettings, *, log: Callable[[str], None] = p
         seed=settings.data.seed,
         temperature=settings.data.caption_temperature,
     )
-    # Where things lie, and how long the run is to be, may change when it goes on; what is computed may not.
+    # Where things lie may change when a run goes on; what is computed, and for how long, may not.
     kept = settings.model_dump(mode="json", exclude={"env": True, "trainer": {"folder"}, "data": {"path", "cache"}})
     return Trainer(
         model.to(device).requires_grad_(True).train(), source, settings.trainer, settings.objective, config=kept, log=log

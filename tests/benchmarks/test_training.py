@@ -1,10 +1,13 @@
 """The count of FLOPs against one by hand, and the training benchmark at a size for a CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks import training
 from benchmarks.flops import forward_flops, peak_flops, training_flops
+from engines.errors import SpecError
 from sana_ref.transformer import SanaTransformerConfig
 
 CONFIG = SanaTransformerConfig(
@@ -72,3 +75,9 @@ def test_a_step_learns() -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     training.make_step(model, batch, compiled=False)()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_peer_that_cannot_be_made_is_named() -> None:
+    config = replace(CONFIG, interpolation_scale=1.0, sample_size=4)
+    with pytest.raises(SpecError, match=r"table of positions.*Use --no-peer"):
+        training.theirs(config, training.random_weights(config, torch.device("cpu")))
