@@ -20,7 +20,7 @@ MAY_IMPORT = {  # room: what of ours it may import
     "runtime": ("engines", "plugins.shell"),
     "sana_ref": ("plugins", "runtime", "engines.errors"),
     "export": ("sana_ref", "plugins", "engines", "runtime"),
-    "train": ("sana_ref", "plugins", "runtime"),
+    "train": ("sana_ref", "plugins", "runtime", "engines.errors"),
     "apps": ("runtime", "engines"),
     "benchmarks": EVERYTHING,
 }

@@ -18,11 +18,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from runtime.config import ConfigError
+from engines.errors import SanaError
 from sana_ref import checkpoint as checkpoints
 from sana_ref.transformer import SanaTransformer2DModel
 from train.data.encoders import expected_identity
-from train.data.errors import DataError
 from train.data.reading import Cache
 from train.data.stream import CachedSource
 from train.loop import Stop
@@ -91,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer = make_trainer(settings)
         trainer.resume(allow_changes=options.allow_changes)
         done = trainer.run(stop)
-    except (ConfigError, DataError, TrainingError, checkpoints.CheckpointError) as error:
+    except (SanaError, OSError) as error:
         print(f"train: error: {error}", file=sys.stderr)
         return 2
     finally:

@@ -123,7 +123,7 @@ def test_interrupted(tmp_path, number, workers):
     ) as child:
         assert child.stderr is not None
         deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("out/*/shard-00001.*")):
+        while len(list(tmp_path.glob("out/*/shard-*.safetensors"))) < 2:  # two workers may finish them in another order
             assert child.poll() is None, child.stderr.read()
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -136,7 +136,7 @@ def test_interrupted(tmp_path, number, workers):
         os.killpg(child.pid, 0)
     folder = next((tmp_path / "out").iterdir())
     kept = contents(folder)
-    assert 2 < len([name for name in kept if name.startswith("shard")]) + 1 < 40
+    assert 2 <= len([name for name in kept if name.startswith("shard")]) < 40
     assert "index.json" not in kept
 
 

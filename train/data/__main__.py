@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from engines.errors import SanaError
 from train.data.buckets import RESOLUTIONS
 from train.data.errors import DataError
 from train.data.settings import DataSettings
@@ -35,12 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         kept = " Finished shards are kept; the same command goes on from there." if options.command == "prepare" else ""
         print(f"data: interrupted.{kept}", file=sys.stderr)
         return 130
-    except OSError as error:
-        print(f"data: error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        if not _is_for_the_user(error):
-            raise
+    except (SanaError, OSError) as error:
         print(f"data: error: {error}", file=sys.stderr)
         return 2
 
@@ -135,11 +131,6 @@ def _part(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and parts.isdecimal() and int(number) < int(parts)):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected I/N with I from 0 to N - 1")
     return int(number), int(parts)
-
-
-def _is_for_the_user(error: Exception) -> bool:
-    """A DataError, or an error of the checkpoint's: the root of those is out of this room's reach, its name is not."""
-    return isinstance(error, DataError) or any(kind.__name__ == "SanaError" for kind in type(error).__mro__)
 
 
 def _stop(number: int, frame: FrameType | None) -> NoReturn:

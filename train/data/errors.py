@@ -7,10 +7,12 @@
 Each DataError says what was got, what was expected, and what to do.
 """
 
+from engines.errors import SanaError
+
 __all__ = ["BrokenSample", "DataError", "TooManyBroken"]
 
 
-class DataError(Exception):
+class DataError(SanaError):
     """A data set or a cache cannot be used."""
 
 

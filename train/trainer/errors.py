@@ -7,10 +7,12 @@
 Each message says what was got, what was expected, and what to do.
 """
 
+from engines.errors import SanaError
+
 __all__ = ["NonFiniteError", "TrainingCheckpointError", "TrainingError"]
 
 
-class TrainingError(Exception):
+class TrainingError(SanaError):
     """The run cannot begin or go on."""
 
 
