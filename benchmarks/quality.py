@@ -5,7 +5,7 @@
 
 The same captions, seeds and judge for the PyTorch reference (a model folder), ONNX Runtime and TensorRT (a bundle). The judge is
 the recogniser that was trained apart and ships with sana-tiny: it names the likeliest of a closed set of objects, so a score says
-nothing of beauty. With --sprites (made by `python -m train.prepare_sprites`) its own score on real scenes of the same captions
+nothing of beauty. With --sprites (made by `python -m train.tiny.prepare_sprites`) its own score on real scenes of the same captions
 stands beside each score, and the Fréchet distance to those scenes is taken. Writes scores.json and index.html, misses first.
 """
 
@@ -32,11 +32,11 @@ from benchmarks.quality_page import page
 from benchmarks.scene_score import Score, diversity, frechet_distance, scores
 from engines.errors import SanaError
 from runtime import SanaEngine
-from train import recogniser
-from train.captions import KIND_NAMES, SINGLE, Scene
-from train.evaluate import Question, Verdict, judge
-from train.scenes import SceneTensors, compose, draw_scenes, palette
-from train.sprites import Sprites, load_sprites
+from train.tiny import recogniser
+from train.tiny.captions import KIND_NAMES, SINGLE, Scene
+from train.tiny.evaluate import Question, Verdict, judge
+from train.tiny.scenes import SceneTensors, compose, draw_scenes, palette
+from train.tiny.sprites import Sprites, load_sprites
 
 CHUNK = 8  # pictures between two movements of the progress bar
 DIVERSITY_CAPTIONS, DIVERSITY_SEEDS = 8, 8
@@ -161,7 +161,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--judge", type=Path, default=Path("models/sana-tiny"), help="folder of the recogniser and the captions")
     parser.add_argument("--captions", type=int, default=100, metavar="N", help="of each of five kinds of scenes; default 100")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next has the next; default 0")
-    parser.add_argument("--sprites", type=Path, help="for real scenes: what `python -m train.prepare_sprites` made")
+    parser.add_argument("--sprites", type=Path, help="for real scenes: what `python -m train.tiny.prepare_sprites` made")
     parser.add_argument("--out", type=Path, default=Path("out/quality"), help="folder for scores.json and index.html")
     parser.add_argument("--record", action="store_true", help="append tiny_scene_… to benchmarks/results/figures.jsonl")
     options = parser.parse_args(arguments)

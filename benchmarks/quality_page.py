@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from PIL import Image
 
 from benchmarks.scene_score import CATEGORIES, Score
-from train.captions import KIND_NAMES
-from train.evaluate import Question, Verdict
+from train.tiny.captions import KIND_NAMES
+from train.tiny.evaluate import Question, Verdict
 
 __all__ = ["page"]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from train.captions import ABOVE_BELOW, LEFT_RIGHT, SINGLE, THREE, TWO
-from train.evaluate import Question, Verdict
-from train.recogniser import Recogniser
+from train.tiny.captions import ABOVE_BELOW, LEFT_RIGHT, SINGLE, THREE, TWO
+from train.tiny.evaluate import Question, Verdict
+from train.tiny.recogniser import Recogniser
 
 __all__ = ["CATEGORIES", "Score", "diversity", "frechet_distance", "scores", "wilson"]
 

@@ -24,10 +24,11 @@ from sana_ref.transformer import SanaTransformer2DModel
 from train.data.encoders import expected_identity
 from train.data.reading import Cache
 from train.data.stream import CachedSource
-from train.loop import Stop
+from train.objective.flow import FlowObjective
 from train.schema import ExperimentSettings, load, transformer_config
 from train.trainer.errors import TrainingError
 from train.trainer.loop import Trainer
+from train.trainer.stop import Stop
 
 __all__ = ["main", "make_trainer"]
 
@@ -68,7 +69,12 @@ def make_trainer(settings: ExperimentSettings, *, log: Callable[[str], None] = p
     # Where things lie may change when a run goes on; what is computed, and for how long, may not.
     kept = settings.model_dump(mode="json", exclude={"env": True, "trainer": {"folder"}, "data": {"path", "cache"}})
     return Trainer(
-        model.to(device).requires_grad_(True).train(), source, settings.trainer, settings.objective, config=kept, log=log
+        model.to(device).requires_grad_(True).train(),
+        source,
+        settings.trainer,
+        FlowObjective(settings.objective),
+        config=kept,
+        log=log,
     )
 
 

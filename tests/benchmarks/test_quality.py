@@ -11,9 +11,9 @@ from PIL import Image
 
 from benchmarks import quality
 from benchmarks.scene_score import CATEGORIES, Score, diversity, frechet_distance, hit, scores, wilson
-from train import recogniser
-from train.captions import ABOVE_BELOW, COLOURS, KIND_NAMES, LEFT_RIGHT, SINGLE, THREE, TWO, Scene
-from train.evaluate import Question, Verdict
+from train.tiny import recogniser
+from train.tiny.captions import ABOVE_BELOW, COLOURS, KIND_NAMES, LEFT_RIGHT, SINGLE, THREE, TWO, Scene
+from train.tiny.evaluate import Question, Verdict
 
 MODEL = Path(__file__).parents[2] / "models" / "sana-tiny"
 

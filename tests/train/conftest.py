@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from train.sprites import SIDE, Sprites, load_sprites
+from train.tiny.sprites import SIDE, Sprites, load_sprites
 
 OBJECTS = ("cat", "owl", "pizza", "key", "red apple", "star", "bus", "drum", "fox", "crab", "bell", "kite")
 
@@ -26,7 +26,7 @@ def shape(index: int) -> np.ndarray:
 def sprite_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from safetensors.numpy import save_file
 
-    from train.tokenizer import train_tokenizer
+    from train.tiny.tokenizer import train_tokenizer
 
     names = [
         {"en": [name], "plural": [name + "s"], **{code: [f"{name} {code}"] for code in ("de", "fr", "es", "it", "zh")}}

@@ -10,7 +10,7 @@ import pytest
 
 CODE = """
 import torch
-import train.fast_norm as fast_norm
+import train.tiny.fast_norm as fast_norm
 from sana_ref.layers import RMSNorm
 
 fast_norm.MAX_PROGRAMS = 3  # several rounds of the backward kernel's loop
@@ -33,9 +33,9 @@ for channels, sides in ((64, (7, 9)), (224, (3, 11)), (24, (1, 1))):
 
 CHECK = """
 import torch
-import train.fast_norm as fast_norm
-from train.fast import check_kernels
-from train.loop import Log
+import train.tiny.fast_norm as fast_norm
+from train.tiny.fast import check_kernels
+from train.tiny.loop import Log
 
 log = Log()
 check_kernels(torch.device("cpu"), log)

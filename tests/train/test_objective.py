@@ -6,7 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from train.objective.flow import Draw, draw, flow_loss, seed_for
+from train.objective.flow import Draw, draw, flow_loss
+from train.objective.place import Place
 from train.objective.settings import Custom, LogitNormal, Mode, ObjectiveSettings, Uniform
 from train.objective.timesteps import loss_weight, quantile, shift
 
@@ -52,7 +53,7 @@ CASES = {
 def test_samples_follow_their_distribution(name, flow_shift):
     distribution, cdf = CASES[name]
     settings = ObjectiveSettings(timesteps=distribution, flow_shift=flow_shift)
-    drawn = draw(settings, (NUM, 1, 1, 1), seed=5, step=3, micro_batch=1)
+    drawn = draw(settings, (NUM, 1, 1, 1), Place(seed=5, step=3, micro_batch=1))
     t = drawn.t.double().sort().values
     assert ((t >= 0) & (t <= 1)).all()
     unshifted = t / (flow_shift - (flow_shift - 1) * t)
@@ -99,17 +100,17 @@ def test_weights():
 
 def test_random_numbers_are_a_function_of_the_step_alone():
     settings, shape = ObjectiveSettings(caption_dropout=0.5), (4, 2, 3, 3)
-    first = draw(settings, shape, seed=1, step=7, micro_batch=0)
+    first = draw(settings, shape, Place(seed=1, step=7, micro_batch=0))
     torch.rand(100)
-    again = draw(settings, shape, seed=1, step=7, micro_batch=0)
+    again = draw(settings, shape, Place(seed=1, step=7, micro_batch=0))
     assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("t", "noise", "keep"))
     places = [{"seed": s, "step": n, "micro_batch": m, "rank": r} for s in (1, 2) for n in (7, 70) for m in (0, 1) for r in (0, 1)]
-    assert len({seed_for(**place) for place in places}) == len(places)
+    assert len({Place(**place).hashed() for place in places}) == len(places)
 
 
 def test_captions_are_dropped_as_often_as_asked():
     for share in (0.0, 0.1, 1.0):
-        keep = draw(ObjectiveSettings(caption_dropout=share), (NUM, 1, 1, 1), seed=0, step=0, micro_batch=0).keep
+        keep = draw(ObjectiveSettings(caption_dropout=share), (NUM, 1, 1, 1), Place(seed=0, step=0, micro_batch=0)).keep
         assert (~keep).double().mean().item() == pytest.approx(share, abs=4 * math.sqrt(0.09 / NUM))
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from train.captions import ABOVE_BELOW, COLOUR_NAMES, LANGUAGES, LEFT_RIGHT, SINGLE, TEMPLATES, Scene, caption, held_out_colour
-from train.emoji_list import CLASSES, EXTRA
-from train.scenes import HeldOut, SceneTensors, compose, draw_scenes, palette
-from train.sprites import Sprites
+from train.tiny.captions import ABOVE_BELOW, COLOUR_NAMES, LANGUAGES, LEFT_RIGHT, SINGLE, TEMPLATES, Scene, caption, held_out_colour
+from train.tiny.emoji_list import CLASSES, EXTRA
+from train.tiny.scenes import HeldOut, SceneTensors, compose, draw_scenes, palette
+from train.tiny.sprites import Sprites
 
 
 def test_the_list_of_emoji() -> None:

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train import tiny
-from train.export_tiny import lay_out
-from train.models import make_text_encoder, make_transformer, make_vae
+from train.tiny import __main__ as tiny
+from train.tiny.export_tiny import lay_out
+from train.tiny.models import make_text_encoder, make_transformer, make_vae
 
 SIZES = tiny.Sizes(scenes=24, captions=2, ae_scenes=8, ae_batch=2, batch=4, decoded=4, single_questions=4, other_questions=2)
 

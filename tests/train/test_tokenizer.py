@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from runtime.prompt import PromptTemplate, PromptTokenizer
-from train.sprites import Sprites
-from train.tokenizer import BOS_ID, INSTRUCTION, SPECIAL_TOKENS, encode_captions, num_instruction_tokens
+from train.tiny.sprites import Sprites
+from train.tiny.tokenizer import BOS_ID, INSTRUCTION, SPECIAL_TOKENS, encode_captions, num_instruction_tokens
 
 
 def test_round_trip_and_special_tokens(sprites: Sprites) -> None:

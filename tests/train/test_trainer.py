@@ -16,12 +16,13 @@ import pytest
 import torch
 
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
-from train.loop import Stop
+from train.objective.flow import FlowObjective
 from train.objective.settings import LogitNormal, ObjectiveSettings
 from train.trainer import checkpoint
 from train.trainer.errors import NonFiniteError, TrainingError
 from train.trainer.loop import Trainer
 from train.trainer.settings import LrScheduleSettings, OptimizerSettings, TrainerSettings
+from train.trainer.stop import Stop
 
 ROOT = Path(__file__).parents[2]
 MODEL = SanaTransformerConfig(
@@ -35,7 +36,7 @@ MODEL = SanaTransformerConfig(
     cross_attention_dim=16,
     caption_channels=6,
 )
-OBJECTIVE = ObjectiveSettings(timesteps=LogitNormal(mean=0.2), caption_dropout=0.3)
+OBJECTIVE = FlowObjective(ObjectiveSettings(timesteps=LogitNormal(mean=0.2), caption_dropout=0.3))
 
 
 class MemorySource:
@@ -174,7 +175,7 @@ def test_activation_checkpointing_changes_no_loss(tmp_path):
 def test_accumulation_is_the_batch_as_a_whole(tmp_path):
     """With the same random numbers a batch of 4 and two of 2 have one gradient: here, where there is no noise to draw."""
     trainer = make_trainer(
-        tmp_path, objective=ObjectiveSettings(flow_shift=1e-30, caption_dropout=0)
+        tmp_path, objective=FlowObjective(ObjectiveSettings(flow_shift=1e-30, caption_dropout=0))
     )  # t is 0: noise is the target's
     batches = iter(MemorySource())
     first, second = (trainer._micro_batch(batch, n) for n, batch in enumerate([next(batches), next(batches)]))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sana_ref import ops
-from train import dit, fast, vae
-from train.flat import AdamWConfig, FlatParameters
-from train.loop import Budget, Log, Schedule, Stop, Trainer
-from train.models import MINUSCULE, make_text_encoder, make_transformer, make_vae
-from train.sprites import Sprites
+from train.tiny import dit, fast, vae
+from train.tiny.flat import AdamWConfig, FlatParameters
+from train.tiny.loop import Budget, Log, Schedule, Trainer
+from train.tiny.models import MINUSCULE, make_text_encoder, make_transformer, make_vae
+from train.tiny.sprites import Sprites
+from train.trainer.stop import Stop
 
 CPU = torch.device("cpu")
 PREFIX, LENGTH = 5, 12

@@ -2,8 +2,9 @@
 
     x_t = (1 - t) x0 + t noise,   target = noise - x0,   the model's time is 1000 t
 
-Everything random is a function of seed, step, micro-batch and rank, never of what was drawn before: a resumed run draws what the
-uninterrupted one would have drawn, with no generator's state to keep. It is drawn on the CPU, so that no GPU changes it.
+Everything random is a function of the place in the run (train.objective.place), never of what was drawn before: a resumed run
+draws what the uninterrupted one would have drawn, with no generator's state to keep. Times and dropped captions are drawn on the
+CPU, noise on the model's device, where millions of numbers cost nothing.
 
 A caption is dropped by masking all of it but its first token. Gemma-2 is causal and begins every text with <bos>, so that this is
 the encoding of the empty prompt, which guidance compares with.
@@ -11,17 +12,17 @@ the encoding of the empty prompt, which guidance compares with.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from train.objective.place import Place
 from train.objective.settings import ObjectiveSettings
 from train.objective.timesteps import loss_weight, quantile, shift
 
-__all__ = ["Draw", "draw", "flow_loss", "seed_for"]
+__all__ = ["Draw", "FlowObjective", "draw", "flow_loss"]
 
 NUM_TIMESTEPS = 1000
 
@@ -34,23 +35,15 @@ class Draw:
     noise: Tensor
     keep: Tensor
 
-    def to(self, device: torch.device) -> Draw:
-        return Draw(**{name: getattr(self, name).to(device, non_blocking=True) for name in ("t", "noise", "keep")})
 
-
-def seed_for(*, seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """A seed of 63 bits for one micro-batch. A hash, because neighbouring seeds and sums of counters would collide."""
-    text = f"objective {seed} {step} {micro_batch} {rank}".encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
-
-
-def draw(settings: ObjectiveSettings, shape: tuple[int, ...], *, seed: int, step: int, micro_batch: int, rank: int = 0) -> Draw:
-    """For a micro-batch of latents of `shape`, (B, C, h, w). rank: of the process."""
-    generator = torch.Generator().manual_seed(seed_for(seed=seed, step=step, micro_batch=micro_batch, rank=rank))
+def draw(settings: ObjectiveSettings, shape: tuple[int, ...], place: Place, device: torch.device | str = "cpu") -> Draw:
+    """For a micro-batch of latents of `shape`, (B, C, h, w); on `device`."""
+    generator = torch.Generator().manual_seed(place.hashed())
     u = torch.rand(shape[0], generator=generator, dtype=torch.float64)
     keep = torch.rand(shape[0], generator=generator) >= settings.caption_dropout
     t = shift(quantile(settings.timesteps, u), settings.flow_shift).float()
-    return Draw(t=t, noise=torch.randn(shape, generator=generator), keep=keep)
+    noise = torch.randn(shape, generator=torch.Generator(device).manual_seed(place.hashed("noise")), device=device)
+    return Draw(t=t.to(device, non_blocking=True), noise=noise, keep=keep.to(device, non_blocking=True))
 
 
 def flow_loss(
@@ -68,3 +61,15 @@ def flow_loss(
     velocity = model((1 - wide) * x0 + wide * drawn.noise, batch["prompt_embeds"].float(), t * NUM_TIMESTEPS, mask)
     error = (velocity.float() - (drawn.noise - x0)).square().flatten(1).mean(1)
     return (loss_weight(settings, t) * error).mean()
+
+
+class FlowObjective:
+    """flow_loss of what is drawn for a place: an objective as the trainer takes it."""
+
+    def __init__(self, settings: ObjectiveSettings) -> None:
+        self.settings = settings
+
+    def __call__(self, model: Callable[..., Tensor], batch: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
+        latents = batch["latents"]
+        drawn = draw(self.settings, tuple(latents.shape), place, latents.device)
+        return {"loss": flow_loss(model, batch, drawn, self.settings)}

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -22,22 +23,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from train.loop import Stop
-from train.objective.flow import draw, flow_loss, seed_for
-from train.objective.settings import ObjectiveSettings
+from sana_ref.autoencoder import EfficientViTBlock, ResBlock
+from sana_ref.text_encoder import Gemma2Layer
+from sana_ref.transformer import SanaTransformerBlock
+from train.objective.place import Place
 from train.trainer import checkpoint
 from train.trainer.ema import Ema
 from train.trainer.errors import NonFiniteError, TrainingError
 from train.trainer.optimizer import learning_rate, make_optimizer
 from train.trainer.settings import TrainerSettings, accumulation
+from train.trainer.stop import Stop
 
-__all__ = ["Source", "Trainer"]
+__all__ = ["Objective", "Source", "Trainer"]
 
 Batch = Mapping[str, Tensor]
+BLOCKS = (SanaTransformerBlock, Gemma2Layer, ResBlock, EfficientViTBlock)  # what repeats within a model
 
 
 class Source(Protocol):
-    """Micro-batches without end, of the rank that it was made for: latents, prompt_embeds, prompt_mask (see flow_loss).
+    """Micro-batches without end, of the rank that it was made for: tensors whose first axis is the micro-batch.
 
     state_dict, of JSON's types, is the position after the batch that was yielded last; an iterator begun after load_state_dict
     goes on from there. An iterator may read ahead, but the position must not.
@@ -46,6 +50,16 @@ class Source(Protocol):
     def __iter__(self) -> Iterator[Batch]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Objective(Protocol):
+    """What is learned: `loss` of a micro-batch, a scalar in fp32, and other scalars by name, which are logged beside it.
+
+    Called under autocast if the run's precision asks for it, with the batch on the model's device. Everything random in it must be
+    a function of `place`, so that a resumed run draws the same.
+    """
+
+    def __call__(self, model: nn.Module, batch: Batch, place: Place) -> Mapping[str, Tensor]: ...
 
 
 class Scalars:
@@ -81,6 +95,16 @@ def _checkpoint_activations(model: nn.Module) -> None:
         block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
 
 
+def _compile_blocks(model: nn.Module) -> None:
+    """Compile the blocks that repeat, in place: each kind is compiled once, in seconds where a whole model takes minutes, and the
+    names of the parameters stay."""
+    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
+    # The compiler asks a block's input for its gradient, and PyTorch warns whoever does: nobody is helped by that.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for module in blocks or [model]:
+        module.compile(dynamic=False)
+
+
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
     """PyTorch's own switch, put back afterwards. cuBLAS asks for the variable too, read when its first product is computed."""
@@ -106,7 +130,7 @@ class Trainer:
         model: nn.Module,
         source: Source,
         settings: TrainerSettings,
-        objective: ObjectiveSettings,
+        objective: Objective,
         *,
         config: Mapping[str, Any] | None = None,
         rank: int = 0,
@@ -118,7 +142,6 @@ class Trainer:
         self.model, self.source, self.settings, self.objective = model, source, settings, objective
         own: dict[str, Any] = {
             "trainer": settings.model_dump(mode="json", exclude={"folder"}),  # a run may be moved
-            "objective": objective.model_dump(mode="json"),
             "world_size": world_size,
         }
         self.config = own if config is None else dict(config)
@@ -130,7 +153,7 @@ class Trainer:
         if settings.activation_checkpointing:
             _checkpoint_activations(model)
         if settings.compile:
-            model.compile()  # in place: the names of the parameters stay
+            _compile_blocks(model)
         self.step = self.updates = self.non_finite = 0
         self.resumed = False
 
@@ -189,14 +212,14 @@ class Trainer:
         try:
             while self.step < self.settings.steps and not (stop is not None and stop.requested):
                 with _deterministic(self.settings.deterministic):
-                    loss, norm, lr = self._step(batches)
+                    found, norm, lr = self._step(batches)
                 self.step += 1
                 if self.on_step is not None:
-                    self.on_step(self.step, loss)
+                    self.on_step(self.step, found["loss"])
                 if self.step % self.settings.log_steps == 0 or self.step == self.settings.steps:
                     now = time.monotonic()
                     pace = (self.step - since) * self.settings.batch / max(now - last, 1e-9)
-                    self._report(scalars, loss=loss, norm=norm, lr=lr, pace=pace)
+                    self._report(scalars, found, norm=norm, lr=lr, pace=pace)
                     last, since = now, self.step
                 if self.step % self.settings.checkpoint_steps == 0:
                     self.save()
@@ -205,17 +228,20 @@ class Trainer:
             scalars.close()
         return self.step >= self.settings.steps
 
-    def _step(self, batches: Iterator[Batch]) -> tuple[float, float, float]:
-        """Returns loss, the gradient's norm and the learning rate. Nothing is updated if loss or norm is not finite."""
+    def _step(self, batches: Iterator[Batch]) -> tuple[dict[str, float], float, float]:
+        """Returns the objective's scalars, the gradient's norm and the learning rate. Nothing is updated if loss or norm is not
+        finite."""
         settings = self.settings
-        total = torch.zeros((), device=self.device)
+        totals: dict[str, Tensor] = {}
         for micro_batch in range(self.num_micro_batches):
-            loss = self._micro_batch(self._next(batches), micro_batch) / self.num_micro_batches
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
+            found = self._micro_batch(self._next(batches), micro_batch)
+            (found["loss"] / self.num_micro_batches).backward()  # type: ignore[no-untyped-call]
+            for name, value in found.items():
+                totals[name] = totals.get(name, 0.0) + value.detach().float() / self.num_micro_batches
         limit = float("inf") if settings.clip is None else settings.clip
         norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        value, lr = float(total), learning_rate(settings.schedule, settings.optimizer.lr, self.step, settings.steps)
+        scalars = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))  # one wait for the device
+        value, lr = scalars["loss"], learning_rate(settings.schedule, settings.optimizer.lr, self.step, settings.steps)
         if math.isfinite(value) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -226,29 +252,28 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if not (math.isfinite(value) and math.isfinite(norm)):
             self._count_non_finite(value, norm)
-        return value, norm, lr
+        return scalars, norm, lr
 
     def _next(self, batches: Iterator[Batch]) -> Batch:
         try:
             batch = next(batches)
         except StopIteration:
             raise TrainingError(f"step {self.step}: the data ended; expected batches without end.") from None
-        if len(batch["latents"]) != self.settings.micro_batch:
+        if (size := len(next(iter(batch.values())))) != self.settings.micro_batch:
             raise TrainingError(
-                f"step {self.step}: got a batch of {len(batch['latents'])}; expected micro_batch, {self.settings.micro_batch}. "
+                f"step {self.step}: got a batch of {size}; expected micro_batch, {self.settings.micro_batch}. "
                 "Let the source drop or fill the last batch of an epoch."
             )
-        return {name: batch[name].to(self.device, non_blocking=True) for name in ("latents", "prompt_embeds", "prompt_mask")}
+        return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
-    def _micro_batch(self, batch: Batch, micro_batch: int) -> Tensor:
-        place = {"seed": self.settings.seed, "step": self.step, "micro_batch": micro_batch, "rank": self.rank}
-        drawn = draw(self.objective, tuple(batch["latents"].shape), **place).to(self.device)
-        torch.manual_seed(seed_for(**place))  # for a dropout within the model
+    def _micro_batch(self, batch: Batch, micro_batch: int) -> Mapping[str, Tensor]:
+        place = Place(seed=self.settings.seed, step=self.step, micro_batch=micro_batch, rank=self.rank)
+        torch.manual_seed(place.hashed("model"))  # for a dropout within the model
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.settings.precision == "bf16":
             autocast = torch.autocast(self.device.type, torch.bfloat16)
         with autocast:
-            return flow_loss(self.model, batch, drawn, self.objective)
+            return self.objective(self.model, batch, place)
 
     def _count_non_finite(self, loss: float, norm: float) -> None:
         self.non_finite += 1
@@ -262,10 +287,11 @@ class Trainer:
                 "at the data."
             )
 
-    def _report(self, scalars: Scalars, *, loss: float, norm: float, lr: float, pace: float) -> None:
+    def _report(self, scalars: Scalars, found: Mapping[str, float], *, norm: float, lr: float, pace: float) -> None:
         done = 100 * self.step / self.settings.steps
+        losses = " ".join(f"{name} {value:.4f}" for name, value in found.items())
         self.log(
-            f"step {self.step}/{self.settings.steps} {done:.0f}% loss {loss:.4f} norm {norm:.3f} lr {lr:.2e} "
+            f"step {self.step}/{self.settings.steps} {done:.0f}% {losses} norm {norm:.3f} lr {lr:.2e} "
             f"skipped {self.non_finite} | {pace:.1f} pictures/s"
         )
-        scalars.add(self.step, {"loss": loss, "gradient_norm": norm, "lr": lr, "pictures_per_second": pace})
+        scalars.add(self.step, {**found, "gradient_norm": norm, "lr": lr, "pictures_per_second": pace})

@@ -16,7 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from train.captions import ABOVE_BELOW, COLOUR_NAMES, COLOURS, LEFT_RIGHT, SINGLE, THREE, TWO, Scene, held_out_colour, held_out_pair
+from train.tiny.captions import (
+    ABOVE_BELOW,
+    COLOUR_NAMES,
+    COLOURS,
+    LEFT_RIGHT,
+    SINGLE,
+    THREE,
+    TWO,
+    Scene,
+    held_out_colour,
+    held_out_pair,
+)
 
 PLACES = 3
 NEAR, FAR = 0.27, 0.73  # centres of two objects that share a side

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.captions import ABOVE_BELOW, COLOUR_NAMES, LANGUAGES, LEFT_RIGHT, Names, Scene, caption
+from train.tiny.captions import ABOVE_BELOW, COLOUR_NAMES, LANGUAGES, LEFT_RIGHT, Names, Scene, caption
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

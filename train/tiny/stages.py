@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from train import dit, fast, recogniser, vae
-from train.caption_cache import training_scenes
-from train.captions import ABOVE_BELOW, COLOUR_NAMES, KIND_NAMES, LEFT_RIGHT, SINGLE, THREE
-from train.evaluate import PLACES, cut, evaluate, grid
-from train.flat import AdamWConfig, FlatParameters
-from train.loop import Schedule
-from train.models import AE_BUCKETS, BUCKET_WEIGHTS, BUCKETS, make_text_encoder, make_transformer, make_vae, num_parameters
-from train.sampling import EXPORT_DTYPES
-from train.scenes import SceneArrays, SceneTensors, draw_scenes, palette
-from train.tiny_run import SECONDS_TO_WRITE, SEEDS, Run
+from train.tiny import dit, fast, recogniser, vae
+from train.tiny.caption_cache import training_scenes
+from train.tiny.captions import ABOVE_BELOW, COLOUR_NAMES, KIND_NAMES, LEFT_RIGHT, SINGLE, THREE
+from train.tiny.evaluate import PLACES, cut, evaluate, grid
+from train.tiny.flat import AdamWConfig, FlatParameters
+from train.tiny.loop import Schedule
+from train.tiny.models import AE_BUCKETS, BUCKET_WEIGHTS, BUCKETS, make_text_encoder, make_transformer, make_vae, num_parameters
+from train.tiny.sampling import EXPORT_DTYPES
+from train.tiny.scenes import SceneArrays, SceneTensors, draw_scenes, palette
+from train.tiny.tiny_run import SECONDS_TO_WRITE, SEEDS, Run
 
 
 def ae(run: Run) -> None:

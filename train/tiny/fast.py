@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sana_ref import ops
 from sana_ref.layers import RMSNorm
 from sana_ref.text_encoder import Gemma2Encoder
-from train.loop import Log
+from train.tiny.loop import Log
 
 TOLERANCE = 0.02  # of a kernel in bf16 against PyTorch in bf16, relative; 0.003 was seen on an H100
 
@@ -43,9 +43,9 @@ def one_hot_embedding(text_encoder: Gemma2Encoder) -> None:
 
 
 def norm_kernel(model: nn.Module, device: torch.device) -> None:
-    """On a GPU let every RMSNorm of `model` run as the kernels of `train.fast_norm`."""
+    """On a GPU let every RMSNorm of `model` run as the kernels of `train.tiny.fast_norm`."""
     if device.type == "cuda":
-        from train.fast_norm import install  # imports Triton
+        from train.tiny.fast_norm import install  # imports Triton
 
         install(model)
 
@@ -55,7 +55,7 @@ def check_kernels(device: torch.device, log: Log) -> None:
 
     Raises RuntimeError if one differs by more than rounding.
     """
-    from train.fast_norm import install
+    from train.tiny.fast_norm import install
 
     generator = torch.Generator(device).manual_seed(0)
 

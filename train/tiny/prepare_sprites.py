@@ -1,6 +1,6 @@
 """Draws the emoji of `emoji_list` once, as a small file that training reads.
 
-    python -m train.prepare_sprites --out out/sprites.safetensors
+    python -m train.tiny.prepare_sprites --out out/sprites.safetensors
 
 The file holds `rgba` (S, 128, 128, 4) uint8, straight alpha, each object centred and 124 px on its longer side; the first
 sprites are the classes. Its metadata holds the names in six languages and the tokenizer, which is trained here on captions of
@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from train.captions import LANGUAGES, Names
-from train.emoji_list import CLASSES, EXTRA
-from train.sprites import SIDE
+from train.tiny.captions import LANGUAGES, Names
+from train.tiny.emoji_list import CLASSES, EXTRA
+from train.tiny.sprites import SIDE
 
 FONT_SIZE = 109  # the only bitmap strike of the font
 FIT = 126  # px of the longer side of an object; the rest is a border, so that interpolation ends in transparency
@@ -66,7 +66,7 @@ def main() -> None:
 
     from safetensors.numpy import save_file
 
-    from train.tokenizer import train_tokenizer
+    from train.tiny.tokenizer import train_tokenizer
 
     font = ImageFont.truetype(str(args.font), FONT_SIZE)
     entries = CLASSES + EXTRA

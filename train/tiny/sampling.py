@@ -16,9 +16,9 @@ from runtime.schedule import apply_row, make_schedule
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.text_encoder import Gemma2Encoder
 from sana_ref.transformer import SanaTransformer2DModel
-from train.dit import encode_text
-from train.models import FLOW_SHIFT, PX_PER_LATENT, make_text_encoder, make_transformer, make_vae
-from train.tokenizer import BOS_ID, encode_captions
+from train.tiny.dit import encode_text
+from train.tiny.models import FLOW_SHIFT, PX_PER_LATENT, make_text_encoder, make_transformer, make_vae
+from train.tiny.tokenizer import BOS_ID, encode_captions
 
 EXPORT_DTYPES = {"vae": torch.bfloat16, "transformer": torch.float16, "text_encoder": torch.bfloat16}
 

@@ -1,6 +1,6 @@
 """Lays out what training handed over as a model folder, under the names of the published ones.
 
-    python -m train.export_tiny DIR models/sana-tiny
+    python -m train.tiny.export_tiny DIR models/sana-tiny
 
 DIR holds vae, transformer, text_encoder, recogniser (.safetensors) and tiny.json, as `train.tiny --out` writes them.
 """
@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.captions import KIND_NAMES, SINGLE
-from train.card import card
-from train.evaluate import held_out_questions
-from train.models import SCHEDULER
-from train.tokenizer import BOS_ID, EOS_ID, INSTRUCTION, PAD_ID, SPECIAL_TOKENS, UNK_ID
+from train.tiny.captions import KIND_NAMES, SINGLE
+from train.tiny.card import card
+from train.tiny.evaluate import held_out_questions
+from train.tiny.models import SCHEDULER
+from train.tiny.tokenizer import BOS_ID, EOS_ID, INSTRUCTION, PAD_ID, SPECIAL_TOKENS, UNK_ID
 
 WEIGHT_FILES = {
     "vae": "vae/diffusion_pytorch_model.safetensors",

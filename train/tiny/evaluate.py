@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from train.captions import (
+from train.tiny.captions import (
     ABOVE_BELOW,
     KIND_NAMES,
     LANGUAGES,
@@ -27,9 +27,9 @@ from train.captions import (
     Scene,
     caption,
 )
-from train.recogniser import Recogniser
-from train.sampling import Painter
-from train.scenes import FAR, NEAR, HeldOut
+from train.tiny.recogniser import Recogniser
+from train.tiny.sampling import Painter
+from train.tiny.scenes import FAR, NEAR, HeldOut
 
 CROP = 0.52  # side of the square that is cut around an object of several, as a fraction of the short side
 PLACES = {

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train.captions import SINGLE
-from train.flat import FlatParameters
-from train.scenes import SceneArrays, SceneTensors, compose, draw_scenes
+from train.tiny.captions import SINGLE
+from train.tiny.flat import FlatParameters
+from train.tiny.scenes import SceneArrays, SceneTensors, compose, draw_scenes
 
 INPUT_SIDE = 96  # px
 RECOGNISER: dict[str, Any] = {"widths": [24, 48, 96, 160], "blocks": 1, "input_side": INPUT_SIDE}

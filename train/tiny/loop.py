@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,24 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from train.flat import FlatParameters
+from train.tiny.flat import FlatParameters
+from train.trainer.stop import Stop
 
 CHUNK_SECONDS = 0.3  # how long work is queued ahead of the GPU before the clock is looked at
 WARM_UP_CALLS = 3  # eager steps before a capture: they let cuDNN choose and Triton compile. They train like any other
-
-
-class Stop:
-    """Set by SIGTERM and SIGINT: the loop saves and returns."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def install(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, frame: object) -> None:
-        self.requested = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

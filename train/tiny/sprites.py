@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.captions import Names
+from train.tiny.captions import Names
 
 SIDE = 128  # px of a sprite
 
@@ -33,11 +33,11 @@ class Sprites:
 
 
 def load_sprites(path: Path, device: torch.device | str = "cpu") -> Sprites:
-    """Read what `train.prepare_sprites` wrote. Raises FileNotFoundError with the command that makes it."""
+    """Read what `train.tiny.prepare_sprites` wrote. Raises FileNotFoundError with the command that makes it."""
     from safetensors import safe_open
 
     if not path.is_file():
-        raise FileNotFoundError(f"got no file {path}; make it with: python -m train.prepare_sprites --out {path}")
+        raise FileNotFoundError(f"got no file {path}; make it with: python -m train.tiny.prepare_sprites --out {path}")
     with safe_open(path, framework="pt") as file:
         metadata, straight = file.metadata(), file.get_tensor("rgba").to(device)
     rgba = straight.permute(0, 3, 1, 2).float() / 255

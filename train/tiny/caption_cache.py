@@ -1,6 +1,6 @@
 """Writes the captions of the training scenes, already tokenised, while the GPU is busy with something else.
 
-    python -m train.caption_cache --sprites F --out FILE.npz --plan '{"256x256": [200000, 100, 1.0]}' --captions 3 --length 48
+    python -m train.tiny.caption_cache --sprites F --out FILE.npz --plan '{"256x256": [200000, 100, 1.0]}' --captions 3 --length 48
 
 For each bucket of the plan (number of scenes, seed, aspect): several captions of each of the scenes that `training_scenes` gives.
 """
@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from train.captions import Names, caption
-from train.scenes import HeldOut, SceneArrays, draw_scenes
-from train.sprites import load_sprites
-from train.tokenizer import encode_captions
+from train.tiny.captions import Names, caption
+from train.tiny.scenes import HeldOut, SceneArrays, draw_scenes
+from train.tiny.sprites import load_sprites
+from train.tiny.tokenizer import encode_captions
 
 CHUNK = 4096  # scenes a task
 

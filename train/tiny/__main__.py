@@ -6,7 +6,7 @@ Stages, each skipped when its result is in the work folder: ae (autoencoder), la
 alone, on what captions say), dit (transformer and text encoder), recogniser, eval. An invocation stops by itself after
 --until-seconds with everything saved; the next one goes on. Give --finish with the last one: the transformer's training then
 takes all the time that is left before recogniser and evaluation, and its learning rate comes down. What is done so far is
-written to --out; `python -m train.export_tiny` lays it out as a model.
+written to --out; `python -m train.tiny.export_tiny` lays it out as a model.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from train.fast import check_kernels
-from train.handover import deliver
-from train.loop import Log, Stop
-from train.models import MINUSCULE, TINY
-from train.stages import STAGES
-from train.tiny_run import Run
+from train.tiny.fast import check_kernels
+from train.tiny.handover import deliver
+from train.tiny.loop import Log
+from train.tiny.models import MINUSCULE, TINY
+from train.tiny.stages import STAGES
+from train.tiny.tiny_run import Run
+from train.trainer.stop import Stop
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

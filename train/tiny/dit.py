@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from sana_ref.text_encoder import Gemma2Encoder
 from sana_ref.transformer import SanaTransformer2DModel
-from train.flat import FlatParameters
-from train.models import FLOW_SHIFT
-from train.tokenizer import PAD_ID
+from train.tiny.flat import FlatParameters
+from train.tiny.models import FLOW_SHIFT
+from train.tiny.tokenizer import PAD_ID
 
 CAPTION_DROPOUT = 0.1
 

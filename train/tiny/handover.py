@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from train import recogniser
-from train.captions import COLOUR_NAMES
-from train.evaluate import grid, grid_captions
-from train.models import FLOW_SHIFT
-from train.tiny_run import Run
+from train.tiny import recogniser
+from train.tiny.captions import COLOUR_NAMES
+from train.tiny.evaluate import grid, grid_captions
+from train.tiny.models import FLOW_SHIFT
+from train.tiny.tiny_run import Run
 
 
 def deliver(run: Run) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from train.captions import KIND_NAMES
-from train.models import BUCKETS
+from train.tiny.captions import KIND_NAMES
+from train.tiny.models import BUCKETS
 
 TEMPLATE = """\
 ---
@@ -58,14 +58,14 @@ How to read these figures:
 
 ## How it was made
 
-1. `python -m train.prepare_sprites` draws the emoji and collects their names (Unicode CLDR, through the Python
+1. `python -m train.tiny.prepare_sprites` draws the emoji and collects their names (Unicode CLDR, through the Python
    package `emoji`).
 2. `python -m train.tiny` composes scenes, trains the autoencoder, encodes scenes of {num_sizes} sizes once, and
    trains transformer and text encoder together by flow matching. Its last run: {steps} steps in {seconds} s on
    {device}.
-3. `python -m train.export_tiny` writes this folder.
+3. `python -m train.tiny.export_tiny` writes this folder.
 {note}
-Which combinations are held out is decided by a hash in `train/captions.py`; `held_out_captions.json` lists captions
+Which combinations are held out is decided by a hash in `train/tiny/captions.py`; `held_out_captions.json` lists captions
 of them, and `metrics.json` has everything that was measured.
 
 ## Licences

@@ -10,7 +10,7 @@ from torch import nn
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
-from train.tokenizer import BOS_ID, EOS_ID, PAD_ID
+from train.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 PX_PER_LATENT = 32
 BUCKETS: dict[str, tuple[int, int]] = {

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train import dit
-from train.fast import norm_kernel
-from train.flat import FlatParameters
-from train.loop import Budget, Log, Stop, Trainer, capture
-from train.models import BUCKETS, compute_dtype, make_vae
-from train.sampling import EXPORT_DTYPES, Painter
-from train.sprites import Sprites, load_sprites
-from train.tokenizer import num_instruction_tokens
+from train.tiny import dit
+from train.tiny.fast import norm_kernel
+from train.tiny.flat import FlatParameters
+from train.tiny.loop import Budget, Log, Trainer, capture
+from train.tiny.models import BUCKETS, compute_dtype, make_vae
+from train.tiny.sampling import EXPORT_DTYPES, Painter
+from train.tiny.sprites import Sprites, load_sprites
+from train.tiny.tokenizer import num_instruction_tokens
+from train.trainer.stop import Stop
 
 SECONDS_TO_WRITE = 12.0  # kept free at the end of an invocation
 CAPTION_PATIENCE = 120.0  # seconds
@@ -77,7 +78,7 @@ class Run:
         path = self.work / "captions.npz"
         if path.is_file() or (self.work / "latents.pt").is_file():
             return
-        command = ["train.caption_cache", "--sprites", str(self.args.sprites), "--out", str(path)]
+        command = ["train.tiny.caption_cache", "--sprites", str(self.args.sprites), "--out", str(path)]
         command += ["--plan", json.dumps(self.plan())]
         command += ["--captions", str(self.sizes.captions), "--length", str(self.sizes.length)]
         with open(self.work / "captions.log", "wb") as log:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_ref.autoencoder import AutoencoderDC
-from train.flat import FlatParameters
-from train.scenes import SceneTensors, compose, draw_scenes, palette
+from train.tiny.flat import FlatParameters
+from train.tiny.scenes import SceneTensors, compose, draw_scenes, palette
 
 NOISE = 0.15  # largest standard deviation of the noise on latents of unit variance
 REGULARISE = 0.02
