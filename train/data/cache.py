@@ -2,7 +2,7 @@
 
     OUT/1024px-0123456789abcdef/    the digest of the identity: the encoders, the data set, the sizes
         cache.json                  the identity, and how many shards there will be
-        shard-00000.safetensors     see `Writer.write_shard`
+        shard-00000.safetensors     see `pack_shard`
         report.json, index.json     broken samples; the shards: written when all are there
 
 Another encoder makes another name, so that a stale cache is never continued, and reading refuses it. A shard is written under a
@@ -18,7 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from train.data.report import Broken, Report
 from train.data.settings import DataSettings
 from train.data.source import Found, Item, read_captions, read_image
 
-__all__ = ["FORMAT", "Encoders", "Identity", "Writer", "read_json", "shard_name"]
+__all__ = ["FORMAT", "Encoders", "Identity", "Shards", "Writer", "pack_shard", "read_json", "shard_name"]
 
 FORMAT = 1  # of the files; a reader refuses others
 AREA_AT_ONCE = 8 * 1024 * 1024  # px that the autoencoder is given in a batch
@@ -97,26 +97,18 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class Writer:
-    """Makes the cache of `found` below `out`. Raises TooManyBroken if its names alone show that too much is broken."""
+class Shards:
+    """Makes a cache below `out`, shard by shard. What makes a shard's samples says so in write_shard."""
 
-    def __init__(self, found: Found, encoders: Encoders, settings: DataSettings, out: Path) -> None:
-        self.found, self.encoders, self.settings = found, encoders, settings
-        self.identity = Identity(
-            vae=encoders.vae_digest,
-            text_encoder=encoders.text_digest,
-            dtype=encoders.dtype,
-            data=found.digest,
-            resolution=settings.resolution,
-            max_pixels=settings.max_pixels,
-            shard_size=settings.shard_size,
-        )
-        self.folder = out / self.identity.name
-        self.num_shards = -(-len(found.items) // settings.shard_size)
-        self.report = Report(total=found.total, max_share=settings.max_broken_share, broken=found.broken)
+    def __init__(self, identity: Identity, report: Report, num_samples: int, out: Path) -> None:
+        self.identity, self.report, self.num_samples = identity, report, num_samples
+        self.folder = out / identity.name
+        self.num_shards = -(-num_samples // identity.shard_size)
         self._reported: set[int] = set()  # shards whose broken samples are in the report
-        self.buckets = make_buckets(settings.resolution)
-        self.batch_size = max(1, AREA_AT_ONCE // settings.resolution**2)
+
+    def write_shard(self, index: int) -> bytes:
+        """The bytes of shard `index`: see pack_shard."""
+        raise NotImplementedError
 
     def write(self, *, part: int = 0, parts: int = 1, on_shard: Callable[[int, int], None] | None = None) -> Path:
         """Make every shard that is not there and that no other process is making. Returns the cache's folder.
@@ -143,7 +135,7 @@ class Writer:
         return self.folder
 
     def _begin(self) -> None:
-        content = {"identity": asdict(self.identity), "num_shards": self.num_shards, "num_samples": len(self.found.items)}
+        content = {"identity": asdict(self.identity), "num_shards": self.num_shards, "num_samples": self.num_samples}
         self._put("cache.json", _json(content))
 
     def _shard(self, index: int) -> None:
@@ -155,14 +147,55 @@ class Writer:
                 stream.write(self.write_shard(index))
         self._note_broken(index)
 
+    def _note_broken(self, index: int) -> None:
+        if index not in self._reported:
+            self._reported.add(index)
+            for entry in shard_header(self.folder / shard_name(index))["broken"]:
+                self.report.add(Broken(**entry))
+
+    def _finish(self) -> None:
+        """Write index.json and the report, if all shards are there."""
+        paths = [self.folder / shard_name(index) for index in range(self.num_shards)]
+        if not all(path.exists() for path in paths):
+            return
+        for index in range(self.num_shards):
+            self._note_broken(index)
+        shards = [
+            {"file": path.name, "bytes": path.stat().st_size, "samples": len(shard_header(path)["samples"])} for path in paths
+        ]
+        self._put("report.json", self.report.to_json())
+        self._put("index.json", _json({"identity": self.identity.digest, "shards": shards}))
+
+    def _put(self, name: str, content: bytes) -> None:
+        path = self.folder / name
+        if path.exists() and path.read_bytes() == content:
+            return
+        with _claimed(path, wait=True) as stream:
+            assert stream is not None
+            stream.write(content)
+
+
+class Writer(Shards):
+    """Makes the cache of `found`. Raises TooManyBroken if its names alone show that too much is broken."""
+
+    def __init__(self, found: Found, encoders: Encoders, settings: DataSettings, out: Path) -> None:
+        identity = Identity(
+            vae=encoders.vae_digest,
+            text_encoder=encoders.text_digest,
+            dtype=encoders.dtype,
+            data=found.digest,
+            resolution=settings.resolution,
+            max_pixels=settings.max_pixels,
+            shard_size=settings.shard_size,
+        )
+        report = Report(total=found.total, max_share=settings.max_broken_share, broken=found.broken)
+        super().__init__(identity, report, len(found.items), out)
+        self.found, self.encoders, self.settings = found, encoders, settings
+        self.buckets = make_buckets(settings.resolution)
+        self.batch_size = max(1, AREA_AT_ONCE // settings.resolution**2)
+
     def write_shard(self, index: int) -> bytes:
-        """The bytes of shard `index`: a safetensors file.
-
-        Tensors of its sample n: "n.latent" (C, h, w), and "n.text.k" (l, C) for its caption k. One string of metadata, "shard", is
-        JSON: "samples", each with key, width, height (of the bucket, px), captions and scores; and "broken", with name and reason.
-        """
-        from safetensors.torch import save
-
+        """The bytes of shard `index`: see pack_shard."""
         begin = index * self.settings.shard_size
         samples: list[dict[str, Any]] = []
         tensors: dict[str, Tensor] = {}
@@ -184,9 +217,7 @@ class Writer:
                         "scores": [caption.score for caption in captions],
                     }
                 )
-        header = {"samples": samples, "broken": [asdict(entry) for entry in broken]}
-        # One key alone: safetensors writes several in an order that changes from run to run.
-        return save(tensors, metadata={"shard": json.dumps(header)})
+        return pack_shard(tensors, samples, broken)
 
     def _batches(
         self, items: tuple[Item, ...], broken: list[Broken]
@@ -215,32 +246,18 @@ class Writer:
         for begin in range(0, len(captions), TEXTS_AT_ONCE):
             yield from self.encoders.texts(captions[begin : begin + TEXTS_AT_ONCE])
 
-    def _note_broken(self, index: int) -> None:
-        if index not in self._reported:
-            self._reported.add(index)
-            for entry in shard_header(self.folder / shard_name(index))["broken"]:
-                self.report.add(Broken(**entry))
 
-    def _finish(self) -> None:
-        """Write index.json and the report, if all shards are there."""
-        paths = [self.folder / shard_name(index) for index in range(self.num_shards)]
-        if not all(path.exists() for path in paths):
-            return
-        for index in range(self.num_shards):
-            self._note_broken(index)
-        shards = [
-            {"file": path.name, "bytes": path.stat().st_size, "samples": len(shard_header(path)["samples"])} for path in paths
-        ]
-        self._put("report.json", self.report.to_json())
-        self._put("index.json", _json({"identity": self.identity.digest, "shards": shards}))
+def pack_shard(tensors: dict[str, Tensor], samples: list[dict[str, Any]], broken: Sequence[Broken] = ()) -> bytes:
+    """A safetensors file.
 
-    def _put(self, name: str, content: bytes) -> None:
-        path = self.folder / name
-        if path.exists() and path.read_bytes() == content:
-            return
-        with _claimed(path, wait=True) as stream:
-            assert stream is not None
-            stream.write(content)
+    Tensors of its sample n: "n.latent" (C, h, w), and "n.text.k" (l, C) for its caption k. One string of metadata, "shard", is
+    JSON: "samples", each with key, width, height (of the bucket, px), captions and scores; and "broken", with name and reason.
+    """
+    from safetensors.torch import save
+
+    header = {"samples": samples, "broken": [asdict(entry) for entry in broken]}
+    # One key alone: safetensors writes several in an order that changes from run to run.
+    return save(tensors, metadata={"shard": json.dumps(header)})
 
 
 def shard_header(path: Path) -> dict[str, Any]:
