@@ -14,19 +14,20 @@ from engines.errors import RequestError
 if TYPE_CHECKING:
     from runtime.engine import SanaEngine
     from runtime.schedule import Schedule
+    from runtime.settings import RuntimeSettings
 
-__all__ = ["DESCRIPTION", "HELP", "NAME", "add_arguments", "add_backend", "open_engine", "run"]
+__all__ = ["DESCRIPTION", "HELP", "NAME", "add_arguments", "add_backend", "open_engine", "run", "settings_of"]
 
 NAME = "generate"
 HELP = "draw pictures"
-DESCRIPTION = "Draw pictures and print their paths. What is not given comes from the bundle."
+DESCRIPTION = "Draw pictures and print their paths. What is not given comes from --config, then from the bundle."
 _NOT_PNG = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="the folder of a bundle")
     parser.add_argument("prompts", nargs="+", metavar="prompt", help="what to draw; several give several pictures")
-    parser.add_argument("--negative", default="", metavar="TEXT", help="what to keep away from")
+    parser.add_argument("--negative", metavar="TEXT", help="what to keep away from")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture; the next one gets the next integer (default: 0)")
     parser.add_argument("--count", type=int, default=1, help="pictures of each prompt (default: 1)")
     parser.add_argument("--steps", type=int, help="denoising steps")
@@ -35,10 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--height", type=int, help="px, a multiple of 32")
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--scheduler", metavar="NAME", help="flow_euler, flow_dpm_solver or scm")
-    how.add_argument("--schedule", type=Path, metavar="FILE.yaml|NAME", help="a schedule of your own, or one of configs/schedule")
+    how.add_argument(
+        "--schedule",
+        dest="schedule_file",
+        type=Path,
+        metavar="FILE.yaml|NAME",
+        help="a schedule of your own, or one of configs/schedule",
+    )
     add_backend(parser)
+    parser.set_defaults(backend=None)  # so that one that is given can be told from one that is not
     parser.add_argument("--batch", type=int, help="pictures drawn in one go, at most (default: as many as the bundle allows)")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR|FILE.png", help="where to (default: this folder)")
+    parser.add_argument("--config", metavar="NAME", help="defaults from configs/NAME.yaml, as runtime, which has all of them")
+    parser.add_argument("--config-dir", metavar="FOLDER", help="a folder to search before configs/ (also: SANA_CONFIG_DIR)")
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +58,16 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 
 def open_engine(bundle: Path, arguments: argparse.Namespace, *, backend: str | None = None) -> SanaEngine:
     """The engine that --backend and --no-verify ask for. Raises as Bundle.open and SanaEngine do."""
+    return _open(bundle, verify=not arguments.no_verify, backend=backend or arguments.backend)
+
+
+def _open(bundle: Path, *, verify: bool, backend: str, num_threads: int | None = None) -> SanaEngine:
     from engines.bundle import Bundle
     from runtime.engine import SanaEngine
 
     with ByteBar("verifying") as bar:
-        opened = Bundle.open(bundle, verify=not arguments.no_verify, progress=bar)
-    return SanaEngine(opened, backend=backend or arguments.backend)
+        opened = Bundle.open(bundle, verify=verify, progress=bar)
+    return SanaEngine(opened, backend=backend, num_threads=num_threads)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -62,19 +76,20 @@ def run(arguments: argparse.Namespace) -> int:
     prompts = [prompt for prompt in arguments.prompts for _ in range(_at_least_one("count", arguments.count))]
     seeds = [arguments.seed + number for number in range(len(prompts))]
     paths = picture_paths(arguments.out, prompts, seeds)
-    batch = len(prompts) if arguments.batch is None else _at_least_one("batch", arguments.batch)
-    scheduler, steps = _schedule(arguments)
-    with open_engine(arguments.bundle, arguments) as engine:
+    settings = settings_of(arguments)
+    batch = len(prompts) if settings.batch is None else _at_least_one("batch", settings.batch)
+    scheduler, steps = _schedule(settings)
+    with _open(arguments.bundle, verify=settings.verify, backend=settings.backend, num_threads=settings.num_threads) as engine:
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
             pictures = engine.generate(
                 prompts[part],
-                negative_prompts=arguments.negative,
+                negative_prompts=settings.negative,
                 seed=seeds[part],
                 steps=steps,
-                guidance=arguments.guidance,
-                width=arguments.width,
-                height=arguments.height,
+                guidance=settings.guidance,
+                width=settings.width,
+                height=settings.height,
                 scheduler=scheduler,
             )
             for picture, path in zip(pictures, paths[part], strict=True):
@@ -103,13 +118,27 @@ def _slug(prompt: str) -> str:
     return words.encode()[:180].decode(errors="ignore").strip("-") or "picture"
 
 
-def _schedule(arguments: argparse.Namespace) -> tuple[str | Schedule | None, int | None]:
+def settings_of(arguments: argparse.Namespace) -> RuntimeSettings:
+    """Flags over --config over what is built in. Values of flags are checked where they are used. Raises ConfigError."""
+    from runtime.settings import RuntimeSettings, load
+
+    base = RuntimeSettings() if arguments.config is None else load(arguments.config, config_dir=arguments.config_dir)
+    given = {name: getattr(arguments, name, None) for name in RuntimeSettings.model_fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    if arguments.no_verify:
+        given["verify"] = False
+    if "scheduler" in given or "schedule_file" in given:  # one flag replaces whichever of the two the file has
+        given = {"scheduler": None, "schedule_file": None} | given
+    return base.model_copy(update=given)
+
+
+def _schedule(settings: RuntimeSettings) -> tuple[str | Schedule | None, int | None]:
     """What to give to generate() as scheduler and as steps: a schedule from a file already has its steps."""
-    if arguments.schedule is None:
-        return arguments.scheduler, arguments.steps
+    if settings.schedule_file is None:
+        return settings.scheduler, settings.steps
     from runtime.schedule import load_schedule
 
-    return load_schedule(arguments.schedule, num_steps=arguments.steps), None
+    return load_schedule(settings.schedule_file, num_steps=settings.steps), None
 
 
 def _at_least_one(name: str, value: int) -> int:

@@ -69,6 +69,28 @@ def test_a_schedule_from_a_file(bundle, tmp_path, capsys):
     assert "no.yaml: cannot be read" in capsys.readouterr().err
 
 
+def test_flags_lie_over_a_configuration_and_that_over_the_bundle(bundle, tmp_path, capsys):
+    text = "defaults:\n  - runtime\n  - _self_\nwidth: 96\nsteps: 2\nscheduler: flow_dpm_solver\nnegative: blue\nbatch: 1\n"
+    (tmp_path / "runtime_small.yaml").write_text(text)
+    given = ["generate", str(bundle), "x", "--config", "runtime_small", "--config-dir", str(tmp_path)]
+    assert main([*given, "--count", "2", "--steps", "3", "--out", str(tmp_path)]) == 0
+    info = read_picture_info(tmp_path / "x-1.png")
+    assert (info.width, info.schedule.num_steps, info.schedule.scheduler) == (96, 3, "flow_dpm_solver")
+    assert (info.negative_prompt, info.batch_size) == ("blue", 1)
+    assert main([*given, "--negative", "", "--schedule", "euler", "--steps", "4", "--out", str(tmp_path / "y.png")]) == 0
+    info = read_picture_info(tmp_path / "y.png")
+    assert (info.negative_prompt, info.schedule.scheduler, info.schedule.num_steps) == ("", "flow_euler", 4)
+    capsys.readouterr()
+    assert main(["generate", str(bundle), "x", "--config", "runtme"]) == 2
+    assert "configuration: got 'runtme'; did you mean 'runtime'?" in capsys.readouterr().err
+
+
+def test_the_file_of_defaults_changes_nothing(bundle, tmp_path):
+    for name, options in (("a", []), ("b", ["--config", "runtime"])):
+        assert main(["generate", str(bundle), "x", "--out", str(tmp_path / f"{name}.png"), *options]) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
