@@ -2,6 +2,7 @@
 
     python export/build_engine.py --model models/sana-tiny --precision fp16 --target sm89,sm120 --out out/sana-tiny
 
+What is left out comes from configs/build.yaml (`sana config show build`); --config NAME takes another file, key=value sets one key.
 No GPU is needed, except for `--target current`. Run it again after a change: only what depends on the change is done again.
 """
 
@@ -16,36 +17,43 @@ if __package__ in (None, ""):  # started as a file: the folder of this script is
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from engines.errors import SanaError, SpecError
-from engines.spec import COMPONENTS, parse_precision
+from engines.spec import parse_precision
 
 __all__ = ["main"]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="build_engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Flags have no defaults here: one that is left out says nothing, and configs/build.yaml holds."""
+    parser = argparse.ArgumentParser(
+        prog="build_engine",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
     add = parser.add_argument
-    add("--model", required=True, help="a folder in diffusers' layout, an original .pth, or owner/name on the Hugging Face Hub")
+    add("overrides", nargs="*", default=[], metavar="key=value", help="a key of the configuration: max_batch=2; flags win")
+    add("--config", default="build", metavar="NAME", help="a file of configs/, without .yaml; build has all defaults")
+    add("--config-dir", default=None, metavar="FOLDER", help="a folder to search before configs/ (also: SANA_CONFIG_DIR)")
+    add("--model", dest="checkpoint", help="a folder in diffusers' layout, an original .pth, or owner/name on the Hugging Face Hub")
     add("--revision", help="commit, tag or branch on the Hub; a commit makes the build reproducible")
     add("--variant", choices=("fp16", "bf16"), help="prefer the checkpoint's files of this precision")
     add("--components-from", metavar="PATH_OR_ID", help="for a .pth, which holds the transformer alone: where the rest is")
-    add("--precision", default="fp16", help="fp32, fp16 (the denoiser's alone, the rest is bf16) or bf16; default fp16")
-    add("--target", default="current", help="sm80,sm86,sm89,sm120,sm121; current: this machine's GPU; onnx: no engines")
-    add(
-        "--out", required=True, type=Path, metavar="BUNDLE", help="the folder to write; a bundle there is replaced when all is done"
-    )
-    add("--min-side", type=int, metavar="PX", help="smallest side, a multiple of 32; default: half of --default-side")
-    add("--default-side", type=int, metavar="PX", help="side that engines are tuned for; default: what the model was trained for")
-    add("--max-side", type=int, metavar="PX", help="largest side; default: twice --default-side")
-    add("--max-batch", type=int, default=4, metavar="N", help="pictures in one go, 1 to 1024; default 4")
-    add("--components", default=",".join(COMPONENTS), help="only these, for development; default: all")
-    add("--cache", type=Path, help="where finished stages are kept; default: $SANA_CACHE_DIR or ~/.cache/sana")
+    add("--precision", help="fp32, fp16 (the denoiser's alone, the rest is bf16) or bf16")
+    add("--target", help="sm80,sm86,sm89,sm120,sm121; current: this machine's GPU; onnx: no engines")
+    add("--out", type=Path, metavar="BUNDLE", help="the folder to write; a bundle there is replaced when all is done")
+    add("--min-side", type=int, metavar="PX", help="smallest side, a multiple of 32")
+    add("--default-side", type=int, metavar="PX", help="side that engines are tuned for")
+    add("--max-side", type=int, metavar="PX", help="largest side")
+    add("--max-batch", type=int, metavar="N", help="pictures in one go, 1 to 1024")
+    add("--components", help="only these, for development")
+    add("--cache", type=Path, help="where finished stages are kept")
     add("--report", type=Path, metavar="JSON", help="also write each stage's time and peak memory to this file")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 1 if the build failed; 2 if what was asked for cannot be built; 130 after Ctrl-C. Messages go to stderr."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)  # overrides may stand anywhere between the flags
     try:
         _build(options)
     except SpecError as error:
@@ -61,23 +69,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _build(options: argparse.Namespace) -> None:
-    precision = parse_precision(options.precision)  # a wrong word is answered before PyTorch is loaded
+    from export.settings import load  # a wrong word is answered before PyTorch is loaded
+
+    flags = {name: value for name, value in vars(options).items() if name not in ("overrides", "config", "config_dir")}
+    settings = load(options.config, options.overrides, options.config_dir, flags=flags)
+    if settings.checkpoint is None:
+        raise SpecError("model: got none; expected one. Give it: --model …, or checkpoint=….")
+    if settings.out is None:
+        raise SpecError("out: got none; expected a folder for the bundle. Give it: --out ….")
     from export.request import BuildRequest, parse_components, targets_of
 
     request = BuildRequest(
-        model=options.model,
-        out=options.out,
-        precision=precision,
-        targets=targets_of(options.target),
-        revision=options.revision,
-        variant=options.variant,
-        components_from=options.components_from,
-        min_side=options.min_side,
-        opt_side=options.default_side,
-        max_side=options.max_side,
-        max_batch=options.max_batch,
-        components=parse_components(options.components),
-        cache=options.cache,
+        model=settings.checkpoint,
+        out=settings.out,
+        precision=parse_precision(settings.precision),
+        targets=targets_of(",".join(settings.target)),
+        revision=settings.revision,
+        variant=settings.variant,
+        components_from=settings.components_from,
+        min_side=settings.min_side,
+        opt_side=settings.default_side,
+        max_side=settings.max_side,
+        max_batch=settings.max_batch,
+        components=parse_components(",".join(settings.components)),
+        cache=settings.cache,
     )
     from export.build import build
     from export.progress import Progress
@@ -87,11 +102,11 @@ def _build(options: argparse.Namespace) -> None:
     progress = Progress()
     result = build(request, progress)
     if result.unchanged:
-        progress.say(f"{options.out}: nothing changed, nothing done.")
+        progress.say(f"{settings.out}: nothing changed, nothing done.")
     else:
-        progress.say(f"{options.out}: done, {progress.seconds:.0f} s, peak {progress.peak_bytes / 1e9:.2f} GB.")
-    if options.report is not None:
-        options.report.write_text(json.dumps(progress.report(), indent=1) + "\n", encoding="utf-8")
+        progress.say(f"{settings.out}: done, {progress.seconds:.0f} s, peak {progress.peak_bytes / 1e9:.2f} GB.")
+    if settings.report is not None:
+        settings.report.write_text(json.dumps(progress.report(), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -57,3 +57,25 @@ def test_on_a_terminal_it_is_a_table(monkeypatch, capsys):
 def test_usage(arguments, capsys):
     assert main(arguments) == 2
     assert "usage: sana config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["build", "runtime"])
+def test_a_file_right_in_configs(name, capfd):
+    assert main(["config", "show", name, "--check"]) == 0
+    printed = capfd.readouterr()
+    assert f"configs/{name}.yaml:" in printed.out
+    assert "fits the schema" in printed.err
+
+
+def test_each_is_held_against_its_own_schema(capfd, tmp_path):
+    assert main(["config", "show", "build", "precision=fp61", "--check"]) == 2
+    assert "precision: got 'fp61'; did you mean 'fp16'?" in capfd.readouterr().err
+    assert main(["config", "show", "runtime", "steps=0", "--check"]) == 2
+    assert "steps: got 0; expected greater than or equal to 1 (command line)" in capfd.readouterr().err
+    (tmp_path / "build_wide.yaml").write_text("defaults:\n  - build\n  - _self_\nmax_sides: 2048\n")
+    assert main(["config", "show", "build_wide", "--check", "--config-dir", str(tmp_path)]) == 2
+    assert "max_sides: unknown key; did you mean 'max_side'?" in capfd.readouterr().err
+    (tmp_path / "other.yaml").write_text("a: 1\n")
+    assert main(["config", "show", "other", "--config-dir", str(tmp_path)]) == 0
+    assert main(["config", "show", "other", "--check", "--config-dir", str(tmp_path)]) == 2
+    assert "other: no schema for it" in capfd.readouterr().err
