@@ -11,11 +11,12 @@ from sana_ref import ops  # noqa: F401  registers the custom op
 from sana_ref.build import empty
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 
-__all__ = ["forward_flops", "peak_flops", "training_flops"]
+__all__ = ["forward_flops", "operator_flops", "peak_flops", "training_flops"]
 
 # Dense bf16 on tensor cores, FLOP/s, by what the driver calls the card. Source: NVIDIA's H100 and H200 data sheets (SXM; the
 # sheets print twice as much, with sparsity).
 PEAK = {"H100": 989.4e12, "H200": 989.4e12}
+PASSES = 3  # forward; the backward pass multiplies each matrix product twice (PaLM, arXiv:2204.02311, appendix B)
 
 
 @register_flop_formula(torch.ops.sana.relu_linear_attention)  # type: ignore[untyped-decorator]
@@ -25,9 +26,9 @@ def _relu_linear_attention(q: tuple[int, ...], *_: Any, **__: Any) -> int:
     return batch * heads * (2 * 2 * tokens * dim * dim + 2 * 2 * tokens * dim)
 
 
-def forward_flops(config: SanaTransformerConfig, *, batch: int, height: int, width: int, tokens: int) -> int:
-    """A multiply and an add are two. height, width: latent cells; tokens: of a text. Norms and activations are not counted, as is
-    usual for model FLOP utilisation.
+def operator_flops(config: SanaTransformerConfig, *, batch: int, height: int, width: int, tokens: int) -> dict[str, int]:
+    """Of a forward pass, by operator, the largest first. A multiply and an add are two. height, width: latent cells; tokens: of a
+    text. Norms and activations are not counted, as is usual for model FLOP utilisation.
     """
     model = empty(lambda: SanaTransformer2DModel(config))
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
@@ -38,14 +39,18 @@ def forward_flops(config: SanaTransformerConfig, *, batch: int, height: int, wid
             torch.empty(batch, tokens),
             torch.empty(batch) if config.guidance_embeds else None,
         )
-    return int(counter.get_total_flops())
+    counts = {str(operator): int(count) for operator, count in counter.get_flop_counts()["Global"].items()}
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def forward_flops(config: SanaTransformerConfig, *, batch: int, height: int, width: int, tokens: int) -> int:
+    """The sum of operator_flops."""
+    return sum(operator_flops(config, batch=batch, height=height, width=width, tokens=tokens).values())
 
 
 def training_flops(config: SanaTransformerConfig, *, batch: int, height: int, width: int, tokens: int) -> int:
-    """Three times the forward pass: the backward pass multiplies each matrix product twice (PaLM, arXiv:2204.02311, appendix B).
-    What checkpointing computes again is not counted.
-    """
-    return 3 * forward_flops(config, batch=batch, height=height, width=width, tokens=tokens)
+    """Of a forward and a backward pass. What checkpointing computes again is not counted."""
+    return PASSES * forward_flops(config, batch=batch, height=height, width=width, tokens=tokens)
 
 
 def peak_flops(device_name: str) -> float | None:
