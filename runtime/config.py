@@ -103,13 +103,45 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: Path | 
 
 
 def compose_experiment(name: str, overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> Composed:
-    """Compose experiment/NAME.yaml over train.yaml. Raises as compose does; for an unknown one, with the nearest name."""
+    """Compose experiment/NAME.yaml over train.yaml, or over train_TASK.yaml if it, or what it inherits from, says `task: TASK`.
+
+    Raises as compose does; for an unknown experiment or task, with the nearest name.
+    """
     folders = _folders(config_dir)
     _find(folders, f"experiment/{name}")
     if twice := [override for override in overrides if override.lstrip("+").startswith("experiment=")]:
         raise ConfigError(f"command line: {twice[0]}: got a second experiment, after {name!r}; expected one.")
-    composed = compose(EXPERIMENT, [f"experiment={name}", *overrides], config_dir)
+    task = _task_of(folders, name)
+    root = EXPERIMENT if task is None else f"{EXPERIMENT}_{task}"
+    if task is not None and _file(folders, root) is None:
+        prefix = f"{EXPERIMENT}_"
+        there = sorted({file.stem.removeprefix(prefix) for folder in folders for file in folder.glob(f"{prefix}*.yaml")})
+        raise ConfigError(f"{name}: task: got {task!r}; {nearest(str(task), there)}. A task has a file {prefix}TASK.yaml")
+    composed = compose(root, [f"experiment={name}", *overrides], config_dir)
+    if (said := composed.values.get("task")) != task:
+        at = composed.origins.of(["task"])
+        raise ConfigError(f"{name}: task: got {said!r} ({at}); expected that of the experiment's file, {task!r}. Choose another one.")
     return Composed(name=name, values=composed.values, origins=composed.origins)
+
+
+def _task_of(folders: Sequence[Path], name: str, seen: frozenset[str] = frozenset()) -> Any:
+    """What an experiment's file says of its task, else those that it inherits from. None: nothing. Mistakes are Hydra's to find."""
+    from yaml import YAMLError, safe_load
+
+    file = _file(folders, f"experiment/{name}")
+    if file is None or name in seen:
+        return None
+    try:
+        values = safe_load(file.read_text(encoding="utf-8"))
+    except (YAMLError, ValueError):  # UnicodeDecodeError is one
+        return None
+    if not isinstance(values, dict):
+        return None
+    if "task" in values:
+        return values["task"]
+    parents = values.get("defaults")
+    inherited = [each for each in parents if isinstance(each, str) and each != "_self_"] if isinstance(parents, list) else []
+    return next((task for each in reversed(inherited) if (task := _task_of(folders, each, seen | {name})) is not None), None)
 
 
 def names_in_group(group: str, config_dir: Path | str | None = None) -> list[str]:

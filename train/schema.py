@@ -51,6 +51,7 @@ VariantName = Literal[
     "sprint_600m_1024px",
     "sprint_1600m_1024px",
 ]
+TASK = "transformer"
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -106,12 +107,16 @@ class ParallelSettings(_Section):
 
 
 class ValidationSettings(_Section):
-    """Pictures drawn while training, by `schedule`."""
+    """Pictures drawn while training, by `schedule`, and their scores. Without a model, or prompts and judge, there are none."""
 
     every: Count = 1000  # steps
     prompts: tuple[str, ...] = ()
     guidance_scale: float = Field(4.5, ge=1, allow_inf_nan=False)
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(0, ge=0, lt=2**63)  # of the first picture, the next integer for the next
+    model: str | None = None  # folder or Hub id with vae, text_encoder and tokenizer; None: model.checkpoint
+    side: Count | None = None  # px; None: the data's resolution
+    judge: Path | None = None  # a folder with recogniser/ and held_out_captions.json, such as models/sana-tiny
+    judged: Count = 20  # captions of each kind that the judge is shown
 
 
 class EnvironmentSettings(_Section):
@@ -120,7 +125,7 @@ class EnvironmentSettings(_Section):
     name: Literal["local", "cluster", "ci"]
     data: Path  # what an experiment trains on unless it says otherwise
     out: Path  # each run makes a folder in it
-    num_workers: int = Field(ge=0)  # processes that read data, for each GPU
+    num_workers: int = Field(ge=0)  # threads that read data, for each GPU; 0: the training loop reads
 
 
 class ExperimentSettings(_Section):
@@ -138,8 +143,15 @@ class ExperimentSettings(_Section):
 
 
 def load(experiment: str, overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> ExperimentSettings:
-    """The settings of configs/experiment/EXPERIMENT.yaml with `overrides`. Raises ConfigError."""
-    return validate(compose_experiment(experiment, overrides, config_dir), ExperimentSettings)
+    """The settings of configs/experiment/EXPERIMENT.yaml with `overrides`. Raises ConfigError, also for one of another task."""
+    composed = compose_experiment(experiment, overrides, config_dir)
+    task = composed.values.pop("task", TASK)
+    if task != TASK:
+        raise ConfigError(
+            f"{experiment}: task: got {task!r} ({composed.origins.of(['task'])}); expected an experiment of a transformer. "
+            "train.tasks.load reads all of them, and so does python -m train.run"
+        )
+    return validate(composed, ExperimentSettings)
 
 
 def transformer_config(model: ModelSettings) -> SanaTransformerConfig:
@@ -153,14 +165,20 @@ def transformer_config(model: ModelSettings) -> SanaTransformerConfig:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit code 0 if the experiment fits the schema; 2 with the message if not."""
+    """Exit code 0 if the experiment fits the schema of its task; 2 with the message if not. A transformer's needs no PyTorch."""
     parser = argparse.ArgumentParser(prog="python -m train.schema", description="Check an experiment's configuration.")
     parser.add_argument("experiment")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--config-dir", metavar="FOLDER")
     arguments = parser.parse_args(argv)
     try:
-        load(arguments.experiment, arguments.overrides, arguments.config_dir)
+        what = arguments.experiment, arguments.overrides, arguments.config_dir
+        if compose_experiment(*what).values.get("task", TASK) == TASK:
+            load(*what)
+        else:
+            from train import tasks
+
+            tasks.load(*what)
     except ConfigError as error:
         print(f"sana: error: {error}", file=sys.stderr)
         return 2

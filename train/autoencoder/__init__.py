@@ -1,0 +1,1 @@
+"""Training of the autoencoder: reconstruction, perceptual and adversarial phases, of which each is a run."""
