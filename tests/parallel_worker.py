@@ -1,77 +1,94 @@
-"""What each process of the tests does: trains a small transformer for some steps, as `torchrun` would start it."""
+"""What each process of the tests does: runs of a small transformer, one after the other, as `train.run` would make them."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
-from train.parallel import checkpoint
-from train.parallel.wrap import clip_grad_norm, no_sync, per_process, process_group, wrap
-
-CONFIG = SanaTransformerConfig(
-    in_channels=4,
-    out_channels=4,
-    num_attention_heads=2,
-    num_layers=2,
-    num_cross_attention_heads=4,
-    cross_attention_head_dim=16,
-    cross_attention_dim=64,
-    caption_channels=24,
-)
-BATCH, ACCUMULATION = 8, 2
+from train import tasks
+from train.parallel.processes import Processes, process_group
+from train.trainer.errors import TrainingError
+from train.trainer.loop import Trainer
+from train.trainer.stop import Stop
 
 
-def make_model() -> SanaTransformer2DModel:
-    torch.manual_seed(0)
-    return SanaTransformer2DModel(CONFIG)
+def train(options: Mapping[str, Any], processes: Processes) -> dict[str, Any]:
+    """options: overrides; stop, a step; poison, of a process, a step whose loss is not finite; break_save, of a process; validated.
+
+    Returns the losses by step, and what else came of it.
+    """
+    lines: list[str] = []
+    losses: dict[int, float] = {}
+    seen: dict[str, Any] = {"losses": losses, "log": lines}
+    stop = Stop()
+    settings, make_trainer = tasks.load("small", options["overrides"], options["configs"])
+    trainer: Trainer = make_trainer(settings, processes=processes, log=lines.append)
+    mine = processes.rank == options.get("process", 0)
+
+    def on_step(step: int, loss: float) -> None:
+        losses[step] = loss
+        stop.requested = mine and step == options.get("stop")
+
+    trainer.on_step, objective = on_step, trainer.objective
+    if "poison" in options:
+        trainer.objective = lambda model, batch, place: {
+            "loss": objective(model, batch, place)["loss"] * (torch.nan if mine and place.step + 1 == options["poison"] else 1)
+        }
+    if options.get("validated"):
+
+        def validate(step: int, weights: Mapping[str, torch.Tensor]) -> dict[str, float]:
+            assert processes.rank == 0
+            return {"norm": sum(float(t.double().square().sum()) for t in weights.values()), "tensors": len(weights)}
+
+        trainer.validate, trainer.validation_steps = validate, 2
+    try:
+        trainer.resume(allow_changes=options.get("allow_changes", False))
+        with torch.random.fork_rng():
+            seen["done"] = trainer.run(stop) if "break_save" not in options else _run_with_a_full_disk(trainer, stop, mine)
+    except TrainingError as error:
+        seen["error"] = str(error)
+    seen["sharded"] = sum(isinstance(p, DTensor) for p in trainer.parameters.values())
+    seen["counts"] = [trainer.step, trainer.updates, trainer.non_finite]
+    return seen
 
 
-def picture_batch(step: int) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(100 + step)
-    return tuple(torch.randn(shape, generator=generator) for shape in ((BATCH, 4, 4, 4), (BATCH, 4, 4, 4), (BATCH, 7, 24)))
+def _run_with_a_full_disk(trainer: Trainer, stop: Stop, mine: bool) -> bool:
+    """From the second save on, one process cannot write its share."""
+    from torch.distributed.checkpoint import filesystem
+
+    write, num = filesystem.FileSystemWriter.write_data, [0]
+
+    def full(self: Any, *arguments: Any) -> Any:
+        num[0] += 1
+        if mine and num[0] > 1:
+            raise OSError(28, "No space left on device")
+        return write(self, *arguments)
+
+    filesystem.FileSystemWriter.write_data = full  # type: ignore[method-assign]
+    try:
+        return trainer.run(stop)
+    finally:
+        filesystem.FileSystemWriter.write_data = write  # type: ignore[method-assign]
 
 
-def train(strategy: str, steps: range, *, resume: Path | None, save_to: Path | None, asynchronous: bool, out: Path) -> None:
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def main() -> None:
+    phases, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     torch.set_num_threads(1)
-    with process_group(torch.device("cpu")) as mesh:
-        model = wrap(make_model(), strategy, mesh, bf16=False)  # type: ignore[arg-type]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        if resume is not None:
-            checkpoint.load(resume, model, optimizer)
-        share = per_process(BATCH, world_size, ACCUMULATION)
-        losses = []
-        for step in steps:
-            x, target, text = (t.view(ACCUMULATION, world_size, share, *t.shape[1:])[:, rank] for t in picture_batch(step))
-            total = torch.zeros(())
-            for micro in range(ACCUMULATION):
-                with no_sync(model, last=micro == ACCUMULATION - 1):
-                    loss = F.mse_loss(model(x[micro], text[micro], torch.full((share,), 500.0)), target[micro]) / ACCUMULATION
-                    loss.backward()
-                total += loss.detach()
-            clip_grad_norm(model, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            torch.distributed.all_reduce(total)
-            losses.append(float(total) / world_size)
-        if save_to is not None:
-            if asynchronous:
-                checkpoint.save_async(save_to, model, optimizer)()
-            else:
-                checkpoint.save(save_to, model, optimizer)
-        sharded = sum(isinstance(p, DTensor) for p in model.parameters())
-        if rank == 0:
-            out.write_text(json.dumps({"losses": losses, "sharded": sharded}))
+    with process_group() as processes:
+        for name, options in phases.items():
+            found = train(options, processes)
+            everybodys: list[Any] = [None] * processes.world_size
+            dist.all_gather_object(everybodys, found)
+            if processes.rank == 0:
+                (out / f"{name}.json").write_text(json.dumps(everybodys))
 
 
 if __name__ == "__main__":
-    options = json.loads(sys.argv[1])
-    paths = {name: Path(options[name]) if options.get(name) else None for name in ("resume", "save_to", "out")}
-    train(options["strategy"], range(*options["steps"]), asynchronous=options.get("asynchronous", False), **paths)  # type: ignore[arg-type]
+    main()

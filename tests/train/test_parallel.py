@@ -1,125 +1,228 @@
-"""DDP and FSDP2 on Gloo: the same losses as one process, and checkpoints that change the number of processes."""
+"""DDP and FSDP2 on two processes and Gloo: the losses of one, runs that go on as another number, and what goes wrong on one."""
 
 import json
+import math
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import parallel_worker
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from data_sets import FakeEncoders, sample_files, write_folder
 
-from train.parallel import checkpoint
-from train.parallel.__main__ import main as convert
-from train.parallel.wrap import per_process
+from sana_ref.transformer import SanaTransformerConfig
+from train.data.cache import Writer
+from train.data.settings import DataSettings
+from train.data.source import find
+from train.parallel.processes import Processes
+from train.parallel.wrap import unwrapped
+from train.trainer import checkpoint
 
 WORKER = Path(parallel_worker.__file__)
 ROOT = WORKER.parents[1]
+CONFIG = SanaTransformerConfig(
+    in_channels=3,
+    out_channels=3,
+    num_attention_heads=2,
+    attention_head_dim=8,
+    num_layers=2,
+    num_cross_attention_heads=2,
+    cross_attention_head_dim=8,
+    cross_attention_dim=16,
+    caption_channels=2,
+)
+EXPERIMENT = """\
+# @package _global_
+name: small
+model:
+  variant: null
+  transformer: {config}
+data:
+  cache: {cache}
+objective:
+  caption_dropout: 0.3
+trainer:
+  folder: {root}/unnamed
+  steps: 4
+  batch: 8
+  micro_batch: 2
+  clip: 1.0
+  ema_decay: 0.9
+  precision: fp32
+  activation_checkpointing: false
+  checkpoint_steps: 100
+  tensorboard: false
+"""
+COMMON = ["env=ci", "optimizer=adamw", "trainer.optimizer.lr=0.003", "trainer.schedule.warm_up_steps=0", "trainer.precision=fp32"]
+COMMON += ["trainer.steps=4", "trainer.batch=8", "trainer.micro_batch=2", "trainer.checkpoint_steps=100"]
 
 
-def run(processes: int, out: Path, **options: object) -> dict:
-    """Start the worker as torchrun does."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(WORKER)]
-    arguments = json.dumps(options | {"out": str(out)}, default=str)
-    done = subprocess.run([*command, arguments], capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment())
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(out.read_text())
+def options(root: Path, folder: str, strategy: str, *more: str, **others: Any) -> dict[str, Any]:
+    overrides = [*COMMON, f"parallel.strategy={strategy}", f"trainer.folder={root / folder}", *more]
+    return {"configs": str(root / "configs"), "overrides": overrides, **others}
 
 
 def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+def torchrun(*command: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command]
+
+
+def on_two(root: Path, **phases: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What each process found, by the phase's name."""
+    (root / "phases.json").write_text(json.dumps(phases))
+    command = torchrun(str(WORKER), str(root / "phases.json"), str(root))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment())
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {name: json.loads((root / f"{name}.json").read_text()) for name in phases}
+
+
+def alone(**phase: Any) -> dict[str, Any]:
+    found = parallel_worker.train(phase, Processes(device=torch.device("cpu")))
+    return json.loads(json.dumps(found))
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of six steps in one process."""
-    return run(1, tmp_path_factory.mktemp("alone") / "out.json", strategy="single", steps=[0, 6])["losses"]
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("parallel")
+    settings = DataSettings.checked(path=write_folder(root / "data", sample_files(9)))
+    cache = Writer(find(settings), FakeEncoders(), settings, root / "caches").write()
+    (root / "configs" / "experiment").mkdir(parents=True)
+    text = EXPERIMENT.format(config=json.dumps(asdict(CONFIG)), cache=cache, root=root)
+    (root / "configs" / "experiment" / "small.yaml").write_text(text)
+    return root
+
+
+@pytest.fixture(scope="module")
+def single(root: Path) -> dict[str, Any]:
+    return alone(**options(root, "single", "single", validated=True))
+
+
+@pytest.fixture(scope="module")
+def two(root: Path) -> dict[str, list[dict[str, Any]]]:
+    bf16 = ("trainer.precision=bf16", "trainer.steps=2")
+    return on_two(
+        root,
+        ddp=options(root, "ddp", "ddp", validated=True),
+        fsdp2=options(root, "fsdp2", "fsdp2", "trainer.activation_checkpointing=true", validated=True),
+        ddp_bf16=options(root, "ddp_bf16", "ddp", *bf16),
+        fsdp2_bf16=options(root, "fsdp2_bf16", "fsdp2", "trainer.activation_checkpointing=true", *bf16),
+        auto=options(root, "auto", "auto", "trainer.steps=1"),
+        half=options(root, "run", "fsdp2", stop=2, process=1),
+        poison=options(root, "poison", "fsdp2", poison=2, process=1),
+        full=options(root, "full", "fsdp2", "trainer.checkpoint_steps=1", break_save=True, process=1),
+    )
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_processes_give_the_losses_of_one_and_resume_as_another_number(
-    tmp_path: Path, alone: list[float], strategy: str
-) -> None:
-    half = tmp_path / "half"
-    first = run(2, tmp_path / "a.json", strategy=strategy, steps=[0, 3], save_to=half, asynchronous=strategy == "fsdp2")
-    assert first["losses"] == pytest.approx(alone[:3], rel=1e-5)
+def test_two_processes_give_the_losses_of_one(single: dict, two: dict, strategy: str) -> None:
+    first, second = two[strategy]
+    assert first["losses"] == second["losses"]
+    assert first["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    assert len(set(single["losses"].values())) == 4
     assert (first["sharded"] > 0) == (strategy == "fsdp2")
-    assert not half.with_name("half.part").exists()
-    other = "fsdp2" if strategy == "ddp" else "single"  # saved by one strategy, continued by another
-    second = run(1 if other == "single" else 2, tmp_path / "b.json", strategy=other, steps=[3, 6], resume=half)
-    assert second["losses"] == pytest.approx(alone[3:], rel=1e-5)
-    assert len(set(alone)) == len(alone)
+    assert second["log"] == []
 
 
-def test_one_file_and_back(tmp_path: Path) -> None:
-    model = parallel_worker.make_model()
-    file = tmp_path / "weights.safetensors"
-    save_file(model.state_dict(), file)
-    checkpoint.to_dcp(file, parallel_worker.make_model(), tmp_path / "dcp")
-    target = parallel_worker.make_model()
-    with torch.no_grad():
-        for parameter in target.parameters():
-            parameter.zero_()
-    checkpoint.to_safetensors(tmp_path / "dcp", target, tmp_path / "out" / "model.safetensors")
-    back, there = load_file(tmp_path / "out" / "model.safetensors"), model.state_dict()
-    assert back.keys() == there.keys()
-    assert all(torch.equal(back[name], there[name]) for name in back)
+def validations(lines: list[str]) -> list[list[float]]:
+    return [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in lines if "validation" in line]
 
 
-def test_another_models_file_is_refused(tmp_path: Path) -> None:
-    weights = parallel_worker.make_model().state_dict()
-    weights["proj_out.bias"] = torch.zeros(5)
-    save_file(weights, tmp_path / "weights.safetensors")
-    with pytest.raises(ValueError, match=r"proj_out.bias.*got shape \(5,\); the model has \(4,\)"):
-        checkpoint.to_dcp(tmp_path / "weights.safetensors", parallel_worker.make_model(), tmp_path / "dcp")
-    assert not (tmp_path / "dcp").exists()
+def test_validation_sees_the_whole_average_by_the_models_names(single: dict, two: dict) -> None:
+    expected = validations(single["log"])
+    assert len(expected) == 2
+    for strategy in ("ddp", "fsdp2"):
+        found = validations(two[strategy][0]["log"])
+        assert [value for row in found for value in row] == pytest.approx([v for row in expected for v in row], rel=1e-4)
+    assert f"tensors {len(weights_of(single_model()))}.0000" in next(line for line in single["log"] if "validation" in line)
 
 
-def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = parallel_worker.make_model()
-    checkpoint.save(tmp_path / "last", model)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "last").iterdir()}
+def single_model() -> torch.nn.Module:
+    from sana_ref.transformer import SanaTransformer2DModel
 
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.save(tmp_path / "last", model)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "last").iterdir()} == before
+    return SanaTransformer2DModel(CONFIG)
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="got no distributed checkpoint"):
-        checkpoint.load(tmp_path, parallel_worker.make_model())
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(unwrapped(model).state_dict())
 
 
-def test_a_batch_that_cannot_be_dealt_out() -> None:
-    assert per_process(64, 8, 2) == 4
-    with pytest.raises(ValueError, match=r"got 30 for 8 processes x 2 micro-batches; expected a multiple of 16.*The next is 32"):
-        per_process(30, 8, 2)
+def test_bf16_shards_are_as_good_as_autocast(single: dict, two: dict) -> None:
+    for strategy in ("ddp_bf16", "fsdp2_bf16"):
+        for step in ("1", "2"):
+            assert two[strategy][0]["losses"][step] == pytest.approx(single["losses"][step], rel=2e-2)
 
 
-def test_convert_there_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = parallel_worker.make_model()
-    checkpoint.save(tmp_path / "step_3", model)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps(asdict(model.config)))
-    assert convert(["convert", str(tmp_path / "step_3"), str(tmp_path / "transformer"), "--config", str(config)]) == 0
-    assert convert(["convert", str(tmp_path / "transformer"), str(tmp_path / "again")]) == 0
-    target = parallel_worker.make_model()
-    with torch.no_grad():
-        target.proj_out.weight.zero_()
-    checkpoint.load(tmp_path / "again", target)
-    assert all(torch.equal(a, b) for a, b in zip(target.parameters(), model.parameters(), strict=True))
+def test_a_run_that_fits_is_replicated_and_says_why(two: dict) -> None:
+    assert two["auto"][0]["sharded"] == 0
+    assert two["auto"][0]["log"][0].startswith("ddp on 2 GPUs of")
 
-    assert convert(["convert", str(tmp_path / "transformer"), str(tmp_path / "again")]) == 2
-    assert "Nothing is overwritten" in capsys.readouterr().err
-    assert convert(["convert", str(tmp_path / "step_3"), str(tmp_path / "other")]) == 2
-    assert "got no transformer config" in capsys.readouterr().err
-    assert convert(["convert", str(tmp_path), str(tmp_path / "other")]) == 2
-    assert "got neither a distributed checkpoint" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists()
+
+def test_a_run_goes_on_as_another_number_and_another_strategy(root: Path, single: dict, two: dict) -> None:
+    """Two shares, stopped by the second process; then one process; then two copies, or two shares from that one's file."""
+    half = two["half"]
+    assert [found["counts"] for found in half] == [[2, 2, 0]] * 2  # the first one was not asked to stop
+    assert not any(found["done"] for found in half)
+    losses = dict(half[0]["losses"])
+    third = alone(**options(root, "run", "single", stop=3))
+    losses |= third["losses"]
+    shutil.copytree(root / "run", root / "again")
+    assert (checkpoint.latest(root / "run") / "model.safetensors").is_file()
+    last = on_two(root, last=options(root, "run", "ddp"), again=options(root, "again", "fsdp2"))
+    for name in ("last", "again"):
+        assert losses | last[name][0]["losses"] == pytest.approx(single["losses"], rel=1e-5)
+    fourth = alone(**options(root, "again", "single", "trainer.steps=5", allow_changes=True))
+    longer = alone(**options(root, "single", "single", "trainer.steps=5", allow_changes=True))
+    assert fourth["losses"]["5"] == pytest.approx(longer["losses"]["5"], rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_on_one_is_skipped_by_both(two: dict) -> None:
+    for found in two["poison"]:
+        assert found["counts"] == [4, 3, 1]
+        assert [math.isfinite(loss) for loss in found["losses"].values()] == [True, False, True, True]
+
+
+def test_a_full_disk_on_one_ends_both_and_leaves_the_last_good_checkpoint(root: Path, two: dict) -> None:
+    for found in two["full"]:
+        assert re.search(r"step_00000002: .*No space left on device.*last good one stays: .*step_00000001", found["error"])
+    assert [path.name for path in (root / "full").iterdir()] == ["step_00000001"]
+    again = alone(**options(root, "full", "single", stop=2, allow_changes=True))
+    assert list(again["losses"]) == ["2"]
+
+
+def test_a_batch_that_two_cannot_share_is_refused(root: Path) -> None:
+    from train import tasks
+    from train.trainer.errors import TrainingError
+
+    given = options(root, "uneven", "auto", "trainer.batch=6")
+    settings, make_trainer = tasks.load("small", given["overrides"], given["configs"])
+    with pytest.raises(TrainingError, match=r"batch: got 6, which 2 processes.*multiple of 4. Use 4 or 8"):
+        make_trainer(settings, processes=Processes(device=torch.device("cpu"), world_size=2))
+
+
+def test_sigterm_to_one_process_saves_on_both_and_ends_with_zero(root: Path) -> None:
+    given = options(root, "sigterm", "fsdp2", "trainer.steps=100000", "trainer.log_steps=1")
+    command = torchrun("-m", "train.run", "experiment=small", "--config-dir", given["configs"], *given["overrides"])
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment())
+    assert started.stdout is not None
+    try:
+        while not (line := started.stdout.readline()).startswith("step 2/"):
+            assert line, started.communicate()[1][-4000:]
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+        os.kill(max(map(int, children)), signal.SIGTERM)
+        out, err = started.communicate(timeout=60)
+    finally:
+        started.kill()
+    assert started.returncode == 0, err[-4000:]
+    assert "stopped and saved" in out
+    (saved,) = (path for path in (root / "sigterm").iterdir() if path.is_dir())
+    assert f"saved {saved}" in out

@@ -82,23 +82,22 @@ def test_what_does_not_fit_says_what_would_help() -> None:
     config = VARIANTS["sana_1_5_4800m_1024px"].transformer
     with pytest.raises(ValueError, match="activation checkpointing, adamw8bit, more GPUs"):
         reckon(config, world_size=2, memory=24 * GB, batch=8, height=32, width=32, tokens=300)
-    with pytest.raises(ValueError, match="a smaller micro-batch, fsdp2"):
-        reckon(
-            config,
-            world_size=2,
-            memory=24 * GB,
-            batch=8,
-            height=32,
-            width=32,
-            tokens=300,
-            strategy="ddp",
-            optimizer="came",
-            checkpointing=True,
-        )
+    shape = {"world_size": 2, "memory": 24 * GB, "batch": 8, "height": 32, "width": 32, "tokens": 300, "checkpointing": True}
+    told = reckon(config, strategy="ddp", **shape)
+    assert (told.strategy, told.fits, told.remedies) == ("ddp", False, ("a smaller micro-batch", "adamw8bit", "fsdp2"))
+    with pytest.raises(ValueError, match="adamw, which can be sharded"):
+        reckon(config, optimizer="came", **shape)
+
+
+def test_gradients_that_wait_for_the_last_micro_batch_are_whole() -> None:
+    one, two = (reckon(SMALL, world_size=2, memory=GB, strategy="fsdp2", accumulation=n, **SHAPE) for n in (1, 2))
+    assert two.total - one.total == pytest.approx(2 * one.parts["weights, fp32"], abs=4)
 
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="got 'sgd'; expected one of adamw"):
         reckon(SMALL, world_size=1, memory=GB, optimizer="sgd", **SHAPE)
+    with pytest.raises(ValueError, match="got fsdp2 with came; expected adamw, or ddp"):
+        reckon(SMALL, world_size=2, memory=GB, optimizer="came", strategy="fsdp2", **SHAPE)
     with pytest.raises(ValueError, match="got single with 2 processes"):
         reckon(SMALL, world_size=2, memory=GB, strategy="single", **SHAPE)

@@ -57,6 +57,7 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
         "trainer.steps=4",
         "trainer.batch=4",
         "trainer.micro_batch=2",
+        "trainer.tensorboard=false",
     ]
     return ["experiment=small", "--config-dir", str(folder / "configs"), *settings, "trainer.checkpoint_steps=100", *more]
 
@@ -89,7 +90,7 @@ def test_a_run_that_is_extended_ends_where_one_that_was_not_does(folder: Path, t
         ("trainer.btach=3", "batch"),
         ("data.cache=null", "got null; expected the folder that `sana data prepare` named"),
         ("data.cache=/nowhere", "/nowhere"),
-        ("parallel.strategy=ddp", "expected one process"),
+        ("parallel.strategy=ddp", "got ddp and one process; expected several, which torchrun starts"),
         ("model.transformer.num_layers=3", "a transformer with"),
     ],
 )

@@ -18,6 +18,7 @@ import torch
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 from train.objective.flow import FlowObjective
 from train.objective.settings import LogitNormal, ObjectiveSettings
+from train.parallel.processes import Processes
 from train.trainer import checkpoint
 from train.trainer.errors import NonFiniteError, TrainingError
 from train.trainer.loop import Trainer
@@ -81,6 +82,7 @@ def settings_for(folder, **changes):
         "schedule": LrScheduleSettings(kind="cosine", warm_up_steps=2, floor=0.1),
         "ema_decay": 0.99,
         "precision": "fp32",
+        "tensorboard": False,
     }
     return TrainerSettings(**(values | changes))
 
@@ -178,12 +180,12 @@ def test_accumulation_is_the_batch_as_a_whole(tmp_path):
         tmp_path, objective=FlowObjective(ObjectiveSettings(flow_shift=1e-30, caption_dropout=0))
     )  # t is 0: noise is the target's
     batches = iter(MemorySource())
-    first, second = (trainer._micro_batch(batch, n) for n, batch in enumerate([next(batches), next(batches)]))
+    first, second = (trainer._micro_batch(batch, n)["loss"] for n, batch in enumerate([next(batches), next(batches)]))
     norm = torch.autograd.grad((first + second) / 2, list(trainer.parameters.values()), allow_unused=True)
     expected = torch.nn.utils.get_total_norm([g for g in norm if g is not None]).item()
-    loss, got, _ = trainer._step(iter(MemorySource()))
+    scalars, got, _ = trainer._step(iter(MemorySource()))
     assert got == pytest.approx(expected, rel=1e-5)
-    assert loss == pytest.approx((first + second).item() / 2, rel=1e-6)
+    assert scalars["loss"] == pytest.approx((first + second).item() / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "module"), [("came", "came_pytorch"), ("adamw8bit", "bitsandbytes")])
@@ -268,8 +270,9 @@ def test_data_of_another_size_and_data_that_end_are_refused(tmp_path):
 
 def test_world_size_that_does_not_divide_the_batch(tmp_path):
     settings = settings_for(tmp_path, batch=16, micro_batch=2)
+    processes = Processes(device=torch.device("cpu"), world_size=3)
     with pytest.raises(TrainingError, match=r"got 16, which 3 processes.*multiple of 6. Use 12 or 18"):
-        Trainer(SanaTransformer2DModel(MODEL), MemorySource(), settings, OBJECTIVE, world_size=3)
+        Trainer(SanaTransformer2DModel(MODEL), MemorySource(), settings, OBJECTIVE, processes=processes)
 
 
 def start(folder, steps):

@@ -4,17 +4,21 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from train.parallel.processes import Processes
 from train.trainer.ema import Ema
 from train.trainer.errors import TrainingError
-from train.trainer.loop import Scalars
 from train.trainer.optimizer import learning_rate, make_optimizer
+from train.trainer.scalars import Scalars
 from train.trainer.settings import LrScheduleSettings, OptimizerSettings, TrainerSettings, accumulation
+
+ALONE = Processes(device=torch.device("cpu"))
 
 
 def test_only_matrices_decay():
@@ -82,7 +86,30 @@ def test_tensorboard_that_is_absent_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     settings = TrainerSettings(folder=tmp_path, steps=1, batch=1, micro_batch=1, tensorboard=True)
     with pytest.raises(TrainingError, match="pip install tensorboard"):
-        Scalars(settings, 0)
+        Scalars(settings, 0, {}, ALONE)
+
+
+def test_wandb(tmp_path, monkeypatch):
+    calls = []
+    run = SimpleNamespace(log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finished"))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: calls.append(options) or run))
+    settings = TrainerSettings(folder=tmp_path / "run", steps=1, batch=1, micro_batch=1, tensorboard=False, wandb_project="sana")
+    for first_step in (0, 5):  # a run and its continuation
+        scalars = Scalars(settings, first_step, {"a": 1}, ALONE)
+        scalars.add(first_step + 1, {"loss": 0.5})
+        scalars.close()
+    assert [call for call in calls if not isinstance(call, dict)] == [
+        (1, {"train/loss": 0.5}),
+        "finished",
+        (6, {"train/loss": 0.5}),
+        "finished",
+    ]
+    first, second = (call for call in calls if isinstance(call, dict))
+    assert first == second  # one identity: one curve
+    assert (first["project"], first["name"], first["config"], first["resume"]) == ("sana", "run", {"a": 1}, "allow")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrainingError, match=r"wandb_project: got 'sana'.*pip install wandb, or set it to null"):
+        Scalars(settings, 0, {}, ALONE)
 
 
 def test_settings_load_without_pytorch():

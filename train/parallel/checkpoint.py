@@ -1,7 +1,7 @@
-"""Training state on many processes: written in shares, read on any number of processes, and as one file for everything else.
+"""Tensors on many processes: written in shares, read on any number of processes, and as one file for everything else.
 
-The format is PyTorch's distributed checkpoint (DCP). A checkpoint is written under a temporary name and renamed when every process
-has written its share, so that one with its final name is whole.
+The format is PyTorch's distributed checkpoint (DCP). A folder is written under a temporary name and renamed when every process has
+written its share, so that one with its final name is whole.
 """
 
 from __future__ import annotations
@@ -10,135 +10,132 @@ import contextlib
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from train.parallel.wrap import unwrapped
+__all__ = ["is_sharded", "load", "save", "save_async", "shapes", "sync"]
 
-__all__ = ["load", "save", "save_async", "to_dcp", "to_safetensors"]
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+T = TypeVar("T")
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def is_sharded(folder: Path) -> bool:
+    return (folder / ".metadata").is_file()
 
 
 @contextlib.contextmanager
 def _alone_is_fine() -> Iterator[None]:
     """One process is no mistake here: without PyTorch's warning that there is only one."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="torch.distributed is (disabled|unavailable)")
         yield
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """By the checkpoint's names, whatever wraps the model."""
-    model_state, optimizer_state = get_state_dict(unwrapped(model), optimizer if optimizer is not None else ())
-    return {"model": model_state} | ({"optimizer": optimizer_state} if optimizer is not None else {})
+def _together(what: Callable[[], T]) -> T:
+    """Do `what`; if it fails on one process, all raise OSError, so that none waits for another."""
+    result, said = None, None
+    try:
+        result = what()
+    except (Exception, CheckpointException) as error:  # the latter is no Exception, and its text is a traceback for each process
+        causes = [str(cause[0]) for cause in error.failures.values()] if isinstance(error, CheckpointException) else [str(error)]
+        said = next(iter(causes), type(error).__name__)
+    everybodys: list[str | None] = [said]
+    if dist.is_initialized():
+        everybodys = [None] * dist.get_world_size()
+        dist.all_gather_object(everybodys, said)
+    failed = [f"process {rank}: {text}" for rank, text in enumerate(everybodys) if text is not None]
+    if failed:
+        raise OSError(failed[0])
+    return result  # type: ignore[return-value]
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _temporary(folder: Path) -> Path:
-    return folder.with_name(folder.name + ".part")
+    return folder.with_name(f".{folder.name}.writing")
 
 
 def _clear(folder: Path) -> None:
-    if _rank() == 0:
+    if _is_first():
         shutil.rmtree(_temporary(folder), ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    _barrier()
+        _temporary(folder).mkdir(parents=True)
 
 
-def _finish(folder: Path) -> None:
-    _barrier()
-    if _rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(_temporary(folder), folder)
-    _barrier()
+def sync(path: Path) -> None:
+    """Bring a file, or a folder's list of files, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Write `folder`. All processes call it; returns when the checkpoint has its name. Raises OSError as the file system does."""
-    _clear(folder)
-    with _alone_is_fine():
-        dcp.save(_state(model, optimizer), checkpoint_id=_temporary(folder))
-    _finish(folder)
+def _finish(folder: Path, texts: Mapping[str, str]) -> None:
+    if _is_first():
+        part = _temporary(folder)
+        for name, text in texts.items():
+            (part / name).write_text(text, encoding="utf-8")
+            sync(part / name)
+        sync(part)
+        os.replace(part, folder)
 
 
-def save_async(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> Callable[[], None]:
-    """As save(), while training goes on: the state is copied to host memory before this returns, and written behind it.
+@contextlib.contextmanager
+def _removed_if_it_fails(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        if _is_first():
+            shutil.rmtree(_temporary(folder), ignore_errors=True)
+        raise
 
-    All processes call the function that is returned, before the next save and before they end: it waits and renames. The process
-    group must have a CPU backend ("cpu:gloo,cuda:nccl").
+
+def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write `folder`, which is new, from this process alone. Raises OSError."""
+    with _removed_if_it_fails(folder), _alone_is_fine():
+        _together(lambda: _clear(folder))
+        _together(lambda: dcp.save(dict(tensors), checkpoint_id=_temporary(folder)))
+        _together(lambda: _finish(folder, {}))
+
+
+def save_async(
+    folder: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str], group: dist.ProcessGroup | None
+) -> Callable[[], None]:
+    """As save(), from all processes, while training goes on: tensors are copied to host memory before this returns, and written
+    behind it, with small files beside them. group: of all processes, on CPUs, for the writing alone.
+
+    All processes call the function that is returned, before the next save and before they end: it waits and renames. Either raises
+    OSError on all of them if it fails on one; the folder is not there then.
     """
-    _clear(folder)
-    future = dcp.async_save(_state(model, optimizer), checkpoint_id=_temporary(folder))
+    with _removed_if_it_fails(folder):
+        _together(lambda: _clear(folder))
+        future: Any = _together(lambda: dcp.async_save(dict(tensors), checkpoint_id=_temporary(folder), process_group=group))
 
     def finish() -> None:
-        future.result()
-        _finish(folder)
+        with _removed_if_it_fails(folder):
+            _together(future.result)
+            _together(lambda: _finish(folder, texts))
 
     return finish
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Into `model` and `optimizer`, which may be wrapped in another way and on another number of processes than when it was saved.
-
-    Raises FileNotFoundError if there is no such checkpoint.
-    """
-    if not (folder / ".metadata").is_file():
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Of the tensors in a checkpoint. Raises FileNotFoundError if it is none."""
+    if not is_sharded(folder):
         raise FileNotFoundError(f"{folder}: got no distributed checkpoint; expected a folder with .metadata and shares")
-    state = _state(model, optimizer)
+    found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {name: tuple(item.size) for name, item in found.items() if isinstance(item, TensorStorageMetadata)}
+
+
+def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Into `tensors`, whole or shares on any number of processes, whatever they were when they were saved. Raises OSError."""
     with _alone_is_fine():
-        dcp.load(state, checkpoint_id=folder)
-    set_state_dict(
-        unwrapped(model),
-        optimizer if optimizer is not None else (),
-        model_state_dict=state["model"],
-        optim_state_dict=state.get("optimizer", {}),
-    )
-
-
-def to_safetensors(folder: Path, model: nn.Module, out: Path, *, dtype: torch.dtype | None = None) -> None:
-    """A checkpoint's weights as one file in diffusers' names; one process, on the CPU. model: of the config, with memory.
-
-    out: such as transformer/diffusion_pytorch_model.safetensors; config.json beside it is the caller's. dtype: None keeps fp32.
-    """
-    load(folder, model)
-    weights = {name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in model.state_dict().items()}
-    temporary = out.with_name(out.name + ".part")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, temporary, metadata={"format": "pt"})
-    os.replace(temporary, out)
-
-
-def to_dcp(file: Path, model: nn.Module, folder: Path) -> None:
-    """The way back: one safetensors file becomes a checkpoint that any number of processes loads, without optimizer state.
-
-    Raises ValueError if names or shapes are not the model's.
-    """
-    weights = load_file(file)
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if found != expected:
-        name = min(set(found.items()) ^ set(expected.items()))[0]
-        raise ValueError(
-            f"{file}, {name!r}: got shape {found.get(name)}; the model has {expected.get(name)}. Is the config its own?"
-        )
-    model.load_state_dict(_as(weights, model))
-    save(folder, model)
-
-
-def _as(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    return {name: weights[name].to(tensor.dtype) for name, tensor in model.state_dict().items()}
+        _together(lambda: dcp.load(dict(tensors), checkpoint_id=folder))

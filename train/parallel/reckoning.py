@@ -16,13 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sana_ref.build import empty
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
+from train.parallel.wrap import Strategy
 
 __all__ = ["Reckoning", "activation_bytes", "reckon"]
 
-Strategy = Literal["single", "ddp", "fsdp2"]
 # fp32 weights are updated; two moments of the optimizer in fp32, or in a byte each with a scale for every 256 of them.
 MOMENT_BYTES: Mapping[str, float] = {"adamw": 8, "adamw8bit": 2 * (1 + 4 / 256), "came": 4}  # CAME: one moment, factored squares
 MASTER, GRADIENT, EMA, HALF = 4, 4, 4, 2
+SHARDED = ("adamw",)  # work on a share of a tensor as on the whole: CAME factors it, bitsandbytes quantizes blocks of it
 USABLE = 0.90  # of a GPU's memory: the rest is for the allocator's gaps, NCCL and the libraries
 
 
@@ -34,6 +35,11 @@ class Reckoning:
     world_size: int
     memory: int  # of a GPU
     parts: Mapping[str, int]
+    remedies: tuple[str, ...] = ()  # if it does not fit
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= USABLE * self.memory
 
     @property
     def total(self) -> int:
@@ -106,15 +112,21 @@ def reckon(
     optimizer: str = "adamw",
     ema: bool = True,
     checkpointing: bool = False,
+    accumulation: int = 1,
     strategy: Strategy | Literal["auto"] = "auto",
 ) -> Reckoning:
     """Count what each GPU holds, and choose: one process alone, DDP if a whole copy fits, otherwise FSDP2.
 
-    world_size: GPUs. memory: bytes of each. batch: pictures in a micro-batch on each GPU. strategy: as told, or auto.
-    Raises ValueError if nothing fits, with what would help, or for an optimizer that is not known.
+    world_size: GPUs. memory: bytes of each. batch: pictures in a micro-batch on each GPU, of which a step has `accumulation`.
+    strategy: as told, whether it fits or not, or auto. Raises ValueError if nothing fits, with what would help, for an optimizer
+    that is not known, or one that cannot work on shares.
     """
     if optimizer not in MOMENT_BYTES:
         raise ValueError(f"optimizer: got {optimizer!r}; expected one of {', '.join(MOMENT_BYTES)}")
+    if strategy == "fsdp2" and optimizer not in SHARDED:
+        raise ValueError(
+            f"parallel: got fsdp2 with {optimizer}; expected {', '.join(SHARDED)}, or ddp: {optimizer} needs whole tensors"
+        )
     if strategy == "single" and world_size > 1:
         raise ValueError(f"parallel: got single with {world_size} processes; expected ddp, fsdp2 or auto")
     activations = activation_bytes(config, batch=batch, height=height, width=width, tokens=tokens, checkpointing=checkpointing)
@@ -134,18 +146,26 @@ def reckon(
         # FSDP2 gathers a block in bf16 while the one before still computes; DDP's autocast holds a bf16 copy of every matrix, and
         # its buckets are views of the gradients.
         parts["bf16 copies"] = 2 * HALF * block if chosen == "fsdp2" else HALF * weights
+        if chosen == "fsdp2" and accumulation > 1:
+            parts["gradients not yet summed"] = GRADIENT * weights  # over the processes, which happens once a step
         parts["activations"] = activations
-        return Reckoning(strategy=chosen, world_size=world_size, memory=memory, parts=parts)
+        found = Reckoning(strategy=chosen, world_size=world_size, memory=memory, parts=parts)
+        return found if found.fits else replace(found, remedies=remedies(chosen))
 
-    candidates: list[Strategy] = ["single"] if world_size == 1 else ["ddp", "fsdp2"]
-    reckonings = [of(strategy)] if strategy != "auto" else [of(each) for each in candidates]
-    for each in reckonings:
-        if each.total <= USABLE * memory:
-            return each
-    advice = ["a smaller micro-batch"] + ([] if checkpointing else ["activation checkpointing"])
-    advice += [] if optimizer != "adamw" else ["adamw8bit"]
-    advice += ["more GPUs"] if strategy in ("auto", "fsdp2") else ["fsdp2"]
+    def remedies(chosen: Strategy) -> tuple[str, ...]:
+        found = ["a smaller micro-batch"] + ([] if checkpointing else ["activation checkpointing"])
+        found += ["adamw8bit"] if optimizer == "adamw" else []
+        found += ["fsdp2"] if chosen == "ddp" and strategy == "ddp" and optimizer in SHARDED else []
+        found += ["adamw, which can be sharded"] if chosen == "ddp" and optimizer not in SHARDED else []
+        return (*found, "more GPUs") if chosen != "ddp" else tuple(found)
+
+    if strategy != "auto":
+        return of(strategy)
+    candidates: tuple[Strategy, ...] = ("single",) if world_size == 1 else ("ddp", "fsdp2") if optimizer in SHARDED else ("ddp",)
+    reckonings = [of(each) for each in candidates]
+    if (fitting := next((each for each in reckonings if each.fits), None)) is not None:
+        return fitting
     raise ValueError(
-        f"parallel: got a run that needs more than {USABLE:.0%} of a GPU's memory; expected less. Try {', '.join(advice)}.\n"
-        f"{reckonings[-1]}"
+        f"parallel: got a run that needs more than {USABLE:.0%} of a GPU's memory; expected less. "
+        f"Try {', '.join(reckonings[-1].remedies)}.\n{reckonings[-1]}"
     )

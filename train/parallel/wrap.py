@@ -3,64 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sana_ref.transformer import SanaTransformer2DModel
+from train.parallel.processes import Processes
 
-__all__ = ["clip_grad_norm", "no_sync", "per_process", "process_group", "unwrapped", "wrap"]
+__all__ = ["Strategy", "clip_grad_norm", "local", "no_sync", "placed", "replicate", "unwrapped", "whole", "wrap"]
 
-
-@contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[DeviceMesh]:
-    """A mesh over all processes that torchrun started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment): NCCL on
-    GPUs, Gloo on CPUs. It is left at the end, also after an error."""
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("data",))
-        dist.barrier()  # nobody leaves while another still talks to it
-    finally:
-        dist.destroy_process_group()
+Strategy = Literal["single", "ddp", "fsdp2"]
 
 
-def per_process(batch_size: int, world_size: int, accumulation: int = 1) -> int:
-    """Pictures of a micro-batch on each process. Raises ValueError if they cannot be dealt out evenly."""
-    share, rest = divmod(batch_size, world_size * accumulation)
-    if rest or not share:
-        raise ValueError(
-            f"batch_size: got {batch_size} for {world_size} processes x {accumulation} micro-batches; expected a multiple of "
-            f"{world_size * accumulation}, so that every process sees as many pictures. The next is "
-            f"{(share + 1) * world_size * accumulation}."
-        )
-    return share
-
-
-def wrap(
-    model: SanaTransformer2DModel, strategy: Literal["single", "ddp", "fsdp2"], mesh: DeviceMesh | None, *, bf16: bool
-) -> nn.Module:
+def wrap(model: nn.Module, strategy: Strategy, processes: Processes, *, bf16: bool) -> nn.Module:
     """The model as `strategy` runs it. Make the optimizer afterwards: FSDP2 replaces the parameters by shares of them.
 
-    bf16: FSDP2 gathers parameters in bf16 and sums gradients in fp32; under DDP autocast does as much. Each block is a unit that is
-    gathered when it computes.
+    bf16: FSDP2 gathers parameters in bf16 and sums gradients in fp32. Both strategies are called under autocast, and FSDP2 casts no
+    inputs: it would round the times, 0 to 1000, to 8 bits. Each block is a unit that is gathered when it computes; activation
+    checkpointing and compilation come before, so that what is gathered for the backward pass serves a block's second forward pass.
     """
-    if strategy == "single":
+    if strategy == "single" or isinstance(model, DistributedDataParallel | FSDPModule):
         return model
-    assert mesh is not None, "ddp and fsdp2 need a mesh: process_group()"
+    assert processes.mesh is not None, "ddp and fsdp2 need a mesh: process_group()"
     if strategy == "ddp":
-        device_ids = [torch.cuda.current_device()] if mesh.device_type == "cuda" else None
+        device_ids = [processes.device] if processes.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
-    for block in model.transformer_blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None, cast_forward_inputs=False
+    )
+    blocks: nn.ModuleList = model.transformer_blocks  # type: ignore[assignment]
+    for block in blocks:
+        fully_shard(block, mesh=processes.mesh, mp_policy=policy)
+    fully_shard(model, mesh=processes.mesh, mp_policy=policy)
     return model
+
+
+def replicate(model: nn.Module, processes: Processes) -> nn.Module:
+    """DDP, or the model itself for one process: what any model can be trained with that is called as a whole."""
+    return wrap(model, "ddp" if processes.world_size > 1 else "single", processes, bf16=False)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -83,4 +67,26 @@ def no_sync(model: nn.Module, *, last: bool) -> Iterator[None]:
 def clip_grad_norm(model: nn.Module, limit: float) -> Tensor:
     """Scale the gradients so that their norm over all processes is at most `limit`. Returns the norm before, on each process."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's share, or the tensor itself if it is whole; the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's share of a whole tensor, if `like` is one of the same shape."""
+    if isinstance(tensor, DTensor) or not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def whole(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tensor]:
+    """Put shares together, on the first process and in host memory; all processes call it. The others get what was whole."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if full is tensor or processes.rank == 0:
+            found[name] = full if full is tensor else full.cpu()
+    return found

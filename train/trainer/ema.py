@@ -7,11 +7,14 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from train.parallel.wrap import local
+
 __all__ = ["Ema"]
 
 
 class Ema:
-    """Of the trained parameters, by name. The decay is reached gradually, so that the first weights are soon forgotten."""
+    """Of the trained parameters, by name; of this process's share, if they are shared out. The decay is reached gradually, so
+    that the first weights are soon forgotten."""
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
         self.decay = decay
@@ -22,8 +25,8 @@ class Ema:
     def update(self, num_updates: int) -> None:
         """num_updates: of the weights so far, this one not counted."""
         decay = min(self.decay, (1 + num_updates) / (10 + num_updates))
-        weights = [p.detach().float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), weights, 1 - decay)
+        weights = [local(p.detach()).float() for p in self.parameters.values()]
+        torch._foreach_lerp_([local(tensor) for tensor in self.average.values()], weights, 1 - decay)
 
     @torch.no_grad()
     def load(self, average: Mapping[str, Tensor]) -> None:

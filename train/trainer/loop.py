@@ -4,40 +4,41 @@ A step is a function of the weights, the optimizer's state, the step's number an
 these four: a resumed run has the uninterrupted run's losses to the last bit, on a CPU. On a GPU some kernels add in an order of
 their own, which the setting `deterministic` forbids.
 
-The trainer calls `model` as it is given; it may be wrapped. It asks for parameters by name, never for the class.
+On several processes each takes its micro-batches in turn, and everything random is drawn by the micro-batch's number among all of
+the step's: a run on another number of processes sees the same pictures with the same noise. What a process alone may notice, a
+loss that is not finite, a signal, a full disk, all of them agree on before they act.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
-from sana_ref.autoencoder import EfficientViTBlock, ResBlock
-from sana_ref.text_encoder import Gemma2Layer
-from sana_ref.transformer import SanaTransformerBlock
 from train.objective.place import Place
+from train.parallel.processes import Processes
+from train.parallel.wrap import Strategy, clip_grad_norm, no_sync, unwrapped, whole, wrap
 from train.trainer import checkpoint
+from train.trainer.blocks import checkpoint_activations, compile_blocks
 from train.trainer.ema import Ema
 from train.trainer.errors import NonFiniteError, TrainingError
 from train.trainer.optimizer import learning_rate, make_optimizer
+from train.trainer.scalars import Scalars
 from train.trainer.settings import TrainerSettings, accumulation
 from train.trainer.stop import Stop
 
 __all__ = ["Objective", "Source", "Trainer"]
 
 Batch = Mapping[str, Tensor]
-BLOCKS = (SanaTransformerBlock, Gemma2Layer, ResBlock, EfficientViTBlock)  # what repeats within a model
+Validate = Callable[[int, Mapping[str, Tensor]], Mapping[str, float]]
 
 
 class Source(Protocol):
@@ -55,54 +56,12 @@ class Source(Protocol):
 class Objective(Protocol):
     """What is learned: `loss` of a micro-batch, a scalar in fp32, and other scalars by name, which are logged beside it.
 
-    Called under autocast if the run's precision asks for it, with the batch on the model's device. Everything random in it must be
+    `model` is called as a whole, for it may be wrapped; under autocast if the run's precision asks for it, with the batch on the
+    model's device. Everything random in it must be
     a function of `place`, so that a resumed run draws the same.
     """
 
     def __call__(self, model: nn.Module, batch: Batch, place: Place) -> Mapping[str, Tensor]: ...
-
-
-class Scalars:
-    """TensorBoard, if it is asked for. Raises TrainingError if it is not installed."""
-
-    def __init__(self, settings: TrainerSettings, first_step: int) -> None:
-        self.writer: Any = None
-        if settings.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise TrainingError(
-                    f"tensorboard: got true, and it cannot be imported ({error}). Run pip install tensorboard, or set it to false."
-                ) from None
-            self.writer = SummaryWriter(str(settings.folder / "tensorboard"), purge_step=first_step)
-
-    def add(self, step: int, values: Mapping[str, float]) -> None:
-        if self.writer is not None:
-            for name, value in values.items():
-                self.writer.add_scalar(f"train/{name}", value, step)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-
-
-def _checkpoint_activations(model: nn.Module) -> None:
-    """Let the transformer's blocks be computed again in the backward pass. The names of the parameters stay."""
-    blocks = getattr(model, "transformer_blocks", None)
-    if blocks is None:
-        raise TrainingError(f"activation_checkpointing: {type(model).__name__} has no transformer_blocks. Set it to false.")
-    for block in blocks:
-        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
-
-
-def _compile_blocks(model: nn.Module) -> None:
-    """Compile the blocks that repeat, in place: each kind is compiled once, in seconds where a whole model takes minutes, and the
-    names of the parameters stay."""
-    blocks = [module for module in model.modules() if isinstance(module, BLOCKS)]
-    # The compiler asks a block's input for its gradient, and PyTorch warns whoever does: nobody is helped by that.
-    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    for module in blocks or [model]:
-        module.compile(dynamic=False)
 
 
 @contextlib.contextmanager
@@ -119,10 +78,12 @@ def _deterministic(wanted: bool) -> Iterator[None]:
 
 
 class Trainer:
-    """One run. model: on its device, in fp32, in training mode. config: the whole run's, of JSON's types, kept in its checkpoints.
+    """One run. model: on its device, in fp32, in training mode; not wrapped, or by train.parallel.wrap.replicate.
 
-    on_step(step, loss) is called after each step, with a loss that may not be finite. rank and world_size: of this process; the
-    gradients' average over processes is the business of what wraps the model.
+    config: the whole run's, of JSON's types, kept in its checkpoints: what may not change when it goes on. strategy: None is DDP on
+    several processes. on_step(step, loss) is called after each step, with a loss that may not be finite. validate(step, weights) is
+    called by the first process after every validation_steps steps and at the end, with all weights by the model's own names, the
+    average of those that have one; its scalars are logged.
     """
 
     def __init__(
@@ -133,45 +94,52 @@ class Trainer:
         objective: Objective,
         *,
         config: Mapping[str, Any] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
+        processes: Processes | None = None,
+        strategy: Strategy | None = None,
         log: Callable[[str], None] = print,
         on_step: Callable[[int, float], None] | None = None,
+        validate: Validate | None = None,
+        validation_steps: int | None = None,
     ) -> None:
-        self.num_micro_batches = accumulation(settings, world_size)
-        self.model, self.source, self.settings, self.objective = model, source, settings, objective
-        own: dict[str, Any] = {
-            "trainer": settings.model_dump(mode="json", exclude={"folder"}),  # a run may be moved
-            "world_size": world_size,
-        }
-        self.config = own if config is None else dict(config)
-        self.rank, self.log, self.on_step = rank, log, on_step
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.device = next(iter(self.parameters.values())).device
-        self.optimizer = make_optimizer(settings.optimizer, model)
-        self.ema = None if settings.ema_decay is None else Ema(self.parameters.items(), settings.ema_decay)
+        self.device = next(p for p in model.parameters() if p.requires_grad).device
+        self.processes = processes or Processes(device=self.device)
+        self.num_micro_batches = accumulation(settings, self.processes.world_size)
+        self.source, self.settings, self.objective = source, settings, objective
+        own = {"trainer": settings.model_dump(mode="json", exclude={"folder", "tensorboard", "wandb_project"})}
+        self.config: dict[str, Any] = own if config is None else dict(config)
+        self.log = log if self.processes.rank == 0 else lambda line: None
+        self.on_step, self.validate, self.validation_steps = on_step, validate, validation_steps
+        self.strategy: Strategy = strategy or ("ddp" if self.processes.world_size > 1 else "single")
         if settings.activation_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(unwrapped(model))
         if settings.compile:
-            _compile_blocks(model)
+            compile_blocks(unwrapped(model))
+        self.model = wrap(model, self.strategy, self.processes, bf16=settings.precision == "bf16")
+        self.bare = unwrapped(self.model)
+        self.parameters = {name: p for name, p in self.bare.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(settings.optimizer, self.bare)
+        self.ema = None if settings.ema_decay is None else Ema(self.parameters.items(), settings.ema_decay)
         self.step = self.updates = self.non_finite = 0
         self.resumed = False
+        self._finish_save: Callable[[], Path] | None = None
 
     def resume(self, *, allow_changes: bool = False) -> bool:
         """Go on from the newest checkpoint, if there is one. Raises TrainingCheckpointError if it is not this run's."""
-        path = checkpoint.latest(self.settings.folder)
+        path = self.processes.first(lambda: checkpoint.latest(self.settings.folder))
         if path is None:
             return False
+        numbered = dict(enumerate(p for group in self.optimizer.param_groups for p in group["params"]))
         there = checkpoint.load(
             path,
-            model=self.model.state_dict(),
+            model=self.bare.state_dict(),
             config=self.config,
             optimizer_kind=self.settings.optimizer.kind,
             with_ema=self.ema is not None,
             allow_changes=allow_changes,
+            numbered=numbered,
         )
-        self.model.load_state_dict(there.model)
-        self.optimizer.load_state_dict(dict(there.optimizer))
+        self.bare.load_state_dict(there.model)
+        self.optimizer.load_state_dict({"param_groups": self.optimizer.state_dict()["param_groups"]} | dict(there.optimizer))
         if self.ema is not None and there.ema is not None:
             self.ema.load(there.ema)
         self.source.load_state_dict(there.data)
@@ -183,19 +151,30 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Raises TrainingCheckpointError if there is no room; the last good one then stays."""
+        """Raises TrainingCheckpointError if there is no room; the last good one then stays. Shares are written while training goes
+        on, until the next save."""
+        self._wait_for_save()
+        folder, keep = self.settings.folder, self.settings.keep
         snapshot = checkpoint.Snapshot(
             step=self.step,
             updates=self.updates,
             non_finite=self.non_finite,
-            model=self.model.state_dict(),
+            model=self.bare.state_dict(),
             ema=None if self.ema is None else self.ema.average,
             optimizer=self.optimizer.state_dict(),
             optimizer_kind=self.settings.optimizer.kind,
             data=self.source.state_dict(),
             config=self.config,
         )
-        self.log(f"saved {checkpoint.save(self.settings.folder, snapshot, keep=self.settings.keep)}")
+        if self.strategy == "fsdp2":
+            self._finish_save = checkpoint.save_async(folder, snapshot, keep=keep, processes=self.processes)
+        else:
+            self.log(f"saved {self.processes.first(lambda: checkpoint.save(folder, snapshot, keep=keep))}")
+
+    def _wait_for_save(self) -> None:
+        if self._finish_save is not None:
+            finish, self._finish_save = self._finish_save, None
+            self.log(f"saved {finish()}")
 
     def run(self, stop: Stop | None = None) -> bool:
         """Train until all steps are done or a stop is asked for; both leave a checkpoint. Returns whether all steps are done.
@@ -203,14 +182,14 @@ class Trainer:
         Raises NonFiniteError past the limit, without a checkpoint of its own, TrainingError if the folder holds a run that was not
         resumed, if the data ends or if its batches have another size.
         """
-        there = checkpoint.latest(self.settings.folder)
+        there = self.processes.first(lambda: checkpoint.latest(self.settings.folder))
         if there is not None and not self.resumed and self.step == 0:
             raise TrainingError(f"{self.settings.folder}: holds {there.name} of an earlier run. Resume it, or use another folder.")
-        scalars = Scalars(self.settings, self.step)
+        scalars = Scalars(self.settings, self.step, self.config, self.processes)
         batches = iter(self.source)
         last, since = time.monotonic(), self.step
         try:
-            while self.step < self.settings.steps and not (stop is not None and stop.requested):
+            while self.step < self.settings.steps and not self.processes.any(stop is not None and stop.requested):
                 with _deterministic(self.settings.deterministic):
                     found, norm, lr = self._step(batches)
                 self.step += 1
@@ -223,7 +202,10 @@ class Trainer:
                     last, since = now, self.step
                 if self.step % self.settings.checkpoint_steps == 0:
                     self.save()
+                if self._is_validated():
+                    self._validate(scalars)
             self.save()
+            self._wait_for_save()
         finally:
             scalars.close()
         return self.step >= self.settings.steps
@@ -234,13 +216,14 @@ class Trainer:
         settings = self.settings
         totals: dict[str, Tensor] = {}
         for micro_batch in range(self.num_micro_batches):
-            found = self._micro_batch(self._next(batches), micro_batch)
-            (found["loss"] / self.num_micro_batches).backward()  # type: ignore[no-untyped-call]
+            with no_sync(self.model, last=micro_batch == self.num_micro_batches - 1):
+                found = self._micro_batch(self._next(batches), micro_batch)
+                (found["loss"] / self.num_micro_batches).backward()  # type: ignore[no-untyped-call]
             for name, value in found.items():
                 totals[name] = totals.get(name, 0.0) + value.detach().float() / self.num_micro_batches
-        limit = float("inf") if settings.clip is None else settings.clip
-        norm = float(nn.utils.clip_grad_norm_(self.parameters.values(), limit))
-        scalars = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))  # one wait for the device
+        norm = float(clip_grad_norm(self.bare, float("inf") if settings.clip is None else settings.clip))
+        means = self.processes.mean(torch.stack(list(totals.values())))
+        scalars = dict(zip(totals, means.tolist(), strict=True))  # one wait for the device
         value, lr = scalars["loss"], learning_rate(settings.schedule, settings.optimizer.lr, self.step, settings.steps)
         if math.isfinite(value) and math.isfinite(norm):
             for group in self.optimizer.param_groups:
@@ -267,7 +250,8 @@ class Trainer:
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
 
     def _micro_batch(self, batch: Batch, micro_batch: int) -> Mapping[str, Tensor]:
-        place = Place(seed=self.settings.seed, step=self.step, micro_batch=micro_batch, rank=self.rank)
+        number = micro_batch * self.processes.world_size + self.processes.rank  # as the source deals them out
+        place = Place(seed=self.settings.seed, step=self.step, micro_batch=number)
         torch.manual_seed(place.hashed("model"))  # for a dropout within the model
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if self.settings.precision == "bf16":
@@ -280,12 +264,29 @@ class Trainer:
         limit = self.settings.max_non_finite
         self.log(f"step {self.step}: loss {loss}, gradient's norm {norm}: skipped, {self.non_finite} of at most {limit}")
         if self.non_finite > limit:
+            self._wait_for_save()
             there = checkpoint.latest(self.settings.folder)
             raise NonFiniteError(
                 f"step {self.step}: {self.non_finite} losses or gradients were not finite; max_non_finite is {limit}. "
                 f"{f'The last good checkpoint is {there}' if there else 'There is no checkpoint yet'}. Lower optimizer.lr, or look "
                 "at the data."
             )
+
+    def _is_validated(self) -> bool:
+        """After this step."""
+        if self.validate is None:
+            return False
+        at_the_end = self.step == self.settings.steps
+        return at_the_end or (self.validation_steps is not None and self.step % self.validation_steps == 0)
+
+    def _validate(self, scalars: Scalars) -> None:
+        assert self.validate is not None
+        validate = self.validate
+        average: Mapping[str, Tensor] = {} if self.ema is None else self.ema.average
+        weights = whole({**self.bare.state_dict(), **average}, self.processes)
+        found = self.processes.first(lambda: dict(validate(self.step, weights)))
+        self.log(f"step {self.step}: validation " + " ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        scalars.add(self.step, found, "validation")
 
     def _report(self, scalars: Scalars, found: Mapping[str, float], *, norm: float, lr: float, pace: float) -> None:
         done = 100 * self.step / self.settings.steps

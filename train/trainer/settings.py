@@ -59,7 +59,8 @@ class TrainerSettings(_Settings):
     checkpoint_steps: int = Field(default=1000, ge=1)
     keep: int = Field(default=2, ge=1)  # checkpoints
     log_steps: int = Field(default=10, ge=1)
-    tensorboard: bool = False  # scalars in folder/tensorboard; needs the package tensorboard
+    tensorboard: bool = True  # scalars in folder/tensorboard; needs the package tensorboard
+    wandb_project: str | None = None  # scalars go to Weights & Biases too; needs the package wandb
     max_non_finite: int = Field(default=10, ge=0)  # losses or gradients in a run; one more stops it
 
 

@@ -1,0 +1,33 @@
+"""What is done to the blocks that repeat within a model, before anything wraps it. The names of the parameters stay."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from train.trainer.errors import TrainingError
+
+__all__ = ["checkpoint_activations", "compile_blocks"]
+
+BLOCKS = {"SanaTransformerBlock", "Gemma2Layer", "ResBlock", "EfficientViTBlock"}  # by name: sana_ref offers the whole models
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let the transformer's blocks be computed again in the backward pass."""
+    blocks = getattr(model, "transformer_blocks", None)
+    if blocks is None:
+        raise TrainingError(f"activation_checkpointing: {type(model).__name__} has no transformer_blocks. Set it to false.")
+    for block in blocks:
+        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the blocks, in place: each kind is compiled once, in seconds where a whole model takes minutes."""
+    blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
+    # The compiler asks a block's input for its gradient, and PyTorch warns whoever does: nobody is helped by that.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    for module in blocks or [model]:
+        module.compile(dynamic=False)
