@@ -31,6 +31,7 @@ __all__ = ["CONFIGS", "Composed", "ConfigError", "compose", "compose_experiment"
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EXPERIMENT = "train"  # the file that experiments are overlaid on
+FIRST_TASK = "transformer"  # the task of that file; others have a file of their own
 ENVIRONMENT = "SANA_CONFIG_DIR"
 _MAX_COMPLAINTS = 8  # of one configuration
 
@@ -112,24 +113,33 @@ def compose_experiment(name: str, overrides: Sequence[str] = (), config_dir: Pat
     if twice := [override for override in overrides if override.lstrip("+").startswith("experiment=")]:
         raise ConfigError(f"command line: {twice[0]}: got a second experiment, after {name!r}; expected one.")
     task = _task_of(folders, name)
-    root = EXPERIMENT if task is None else f"{EXPERIMENT}_{task}"
-    if task is not None and _file(folders, root) is None:
+    root = EXPERIMENT if task in (None, FIRST_TASK) else f"{EXPERIMENT}_{task}"
+    if root != EXPERIMENT and _file(folders, root) is None:
         prefix = f"{EXPERIMENT}_"
         there = sorted({file.stem.removeprefix(prefix) for folder in folders for file in folder.glob(f"{prefix}*.yaml")})
-        raise ConfigError(f"{name}: task: got {task!r}; {nearest(str(task), there)}. A task has a file {prefix}TASK.yaml")
+        raise ConfigError(
+            f"{name}: task: got {task!r}; {nearest(str(task), [FIRST_TASK, *there])}. A task has a file {prefix}TASK.yaml"
+        )
     composed = compose(root, [f"experiment={name}", *overrides], config_dir)
     if (said := composed.values.get("task")) != task:
         at = composed.origins.of(["task"])
-        raise ConfigError(f"{name}: task: got {said!r} ({at}); expected that of the experiment's file, {task!r}. Choose another one.")
+        raise ConfigError(
+            f"{name}: task: got {said!r} ({at}); expected that of the experiment's file, {task!r}. Choose another one."
+        )
     return Composed(name=name, values=composed.values, origins=composed.origins)
 
 
 def _task_of(folders: Sequence[Path], name: str, seen: frozenset[str] = frozenset()) -> Any:
-    """What an experiment's file says of its task, else those that it inherits from. None: nothing. Mistakes are Hydra's to find."""
+    """What an experiment's file says of its task, else those that it inherits from. None: nothing.
+
+    Raises ConfigError for one that inherits from itself, where Hydra would not end; other mistakes are Hydra's to find.
+    """
     from yaml import YAMLError, safe_load
 
     file = _file(folders, f"experiment/{name}")
-    if file is None or name in seen:
+    if name in seen:
+        raise ConfigError(f"experiment/{name}: inherits from itself; expected an end. Take it out of a list of defaults ({file}).")
+    if file is None:
         return None
     try:
         values = safe_load(file.read_text(encoding="utf-8"))

@@ -103,6 +103,28 @@ def test_the_command_line_beats_all(folder):
     assert (chosen.values["optimizer"]["kind"], origins_of(chosen)["optimizer.kind"]) == ("adamw", "adamw.yaml:1")
 
 
+def test_an_experiment_of_another_task_lies_over_that_tasks_file(folder):
+    (folder / "train_toy.yaml").write_text(
+        "defaults:\n  - optimizer: came\n  - _self_\n  - experiment: null\n  - env: local\nname: x\ntask: toy\nonly_here: 1\n"
+    )
+    (folder / "experiment" / "toy.yaml").write_text("# @package _global_\ntask: toy\nname: mine\n")
+    (folder / "experiment" / "toy_child.yaml").write_text("# @package _global_\ndefaults:\n  - toy\n  - _self_\nname: child\n")
+    (folder / "experiment" / "first.yaml").write_text("# @package _global_\ntask: transformer\nname: first\n")
+    for name in ("toy", "toy_child"):
+        composed = compose_experiment(name, config_dir=folder)
+        assert (composed.values["task"], composed.values["only_here"], composed.values["optimizer"]["kind"]) == ("toy", 1, "came")
+        assert origins_of(composed)["task"] == "toy.yaml:2"
+    assert compose_experiment("first", config_dir=folder).values["optimizer"]["kind"] == "adamw"
+    assert "task" not in compose_experiment("child", config_dir=folder).values
+    assert "toy: task: got 'joy' (command line); expected that of the experiment's file, 'toy'" in told(
+        folder, "task=joy", experiment="toy"
+    )
+    (folder / "experiment" / "wrong.yaml").write_text("# @package _global_\ntask: tox\n")
+    assert "wrong: task: got 'tox'; did you mean 'toy'?" in told(folder, experiment="wrong")
+    (folder / "experiment" / "circle.yaml").write_text("defaults:\n  - circle\n")
+    assert "experiment/circle: inherits from itself" in told(folder, experiment="circle")
+
+
 def test_overrides_can_add_and_remove(folder):
     composed = compose_experiment("child", ["+extra={a: 1, b: [2]}", "~optimizer.fused"], folder)
     assert composed.values["extra"] == {"a": 1, "b": [2]}

@@ -17,7 +17,10 @@ from sana_ref.variants import VARIANTS
 from train.schema import ExperimentSettings, TransformerSettings, VariantName, load, main, transformer_config
 
 ROOT = Path(__file__).parents[2]
-EXPERIMENTS = names_in_group("experiment")
+OTHERS = {  # by task; each has tests of its own
+    "autoencoder": ["sana_tiny_dcae", "dcae_phase2_1024px", "dcae_lite"],
+}
+EXPERIMENTS = [name for name in names_in_group("experiment") if name.startswith("sana_") and not name.startswith("sana_tiny")]
 FLOW = [name for name, variant in VARIANTS.items() if variant.flow_shift is not None]  # Sprint is distilled, not trained so
 
 
@@ -116,6 +119,15 @@ def test_the_program(capsys):
     assert main(["sana_600m_512px", "trainer.steps=3"]) == 0
     assert main(["sana_600m_512px", "trainer.optimizer.kind=adam"]) == 2
     assert "did you mean 'adamw'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in OTHERS.items() for name in names])
+def test_experiments_of_other_tasks_are_checked_and_not_mistaken(task, name, capsys):
+    assert main([name]) == 0
+    assert main([name, "trainer.steps=0"]) == 2
+    assert "trainer.steps: got 0; expected greater than or equal to 1 (command line)" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"{name}: task: got '{task}' .*expected an experiment of a transformer"):
+        load(name)
 
 
 def test_checking_needs_no_pytorch():
