@@ -1,6 +1,6 @@
 """How fast the transformer trains on latents, next to diffusers' model in the same loop, and how exact it is.
 
-    python benchmarks/training.py --variant sana_1600m_1024px --batches 8,16,24 --compile blocks --attention op,plain --record
+    python benchmarks/training.py --variant sana_1600m_1024px --batches 8,16,24 --compile blocks --pointwise conv,matmul --record
 
 Weights are random, fp32, with bf16 autocast; a step is the project's objective, clipping at 1 and its AdamW, without a moving
 average. First the bf16 velocity is held to twice the error that diffusers' model makes in the same autocast against fp32; if it
@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -61,16 +61,18 @@ STATE_BYTES = 4 + 4 + 8 + 2  # a weight's: fp32, its gradient, AdamW's moments, 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """batch: pictures a step. compile: none, each transformer block as the trainer does, or the whole model. attention: the op
-    sana::relu_linear_attention, or its meaning in PyTorch, which the compiler merges with what is around it."""
+    sana::relu_linear_attention, or its meaning in PyTorch, which the compiler merges with what is around it. pointwise: 1x1
+    convolutions as they are, or as matrix products."""
 
     batch: int
     compile: str = "none"
     attention: str = "op"
+    pointwise: str = "conv"
     checkpointing: bool = False
 
     def __str__(self) -> str:
         recomputed = ", checkpointing" if self.checkpointing else ""
-        return f"batch {self.batch}, compile {self.compile}, attention {self.attention}{recomputed}"
+        return f"batch {self.batch}, compile {self.compile}, attention {self.attention}, pointwise {self.pointwise}{recomputed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,7 @@ def time_settings(make: Callable[[], nn.Module], batch: Batch, settings: Setting
     model = make()
     with torch.no_grad(), autocast(device):
         expected = float(flow_loss(velocity(model), batch, drawn(batch), OBJECTIVE))
-    prepare(model, compile=settings.compile, checkpointing=settings.checkpointing)
+    prepare(model, compile=settings.compile, checkpointing=settings.checkpointing, pointwise=settings.pointwise)
     step = Step(model, batch)
     first = timed(step, device)
     if not abs(float(step.loss) - expected) <= LOSS_TOLERANCE * abs(expected):
@@ -201,7 +203,7 @@ def measure(
             found.failures[settings] = result
             say(f"ours, {settings}: {result}")
     if peer and found.timings:
-        found.peer = attempt("diffusers", found.best)
+        found.peer = attempt("diffusers", replace(found.best, attention="its own", pointwise="conv"))
         if isinstance(found.peer, str):
             say(f"diffusers, {found.best}: {found.peer}")
     release(device)
@@ -209,10 +211,14 @@ def measure(
 
 
 def combinations(
-    batches: Sequence[int], compiles: Sequence[str], attentions: Sequence[str], checkpointing: bool
+    batches: Sequence[int],
+    compiles: Sequence[str] = ("none",),
+    attentions: Sequence[str] = ("op",),
+    pointwises: Sequence[str] = ("conv",),
+    checkpointing: bool = False,
 ) -> Iterator[Settings]:
-    for how, kind, batch in itertools.product(compiles, attentions, batches):
-        yield Settings(batch=batch, compile=how, attention=kind, checkpointing=checkpointing)
+    for how, kind, pointwise, batch in itertools.product(compiles, attentions, pointwises, batches):
+        yield Settings(batch=batch, compile=how, attention=kind, pointwise=pointwise, checkpointing=checkpointing)
 
 
 def choices(*allowed: str) -> Callable[[str], list[str]]:
@@ -236,6 +242,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=8, help="timed steps; default 8")
     parser.add_argument("--compile", type=choices("none", "blocks", "model"), default=["none"], help="default none")
     parser.add_argument("--attention", type=choices("op", "plain"), default=["op"], help="ours; default op")
+    parser.add_argument(
+        "--pointwise", type=choices("conv", "matmul"), default=["conv"], help="ours: 1x1 convolutions; default conv"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="compute the blocks again in the backward pass")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step of each")
     parser.add_argument("--limit-s", type=float, default=100.0, help="begin no further settings after that long; default 100")
@@ -259,7 +268,7 @@ def main() -> int:
     kept = activation_bytes(config, **shape, checkpointing=args.checkpointing) / 1e9
     print(f"memory: {STATE_BYTES * variant.num_parameters / 1e9:.1f} GB and, without compilation, {kept:.2f} GB a picture")
 
-    candidates = list(combinations(args.batches, args.compile, args.attention, args.checkpointing))
+    candidates = list(combinations(args.batches, args.compile, args.attention, args.pointwise, args.checkpointing))
     options = {"steps": args.steps, "limit_s": args.limit_s, "profile": args.profile}
     try:
         found = measure(config, candidates, side=side, device=device, peer=not args.no_peer, **options)

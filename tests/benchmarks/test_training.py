@@ -1,6 +1,7 @@
 """The count of FLOPs against one by hand, and the training benchmark at a size for a CPU."""
 
 import argparse
+import copy
 import shutil
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from benchmarks import training, training_step
 from benchmarks.flops import forward_flops, operator_flops, peak_flops, training_flops
 from benchmarks.training import Settings
 from engines.errors import SpecError
+from sana_ref.layers import GLUMBConv
 from sana_ref.transformer import SanaTransformerConfig
 
 CONFIG = SanaTransformerConfig(
@@ -56,7 +58,7 @@ def measure(*settings: Settings, peer: bool = True, limit_s: float = float("inf"
 
 
 def test_the_benchmark_checks_and_times_both() -> None:
-    candidates = list(training.combinations([2, 3], ["none"], ["op", "plain"], False))
+    candidates = list(training.combinations([2, 3], attentions=["op", "plain"]))
     found = measure(*candidates)
     assert found.rms_error.keys() == {"op", "plain", "diffusers"}
     assert 0 < max(found.rms_error["op"], found.rms_error["plain"]) <= 2 * found.rms_error["diffusers"] < 0.1
@@ -115,11 +117,26 @@ def test_a_step_learns(checkpointing: bool) -> None:
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_pointwise_convolutions_as_products_change_nothing() -> None:
+    torch.manual_seed(0)
+    convolution = GLUMBConv(8, expand_ratio=2.5, norm=False).double()
+    product = copy.deepcopy(convolution)
+    training_step.pointwise_as_products(product)
+    x = torch.randn(2, 3, 5, 8).double().permute(0, 3, 1, 2)
+    expected, got = convolution(x), product(x)
+    assert ["forward" in vars(module) for module in product.children()] == [True, False, True]
+    torch.testing.assert_close(got, expected)
+    for y in (expected, got):
+        (y * x).sum().backward()
+    for a, b in zip(convolution.parameters(), product.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("attention", ["op", "plain"])
-def test_compiled_blocks_have_the_same_loss(attention: str) -> None:
-    found = measure(Settings(batch=2, compile="blocks", attention=attention), peer=False)
+@pytest.mark.parametrize(("attention", "pointwise"), [("op", "conv"), ("plain", "matmul")])
+def test_compiled_blocks_have_the_same_loss(attention: str, pointwise: str) -> None:
+    found = measure(Settings(batch=2, compile="blocks", attention=attention, pointwise=pointwise), peer=False)
     assert found.timings
 
 
