@@ -57,6 +57,7 @@ def test_both_learn_what_one_does_and_are_recorded(tmp_path: Path) -> None:
     assert all(figure["value"] > 0 and "exposed communication" in figure["note"] for figure in figures)
 
 
+@pytest.mark.slow
 def test_in_bf16_with_its_options(tmp_path: Path) -> None:
     """Rounding apart; the times, 0 to 1000, must reach the model unrounded."""
     losses = run(tmp_path, bf16=True, bucket_mb=1.0, checkpointing=True)
