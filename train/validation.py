@@ -25,7 +25,7 @@ from torch import Tensor
 from engines.errors import SanaError
 from runtime.noise import normal_batch
 from runtime.prompt import PromptTokenizer
-from runtime.schedule import INTERMEDIATE_TIMESTEP, Schedule, make_schedule
+from runtime.schedule import Schedule, make_schedule
 from runtime.schedule_file import ScheduleFile
 from sana_ref import checkpoint as checkpoints
 from sana_ref.build import empty
@@ -233,15 +233,8 @@ def _schedule(file: ScheduleFile, config: SanaTransformerConfig) -> Schedule:
             f"schedule: got {file.scheduler!r}, guidance_embeds {config.guidance_embeds}; expected a flow sampler and a model "
             "without embedded guidance: a distilled model is not trained here. Set schedule=sana."
         )
-    given: dict[str, Any] = {} if file.flow_shift is None else {"flow_shift": file.flow_shift}
-    return make_schedule(
-        file.scheduler,
-        file.num_steps,
-        spacing=file.spacing,
-        timestep_scale=config.timestep_scale,
-        intermediate_timestep=INTERMEDIATE_TIMESTEP,
-        **given,
-    )
+    shift: dict[str, Any] = {} if file.flow_shift is None else {"flow_shift": file.flow_shift}
+    return make_schedule(file.scheduler, file.num_steps, spacing=file.spacing, timestep_scale=config.timestep_scale, **shift)
 
 
 def _unsaid(line: str) -> None:
