@@ -74,6 +74,19 @@ def test_the_folder_is_one_of_diffusers_with_the_average_and_its_factor(finished
     assert any(not torch.equal(last[f"autoencoder.{name}"], tensor) for name, tensor in stored.items())
 
 
+def test_a_frozen_encoder_keeps_its_scaling_factor(finished, tmp_path):
+    full = run.make_task(finished).autoencoder
+    weights.save_vae(full, tmp_path / "full", scaling_factor=0.75, dtype=torch.float32)
+    frozen = finished.autoencoder.model_copy(update={"train": "decoder", "encoder_from": tmp_path / "full"})
+    trainer = finished.trainer.model_copy(update={"folder": tmp_path / "run", "steps": 1})
+    lite = finished.model_copy(update={"autoencoder": frozen, "trainer": trainer})
+    run.make_trainer(lite, processes=Processes(device=CPU), log=quiet).run()
+    export(lite, tmp_path / "lite", num_pictures=2, device=CPU, log=quiet)
+    assert weights.read_config(tmp_path / "lite").scaling_factor == 0.75
+    encoder = weights.load_vae(tmp_path / "lite").encoder.state_dict()
+    assert all(torch.equal(tensor.bfloat16().float(), encoder[name]) for name, tensor in full.encoder.state_dict().items())
+
+
 def test_the_settings_that_a_run_keeps(finished):
     again = settings_of(finished.trainer.folder)
     assert (again.autoencoder, again.pictures, again.objective) == (finished.autoencoder, finished.pictures, finished.objective)

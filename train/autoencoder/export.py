@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from train.autoencoder.measure import held_out, measure
 from train.autoencoder.run import make_task
 from train.autoencoder.settings import AutoencoderExperiment
-from train.autoencoder.weights import save_vae
+from train.autoencoder.weights import read_config, save_vae
 from train.trainer import checkpoint
 from train.trainer.errors import TrainingCheckpointError
 
@@ -53,10 +53,10 @@ def export(
     """Write the newest checkpoint of `run`, its settings or its folder, as the vae folder `out`.
 
     The averaged weights, if the run has an average. scaling_factor: 1 / the standard deviation of the latents of `num_pictures`
-    held-out pictures, so that the transformer sees unit variance. Where the encoder is frozen, its folder's factor stays true only
-    if that was measured on such pictures too: it is measured here as well.
-    Returns what `measure` found, of the weights as they are stored. Raises TrainingCheckpointError, or TrainingError for an `out`
-    that exists.
+    held-out pictures, so that the transformer sees unit variance. Where the encoder is frozen, the latents are those of the folder
+    that it is from, and so is the factor: one transformer serves both.
+    Returns what `measure` found, of the weights as they are stored. Raises TrainingCheckpointError, TrainingError for an `out` that
+    exists, CheckpointError if a frozen encoder's folder is gone.
     """
     settings = settings_of(run) if isinstance(run, Path) else run
     path = _latest(settings.trainer.folder)
@@ -74,7 +74,9 @@ def export(
     vae = task.autoencoder.eval().requires_grad_(False).to(device, dtype)
     pictures = held_out(settings.pictures, num_pictures, micro_batch=settings.trainer.micro_batch, device=device)
     found = measure(vae, pictures)
-    factor = round(1 / found["latent_std"], 5)
+    chosen = settings.autoencoder
+    frozen_from = None if task.encoder_is_trained else chosen.encoder_from or chosen.checkpoint
+    factor = round(1 / found["latent_std"], 5) if frozen_from is None else read_config(frozen_from).scaling_factor
     save_vae(vae, out, scaling_factor=factor, dtype=dtype)
     log(f"{out}: from {path.name}; PSNR {found['psnr_db']:.2f} dB, SSIM {found['ssim']:.4f}, scaling factor {factor}")
     return found

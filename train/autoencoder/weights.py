@@ -17,14 +17,19 @@ from sana_ref.build import build
 from sana_ref.tensors import find_weights, read_json
 from train.trainer.errors import TrainingError
 
-__all__ = ["load_vae", "refuse_another", "save_vae"]
+__all__ = ["load_vae", "read_config", "refuse_another", "save_vae"]
 
 STEM = "diffusion_pytorch_model"
 
 
+def read_config(folder: Path) -> AutoencoderDCConfig:
+    """Raises CheckpointError if there is none, SpecError for one that is not supported."""
+    return AutoencoderDCConfig.from_json(read_json(folder / "config.json"))
+
+
 def load_vae(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> AutoencoderDC:
     """In evaluation mode. Raises CheckpointError or SpecError for a folder that does not hold an autoencoder whole."""
-    config = AutoencoderDCConfig.from_json(read_json(folder / "config.json"))
+    config = read_config(folder)
     source, _ = find_weights(folder, STEM, None)
     return build(lambda: AutoencoderDC(config), source, str(folder), dtype, device)
 
