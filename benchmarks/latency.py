@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks.figures import record
 from engines import tensorrt
 from engines.parity_report import ErrorStats, bound_from, check, measure
+from engines.spec import ComponentName
 from runtime import SanaEngine
 from runtime.image import save_png
 from runtime.noise import normal
@@ -202,7 +203,8 @@ def main() -> int:
         keep = functools.partial(record, unit="ms", extra_versions={"tensorrt": f"{tensorrt.flavor()} {tensorrt.version()}"})
         px = f"{width}px" if width == height else f"{width}x{height}px"
         names = {"denoiser": f"step_{size}_{px}", "decoder": f"decode_{px}" if size != "tiny" else f"decode_tiny_{px}"}
-        for component, stage in (("denoiser", "step"), ("decoder", "decode")):
+        stages: tuple[tuple[ComponentName, str], ...] = (("denoiser", "step"), ("decoder", "decode"))
+        for component, stage in stages:
             ratio = found[component]["engine"].rms / found[component]["pytorch"].rms
             keep(
                 f"{names[component]}_{precision[component]}_ms",

@@ -67,7 +67,7 @@ def write_weights(model: nn.Module, folder: Path, stem: str, dtype: torch.dtype,
         shards[-1][name] = tensor.shape
         size += num_bytes
     generator = torch.Generator().manual_seed(seed)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards):
         file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{index + 1:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(shard, file)

@@ -86,7 +86,7 @@ class _Open:
         done, num_bytes = 0, into.nbytes
         while done < num_bytes:  # a network's file system may give less at once
             try:
-                num = os.preadv(self._descriptor, [into[done:]], at + done)
+                num = os.preadv(self._descriptor, [into.data[done:]], at + done)
             except OSError as error:
                 raise DataError(f"{self.path}: cannot be read ({error.strerror}). Look at its disk, then go on.") from None
             if num == 0:
