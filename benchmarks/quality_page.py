@@ -20,7 +20,9 @@ STYLE = """
 body { font: 15px system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em; color: #222; background: #fff }
 table { border-collapse: collapse } td, th { padding: .3em .9em; text-align: left; border-bottom: 1px solid #ddd }
 .sheet { display: flex; flex-wrap: wrap; gap: 10px } figure { margin: 0; width: 144px; font-size: 12px }
-img { width: 100%; border-radius: 4px; border: 3px solid #3a7 } .miss img { border-color: #d33 } .miss { color: #b11 }
+figcaption { overflow-wrap: anywhere } .table { overflow-x: auto }
+img { width: 100%; box-sizing: border-box; border-radius: 4px; border: 3px solid #3a7 }
+.miss img { border-color: #d33 } .miss { color: #b11 }
 """
 
 
@@ -35,18 +37,20 @@ def page(
     classes: Sequence[str],
 ) -> str:
     """The page's text. lines: said under the title; own: the judge's score on real scenes of the same captions, if it was taken."""
-    parts = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"]
+    parts = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"]
+    parts.append(f"<title>{html.escape(title)}</title><style>{STYLE}</style>")
     parts.append(f"<h1>{html.escape(title)}</h1>" + "".join(f"<p>{html.escape(line)}</p>" for line in lines))
-    parts.append("<table><tr><th>category<th>what must be right<th>pictures<th>judge on real scenes</tr>")
+    parts.append("<div class=table><table><tr><th>category<th>what must be right<th>pictures<th>judge on real scenes</tr>")
     for name, score in found.items():
         judged = str(own[name]) if name in own else "not taken"
         parts.append(f"<tr><td>{name}<td>{html.escape(CATEGORIES[name])}<td>{score}<td>{judged}</tr>")
-    parts.append("</table>")
+    parts.append("</table></div>")
     for kind, name in enumerate(KIND_NAMES):
         rows = [i for i, question in enumerate(questions) if question.scene.kind == kind]
         if rows:
             rows.sort(key=lambda i: (verdicts[i].right, verdicts[i].colour))  # misses first
-            parts.append(f"<h2>{name}</h2><div class=sheet>")
+            missed = sum(not (verdicts[i].right and verdicts[i].colour) for i in rows)
+            parts.append(f"<h2>{name.replace('_', ' ')}: {missed} of {len(rows)} not as said</h2><div class=sheet>")
             parts += [_figure(pictures[i], questions[i], verdicts[i], classes) for i in rows]
             parts.append("</div>")
     return "\n".join(parts) + "\n"
@@ -64,5 +68,6 @@ def _figure(picture: Image.Image, question: Question, verdict: Verdict, classes:
     said = f"<br>{html.escape('; '.join(problems))}" if problems else ""
     kind = " class=miss" if problems else ""
     return (
-        f'<figure{kind}><img alt="{caption}" src="data:image/jpeg;base64,{data}"><figcaption>{caption}{said}</figcaption></figure>'
+        f'<figure{kind}><img alt="{caption}" src="data:image/jpeg;base64,{data}">'
+        f"<figcaption dir=auto>{caption}{said}</figcaption></figure>"
     )
