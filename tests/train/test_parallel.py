@@ -4,7 +4,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +16,11 @@ import pytest
 import torch
 from data_sets import FakeEncoders, sample_files, write_folder
 
-from sana_ref.transformer import SanaTransformerConfig
+from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 from train.data.cache import Writer
 from train.data.settings import DataSettings
 from train.data.source import find
 from train.parallel.processes import Processes
-from train.parallel.wrap import unwrapped
-from train.trainer import checkpoint
 
 WORKER = Path(parallel_worker.__file__)
 ROOT = WORKER.parents[1]
@@ -110,17 +107,21 @@ def single(root: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def two(root: Path) -> dict[str, list[dict[str, Any]]]:
     bf16 = ("trainer.precision=bf16", "trainer.steps=2")
-    return on_two(
+    first = alone(**options(root, "run", "single", stop=1))
+    found = on_two(
         root,
         ddp=options(root, "ddp", "ddp", validated=True),
         fsdp2=options(root, "fsdp2", "fsdp2", "trainer.activation_checkpointing=true", validated=True),
         ddp_bf16=options(root, "ddp_bf16", "ddp", *bf16),
         fsdp2_bf16=options(root, "fsdp2_bf16", "fsdp2", "trainer.activation_checkpointing=true", *bf16),
         auto=options(root, "auto", "auto", "trainer.steps=1"),
-        half=options(root, "run", "fsdp2", stop=2, process=1),
+        second=options(root, "run", "fsdp2", stop=2, process=1),
+        third=options(root, "run", "ddp", stop=3),
+        fourth=options(root, "run", "fsdp2"),
         poison=options(root, "poison", "fsdp2", poison=2, process=1),
         full=options(root, "full", "fsdp2", "trainer.checkpoint_steps=1", break_save=True, process=1),
     )
+    return found | {"first": [first]}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
@@ -134,7 +135,7 @@ def test_two_processes_give_the_losses_of_one(single: dict, two: dict, strategy:
 
 
 def validations(lines: list[str]) -> list[list[float]]:
-    return [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in lines if "validation" in line]
+    return [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in lines if ": validation " in line]
 
 
 def test_validation_sees_the_whole_average_by_the_models_names(single: dict, two: dict) -> None:
@@ -143,17 +144,9 @@ def test_validation_sees_the_whole_average_by_the_models_names(single: dict, two
     for strategy in ("ddp", "fsdp2"):
         found = validations(two[strategy][0]["log"])
         assert [value for row in found for value in row] == pytest.approx([v for row in expected for v in row], rel=1e-4)
-    assert f"tensors {len(weights_of(single_model()))}.0000" in next(line for line in single["log"] if "validation" in line)
-
-
-def single_model() -> torch.nn.Module:
-    from sana_ref.transformer import SanaTransformer2DModel
-
-    return SanaTransformer2DModel(CONFIG)
-
-
-def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return dict(unwrapped(model).state_dict())
+    assert f"tensors {len(SanaTransformer2DModel(CONFIG).state_dict())}.0000" in next(
+        line for line in single["log"] if ": validation " in line
+    )
 
 
 def test_bf16_shards_are_as_good_as_autocast(single: dict, two: dict) -> None:
@@ -168,21 +161,17 @@ def test_a_run_that_fits_is_replicated_and_says_why(two: dict) -> None:
 
 
 def test_a_run_goes_on_as_another_number_and_another_strategy(root: Path, single: dict, two: dict) -> None:
-    """Two shares, stopped by the second process; then one process; then two copies, or two shares from that one's file."""
-    half = two["half"]
-    assert [found["counts"] for found in half] == [[2, 2, 0]] * 2  # the first one was not asked to stop
-    assert not any(found["done"] for found in half)
-    losses = dict(half[0]["losses"])
-    third = alone(**options(root, "run", "single", stop=3))
-    losses |= third["losses"]
-    shutil.copytree(root / "run", root / "again")
-    assert (checkpoint.latest(root / "run") / "model.safetensors").is_file()
-    last = on_two(root, last=options(root, "run", "ddp"), again=options(root, "again", "fsdp2"))
-    for name in ("last", "again"):
-        assert losses | last[name][0]["losses"] == pytest.approx(single["losses"], rel=1e-5)
-    fourth = alone(**options(root, "again", "single", "trainer.steps=5", allow_changes=True))
-    longer = alone(**options(root, "single", "single", "trainer.steps=5", allow_changes=True))
-    assert fourth["losses"]["5"] == pytest.approx(longer["losses"]["5"], rel=1e-5)
+    """One process, then two shares, stopped by the second process; two copies; two shares again; one process."""
+    assert [found["counts"] for found in two["second"]] == [[2, 2, 0]] * 2  # the first one was not asked to stop
+    assert not any(found["done"] for found in two["second"])
+    losses = two["first"][0]["losses"] | two["second"][0]["losses"] | two["third"][0]["losses"] | two["fourth"][0]["losses"]
+    assert list(losses) == ["1", "2", "3", "4"]
+    assert losses == pytest.approx(single["losses"], rel=1e-5)
+    shares, whole = sorted(path for path in (root / "run").iterdir() if path.name.startswith("step"))[::-1]
+    assert ((shares / ".metadata").is_file(), (whole / "model.safetensors").is_file()) == (True, True)
+    more = {"allow_changes": True}
+    last, longer = (alone(**options(root, name, "single", "trainer.steps=5", **more)) for name in ("run", "single"))
+    assert last["losses"]["5"] == pytest.approx(longer["losses"]["5"], rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_on_one_is_skipped_by_both(two: dict) -> None:

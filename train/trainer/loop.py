@@ -285,7 +285,8 @@ class Trainer:
         average: Mapping[str, Tensor] = {} if self.ema is None else self.ema.average
         weights = whole({**self.bare.state_dict(), **average}, self.processes)
         found = self.processes.first(lambda: dict(validate(self.step, weights)))
-        self.log(f"step {self.step}: validation " + " ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        if found:
+            self.log(f"step {self.step}: validation " + " ".join(f"{name} {value:.4f}" for name, value in found.items()))
         scalars.add(self.step, found, "validation")
 
     def _report(self, scalars: Scalars, found: Mapping[str, float], *, norm: float, lr: float, pace: float) -> None:
