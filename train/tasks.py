@@ -26,7 +26,9 @@ TASKS: Mapping[str, str] = {  # task -> module; the root of its configuration is
 }
 
 
-def load(experiment: str, overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> tuple[Any, Callable[..., Trainer]]:
+def load(
+    experiment: str, overrides: Sequence[str] = (), config_dir: Path | str | None = None
+) -> tuple[Any, Callable[..., Trainer]]:
     """The settings of an experiment and what makes its run. Raises ConfigError."""
     composed = compose_experiment(experiment, overrides, config_dir)
     task = composed.values.pop("task", "transformer")

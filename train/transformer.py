@@ -12,6 +12,7 @@ from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 from train.data.encoders import expected_identity
 from train.data.reading import Cache
 from train.data.stream import CachedSource
+from train.initial import initialise
 from train.objective.flow import FlowObjective
 from train.parallel.processes import Processes
 from train.parallel.reckoning import reckon
@@ -43,7 +44,7 @@ def make_trainer(settings: ExperimentSettings, *, processes: Processes, log: Cal
         raise TrainingError("data.cache: got null; expected the folder that `sana data prepare` named. Set data.cache=FOLDER")
     config, length, expected = transformer_config(settings.model), TEXT_TOKENS, {}
     torch.manual_seed(settings.trainer.seed)
-    model = SanaTransformer2DModel(config)
+    model = initialise(SanaTransformer2DModel(config))
     if settings.model.checkpoint is not None:
         start = checkpoints.load(settings.model.checkpoint)
         if start.transformer_config != config:
@@ -53,6 +54,7 @@ def make_trainer(settings: ExperimentSettings, *, processes: Processes, log: Cal
             )
         model.load_state_dict(start.transformer(torch.float32, "cpu").state_dict())
         length, expected = start.prompt.max_sequence_length, expected_identity(start)
+    length = settings.data.max_sequence_length or length
     cache = Cache(settings.data.cache, expected)
     strategy = _strategy(settings, config, cache, length, processes, log)
     source = CachedSource(

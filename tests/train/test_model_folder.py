@@ -12,7 +12,7 @@ from safetensors import safe_open
 from sana_ref.checkpoint import load
 from train.tiny.captions import COLOUR_NAMES, KIND_NAMES, LANGUAGES, SPOKEN, held_out_colour, held_out_pair
 from train.tiny.emoji_list import CLASSES
-from train.tiny.export_tiny import WEIGHT_FILES
+from train.tiny.layout import WEIGHT_FILES
 from train.tiny.recogniser import load as load_recogniser
 
 MODEL = Path(__file__).parents[2] / "models" / "sana-tiny"

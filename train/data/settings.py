@@ -27,6 +27,7 @@ class DataSettings(BaseModel):
     caption_temperature: float = Field(1.0, ge=0, allow_inf_nan=False)  # in units of the scores; 0: always the best caption
     max_broken_share: float = Field(0.01, ge=0, le=1)  # of all samples; more of them broken stops the run
     max_pixels: int = Field(8192 * 8192, ge=1024, le=MAX_PIXELS)  # of a picture as stored; more is refused before it is decoded
+    max_sequence_length: int | None = Field(None, ge=8, le=1024)  # text positions in training; null: the checkpoint's
     shard_size: int = Field(128, ge=1, le=65_536)  # samples in a shard of the cache
     seed: int = Field(0, ge=0, lt=2**63)  # of the choice of captions and of the order
     cache: Path | None = None  # the folder that `sana data prepare` named

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from train.tiny.captions import KIND_NAMES
-from train.tiny.models import BUCKETS
+from train.tiny.captions import COLOUR_NAMES, KIND_NAMES
+from train.tiny.models import FLOW_SHIFT
 
 TEMPLATE = """\
 ---
@@ -29,7 +29,8 @@ is not a general image generator.
 {parts}
 
 Sizes it was trained for: {sizes} px. Sampler: DPM-Solver++ for flows, 20 steps, flow_shift {flow_shift}, guidance
-{guidance}. Prompts are lower-cased and preceded by the instruction in `model_index.json`.
+{guidance}. Prompts are lower-cased and preceded by the instruction in `model_index.json`. `vae_lite/` has the encoder
+of `vae/` and a smaller decoder for the same latents; a bundle is built with `vae/`.
 
 ## What it can do, measured
 
@@ -46,25 +47,33 @@ How to read these figures:
 - They come from a closed world. The recogniser knows {num_emoji} emoji and {num_colours} colours, picks the likeliest
   of each and cannot answer "none of them"; emoji that are hard to tell apart were left out on purpose. A high share
   says that the right emoji is the nearest one. It says nothing about how good the picture looks.
-- Pictures are blurrier than the emoji they were learned from, and fine parts (faces, spokes, blades) are often wrong;
-  see the samples. The autoencoder gives back held-out scenes at {psnr_256} (256 x 256) and {psnr_320} (320 x 320).
+- The emoji are 128 px wide in their font and drawn up to 380 px wide, so pictures are soft; fine parts (faces, spokes,
+  blades) can be wrong, see the samples. The autoencoder gives back scenes kept out of its training at {psnr_full}, with
+  the Lite decoder at {psnr_lite}.
 - What is new in a held-out caption is the combination. Every emoji, colour and kind of scene by itself was seen in
   training.
 - The recogniser was trained on composed scenes, half of them seen through the autoencoder, and on no picture of the
   model. On scenes of another seed it names {judge_composed} of the emoji as composed and {judge_decoded} after the
   autoencoder.
 
-`python benchmarks/recognised.py` measures the same with a bundle, as the runtime draws.
+`python benchmarks/quality.py` measures the same with a model folder or a bundle, with confidence intervals and a page
+of pictures.
 
-## How it was made
+## How to train it again
 
-1. `python -m train.tiny.prepare_sprites` draws the emoji and collects their names (Unicode CLDR, through the Python
-   package `emoji`).
-2. `python -m train.tiny` composes scenes, trains the autoencoder, encodes scenes of {num_sizes} sizes once, and
-   trains transformer and text encoder together by flow matching. Its last run: {steps} steps in {seconds} s on
-   {device}.
-3. `python -m train.tiny.export_tiny` writes this folder.
-{note}
+```
+python -m train.tiny.prepare_sprites --out out/sprites.safetensors    # once; needs the font Noto Color Emoji
+python -m train.tiny --sprites out/sprites.safetensors --work out/sana-tiny-training
+```
+
+One command on one GPU runs five experiments of the training system, each from its own file in `configs/experiment/`, and
+goes on where it was if it is stopped:
+
+{stages}
+
+Together {minutes} minutes on {device}. Scenes are composed on the GPU and never stored; latents and text embeddings are
+cached once. The text encoder learns what captions say (kind, objects, colour) and is frozen; the transformer is trained
+by flow matching on the cache, {samples} pictures in all.
 Which combinations are held out is decided by a hash in `train/tiny/captions.py`; `held_out_captions.json` lists captions
 of them, and `metrics.json` has everything that was measured.
 
@@ -76,14 +85,15 @@ Apache-2.0.
 """
 
 
-def card(record: Mapping[str, Any], weight_bytes: Mapping[str, int], *, note: str = "") -> str:
-    """record: tiny.json; weight_bytes: by component; note: what else a reader must know of how it was made."""
-    metrics, configs = record["metrics"], record["configs"]
-    vae, judge, found = (metrics.get(name, {}) for name in ("vae", "recogniser", "eval"))
+def card(record: Mapping[str, Any], weight_bytes: Mapping[str, int]) -> str:
+    """record: what `train.tiny` leaves as metrics.json; weight_bytes: by component."""
+    judge, found = record.get("recogniser", {}), record.get("eval", {})
+    layers, text_layers = record["num_layers"], record["text_layers"]
     part_rows = [
-        ("text encoder", f"Gemma-2 trunk, {configs['text_encoder']['num_hidden_layers']} layers", "bf16", "text_encoder"),
-        ("transformer", f"SanaTransformer2DModel, {configs['transformer']['num_layers']} layers", "fp16", "transformer"),
-        ("autoencoder", "AutoencoderDC f32c32", "bf16", "vae"),
+        ("text encoder", f"Gemma-2 trunk, {text_layers} layers", "bf16", "text_encoder"),
+        ("transformer", f"SanaTransformer2DModel, {layers} layers", "fp16", "transformer"),
+        ("autoencoder, Full", "AutoencoderDC f32c32", "bf16", "vae"),
+        ("autoencoder, Lite", "AutoencoderDC f32c32, the same encoder", "bf16", "vae_lite"),
         ("recogniser (the judge; not needed to draw)", "small residual network", "fp16", "recogniser"),
     ]
     score_rows = [
@@ -92,27 +102,27 @@ def card(record: Mapping[str, Any], weight_bytes: Mapping[str, int], *, note: st
         if kind in found
     ]
     by_language = found.get("single", {}).get("by_language", {})
+    stage_rows = [(f"`{name}`", f"{seconds:.0f} s") for name, seconds in record["seconds"].items()]
     return TEMPLATE.format(
-        num_emoji=len(record["names"]),
-        num_colours=len(record["colours"]),
+        num_emoji=record["num_classes"],
+        num_colours=len(COLOUR_NAMES),
         parts=_table(
             ("part", "class", "weights", "size"),
             [(part, kind, dtype, f"{weight_bytes[name] / 1e6:.1f} MB") for part, kind, dtype, name in part_rows],
         ),
-        sizes=", ".join(f"{width} x {height}" for width, height in BUCKETS.values()),
-        num_sizes=len(BUCKETS),
-        flow_shift=record["flow_shift"],
+        sizes=", ".join(f"{width} x {height}" for width, height in record["sizes"]),
+        flow_shift=FLOW_SHIFT,
         guidance=found.get("guidance", 4.5),
         scores=_table(("scene", "captions", "objects right", "background right"), score_rows) if score_rows else "Not measured.",
         languages=", ".join(f"{code} {_percent(value)}" for code, value in by_language.items()) or "not measured",
-        psnr_256=_decibels(vae.get("256x256", {}).get("psnr_db")),
-        psnr_320=_decibels(vae.get("320x320", {}).get("psnr_db")),
+        psnr_full=_decibels(record.get("dcae", {}).get("psnr_db")),
+        psnr_lite=_decibels(record.get("dcae_lite", {}).get("psnr_db")),
         judge_composed=_percent(judge.get("composed", {}).get("emoji")),
         judge_decoded=_percent(judge.get("decoded", {}).get("emoji")),
-        steps=f"{metrics['dit_steps']:,}",
-        seconds=metrics["dit_seconds"],
+        stages=_table(("experiment, or what is done", "time"), stage_rows),
+        minutes=f"{sum(record['seconds'].values()) / 60:.1f}",
+        samples=f"{record['pictures_seen']:,}",
         device=record["device"],
-        note=f"\n{note}\n" if note else "",
     )
 
 

@@ -7,7 +7,6 @@ Half of its training pictures went through the autoencoder, so that the blur of 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.tiny.captions import SINGLE
-from train.tiny.flat import FlatParameters
-from train.tiny.scenes import SceneArrays, SceneTensors, compose, draw_scenes
+from train.tiny.scenes import SceneArrays, draw_scenes
 
 INPUT_SIDE = 96  # px
 RECOGNISER: dict[str, Any] = {"widths": [24, 48, 96, 160], "blocks": 1, "input_side": INPUT_SIDE}
@@ -103,42 +101,6 @@ def augment(pictures: Tensor) -> Tensor:
     blurred = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     pictures = torch.where(torch.rand(num, 1, 1, 1, device=device) < 0.3, blurred, pictures)
     return (pictures + 0.05 * torch.rand(num, 1, 1, 1, device=device) * torch.randn_like(pictures)).clamp(-1, 1)
-
-
-def make_step(
-    recogniser: Recogniser,
-    flat: FlatParameters,
-    scenes: SceneTensors,
-    decoded: Tensor,
-    decoded_labels: Tensor,
-    sprites: Tensor,
-    colours: Tensor,
-    *,
-    batch: int,
-    stats: Tensor,
-) -> Callable[[], None]:
-    """One step: half composed close-ups, half pictures that the autoencoder decoded. decoded: (m, 3, 96, 96) uint8;
-    decoded_labels: (m, 2) int64 emoji and colour. stats: (4,), sums of loss, norm, 1, accuracy.
-    """
-    half, device = batch // 2, sprites.device
-
-    def step() -> None:
-        with torch.no_grad():
-            rows = torch.randint(len(scenes.colour), (half,), device=device)
-            chosen = scenes[rows]
-            fresh = compose(chosen, sprites, width=INPUT_SIDE, height=INPUT_SIDE, colours=colours)
-            others = torch.randint(len(decoded), (batch - half,), device=device)
-            pictures = augment(torch.cat([fresh, decoded[others].float() / 127.5 - 1]))
-            emoji = torch.cat([chosen.objects[:, 0], decoded_labels[others, 0]])
-            colour = torch.cat([chosen.colour, decoded_labels[others, 1]])
-        guess, guess_colour = recogniser(pictures.contiguous(memory_format=torch.channels_last))
-        loss = F.cross_entropy(guess, emoji, label_smoothing=0.05) + 0.3 * F.cross_entropy(guess_colour, colour)
-        norm = flat.step_with(loss)
-        with torch.no_grad():
-            right = (guess.argmax(1) == emoji).float().mean()
-            stats.add_(torch.stack([loss.detach(), norm, torch.ones_like(norm), right]).nan_to_num(0.0, 0.0, 0.0))
-
-    return step
 
 
 @torch.no_grad()
