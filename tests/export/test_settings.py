@@ -89,3 +89,10 @@ def test_settings_need_no_pytorch():
     code = "import sys, export.settings as s; s.load(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_example_of_the_documentation(tmp_path):
+    text = (ROOT / "docs" / "config.md").read_text().split("```yaml\n# mine/build_wide.yaml\n")[1].split("```")[0]
+    (tmp_path / "build_wide.yaml").write_text(text)
+    settings = load("build_wide", ["max_batch=2"], tmp_path)
+    assert (settings.target, settings.max_side, settings.max_batch, settings.precision) == (("sm89", "sm120"), 2048, 2, "fp16")
