@@ -20,7 +20,7 @@ from train.tiny.scenes import SceneTensors, compose, palette
 from train.tiny.settings import ScenesSettings
 from train.tiny.sprites import load_sprites
 from train.tiny.text import encode_text
-from train.tiny.tokenizer import num_instruction_tokens
+from train.tiny.tokenizer import INSTRUCTION, num_instruction_tokens
 
 __all__ = ["SceneShards"]
 
@@ -68,7 +68,9 @@ class SceneShards(Shards):
             if rows.start >= rows.stop:
                 continue
             ids = self.ids[size][rows]  # (n, K, S)
-            captions = self.tokenizer.decode_batch([row[self.prefix :] for row in ids.reshape(-1, ids.shape[-1]).tolist()])
+            # The first word and the instruction's last space are one token: the words are cut, not the tokens.
+            words = self.tokenizer.decode_batch(ids.reshape(-1, ids.shape[-1]).tolist())
+            captions = [text.removeprefix("\n".join(INSTRUCTION)) for text in words]
             texts = self._texts(ids)
             width, height = map(int, size.split("x"))
             for row, latent in enumerate(self._latents(size, rows, width, height)):
