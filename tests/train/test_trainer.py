@@ -160,6 +160,19 @@ def test_compiled_run_is_exact_too(tmp_path):
     assert trainer.parameters.keys() == dict(SanaTransformer2DModel(MODEL).named_parameters()).keys()
 
 
+@pytest.mark.slow
+def test_checkpointed_blocks_are_compiled_too(tmp_path):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    changes = {"activation_checkpointing": True, "steps": 2, "batch": 2}
+    losses, _ = trained(tmp_path / "compiled", compile=True, **changes)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert losses == pytest.approx(trained(tmp_path / "eager", **changes)[0], rel=1e-5)
+
+
 def test_deterministic_kernels_are_asked_for_while_it_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     seen = []

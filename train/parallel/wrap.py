@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Literal
 
@@ -30,6 +31,8 @@ def wrap(model: nn.Module, strategy: Strategy, processes: Processes, *, bf16: bo
         return model
     assert processes.mesh is not None, "ddp and fsdp2 need a mesh: process_group()"
     if strategy == "ddp":
+        # cuDNN gives gradients of 1 x 1 filters strides of their own, of axes with one element: nobody is helped by a warning.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         device_ids = [processes.device] if processes.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
     policy = MixedPrecisionPolicy(

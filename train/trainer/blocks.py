@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from train.trainer.errors import TrainingError
@@ -21,7 +22,16 @@ def checkpoint_activations(model: nn.Module) -> None:
     if blocks is None:
         raise TrainingError(f"activation_checkpointing: {type(model).__name__} has no transformer_blocks. Set it to false.")
     for block in blocks:
-        block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+        block.forward = _twice(block.forward)
+
+
+def _twice(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # A function, which the compiler sees through: it would leave a functools.partial of `recompute` as it is, and all within.
+    def forward_again(*arguments: Any) -> Tensor:
+        result: Tensor = recompute(forward, *arguments, use_reentrant=False)
+        return result
+
+    return forward_again
 
 
 def compile_blocks(model: nn.Module) -> None:
