@@ -249,6 +249,27 @@ def test_too_many_stop_the_run_and_keep_the_last_good_checkpoint(tmp_path):
     assert all(torch.isfinite(p).all() for p in again.parameters.values())
 
 
+def test_validation_is_given_the_average_and_changes_no_loss(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    losses, visits = [], []
+    trainer = make_trainer(tmp_path / "run", tensorboard=True, log_steps=1, on_step=lambda _, loss: losses.append(loss))
+
+    def validate(step, weights):
+        assert weights.keys() == trainer.model.state_dict().keys()
+        assert all(torch.equal(weights[name], average) for name, average in trainer.ema.average.items())
+        visits.append(step)
+        return {"score": float(torch.rand(()))}
+
+    trainer.validate, trainer.validation_steps = validate, 3
+    trainer.run()
+    assert visits == [3, 6, 8]
+    assert losses == trained(tmp_path / "without")[0]
+    written = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [event.step for event in written.Scalars("validation/score")] == visits
+    assert [event.value for event in written.Scalars("train/loss")] == pytest.approx(losses)
+
+
 def test_an_earlier_run_is_not_overwritten(tmp_path):
     make_trainer(tmp_path).run()
     with pytest.raises(TrainingError, match="Resume it"):

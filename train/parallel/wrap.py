@@ -35,6 +35,8 @@ def wrap(model: nn.Module, strategy: Strategy, processes: Processes, *, bf16: bo
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         device_ids = [processes.device] if processes.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # The output is a view, which would be wrong to change in place; objectives do not.
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view tensor")
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32 if bf16 else None, cast_forward_inputs=False
     )
