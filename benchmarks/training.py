@@ -62,9 +62,10 @@ STATE_BYTES = 4 + 4 + 8 + 2  # a weight's: fp32, its gradient, AdamW's moments, 
 class Settings:
     """batch: pictures a step. compile: none, each transformer block as the trainer does, or the whole model. attention: the op
     sana::relu_linear_attention, or its meaning in PyTorch, which the compiler merges with what is around it. pointwise: 1x1
-    convolutions as they are, or as matrix products."""
+    convolutions as they are, or as matrix products. accumulation: batches a step."""
 
     batch: int
+    accumulation: int = 1
     compile: str = "none"
     attention: str = "op"
     pointwise: str = "conv"
@@ -72,7 +73,10 @@ class Settings:
 
     def __str__(self) -> str:
         recomputed = ", checkpointing" if self.checkpointing else ""
-        return f"batch {self.batch}, compile {self.compile}, attention {self.attention}, pointwise {self.pointwise}{recomputed}"
+        times = f" x {self.accumulation}" if self.accumulation > 1 else ""
+        return (
+            f"batch {self.batch}{times}, compile {self.compile}, attention {self.attention}, pointwise {self.pointwise}{recomputed}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ class Found:
     @property
     def best(self) -> Settings:
         """The fastest per picture."""
-        return min(self.timings, key=lambda settings: self.timings[settings].step_s / settings.batch)
+        return min(self.timings, key=lambda each: self.timings[each].step_s / (each.batch * each.accumulation))
 
 
 def rms_errors(config: SanaTransformerConfig, batch: Batch, attentions: Sequence[str], *, peer: bool) -> dict[str, float]:
@@ -134,11 +138,12 @@ def time_settings(make: Callable[[], nn.Module], batch: Batch, settings: Setting
     device = batch["latents"].device
     release(device)
     torch.compiler.reset()
+    torch.set_float32_matmul_precision("high")  # what is fp32 within a bf16 run is computed in TF32, as train.run does
     model = make()
     with torch.no_grad(), autocast(device):
         expected = float(flow_loss(velocity(model), batch, drawn(batch), OBJECTIVE))
     prepare(model, compile=settings.compile, checkpointing=settings.checkpointing, pointwise=settings.pointwise)
-    step = Step(model, batch)
+    step = Step(model, batch, settings.accumulation)
     first = timed(step, device)
     if not abs(float(step.loss) - expected) <= LOSS_TOLERANCE * abs(expected):
         raise SpecError(f"{settings}: got a first loss of {float(step.loss):.5f}; expected {expected:.5f}, as without compilation")
@@ -172,6 +177,7 @@ def measure(
     def say(text: str) -> None:
         log(f"{time.monotonic() - began:5.0f} s: {text}")
 
+    torch.set_float32_matmul_precision("highest")
     small = random_batch(config, EXACTNESS_BATCH, side, device, tokens=tokens)
     names = sorted({settings.attention for settings in candidates})
     found.rms_error = rms_errors(config, small, names, peer=peer)
@@ -189,7 +195,7 @@ def measure(
             return "out of memory"
         parts = ", ".join(f"{name} {1e3 * part:.1f}" for name, part in timing.parts_s.items())
         say(
-            f"{name}, {settings}: {1e3 * timing.step_s:.1f} ms, {settings.batch / timing.step_s:.2f} pictures/s, "
+            f"{name}, {settings}: {1e3 * timing.step_s:.1f} ms, {settings.batch * settings.accumulation / timing.step_s:.2f} pictures/s, "
             f"{timing.peak_gb:.1f} GB; {parts} ms; first step {timing.first_s:.0f} s"
         )
         return timing
@@ -216,9 +222,17 @@ def combinations(
     attentions: Sequence[str] = ("op",),
     pointwises: Sequence[str] = ("conv",),
     checkpointing: bool = False,
+    accumulation: int = 1,
 ) -> Iterator[Settings]:
     for how, kind, pointwise, batch in itertools.product(compiles, attentions, pointwises, batches):
-        yield Settings(batch=batch, compile=how, attention=kind, pointwise=pointwise, checkpointing=checkpointing)
+        yield Settings(
+            batch=batch,
+            accumulation=accumulation,
+            compile=how,
+            attention=kind,
+            pointwise=pointwise,
+            checkpointing=checkpointing,
+        )
 
 
 def choices(*allowed: str) -> Callable[[str], list[str]]:
@@ -237,7 +251,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", choices=sorted(VARIANTS), default="sana_1600m_1024px")
     batches = lambda text: [int(size) for size in text.split(",")]  # noqa: E731  argparse names it in its message
-    parser.add_argument("--batches", type=batches, default=[8], help="pictures a step, with commas between; default 8")
+    parser.add_argument("--batches", type=batches, default=[8], help="pictures at once, with commas between; default 8")
+    parser.add_argument("--accumulation", type=int, default=1, help="batches a step; default 1")
     parser.add_argument("--side", type=int, help="px; default: the side that the variant was trained for")
     parser.add_argument("--steps", type=int, default=8, help="timed steps; default 8")
     parser.add_argument("--compile", type=choices("none", "blocks", "model"), default=["none"], help="default none")
@@ -268,7 +283,9 @@ def main() -> int:
     kept = activation_bytes(config, **shape, checkpointing=args.checkpointing) / 1e9
     print(f"memory: {STATE_BYTES * variant.num_parameters / 1e9:.1f} GB and, without compilation, {kept:.2f} GB a picture")
 
-    candidates = list(combinations(args.batches, args.compile, args.attention, args.pointwise, args.checkpointing))
+    candidates = list(
+        combinations(args.batches, args.compile, args.attention, args.pointwise, args.checkpointing, args.accumulation)
+    )
     options = {"steps": args.steps, "limit_s": args.limit_s, "profile": args.profile}
     try:
         found = measure(config, candidates, side=side, device=device, peer=not args.no_peer, **options)
@@ -279,7 +296,8 @@ def main() -> int:
         print("nothing was timed: " + ("nothing fitted" if found.failures else "the model is not exact enough"))
         return 1
     best = found.best
-    ours_s, rate = found.timings[best].step_s, best.batch * flops / found.timings[best].step_s
+    step_flops = best.batch * best.accumulation * flops
+    ours_s, rate = found.timings[best].step_s, step_flops / found.timings[best].step_s
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
     share = "no peak is known" if peak is None else f"{rate / peak:.1%} of the peak"
     print(f"best: {best}: {1e3 * ours_s:.1f} ms, {rate / 1e12:.1f} TFLOP/s, {share}")
@@ -289,7 +307,7 @@ def main() -> int:
             return 1
         size = round(variant.num_parameters / 1e8) * 100
         peers = {"ours_s": ours_s} | ({"diffusers_s": found.peer.step_s} if isinstance(found.peer, Timing) else {})
-        note = f"{best.batch} x {32 * side} px, {best}, {best.batch * flops / 1e12:.1f} TFLOP a step, random weights"
+        note = f"{32 * side} px, {best}, {step_flops / 1e12:.1f} TFLOP a step, random weights"
         note += f"; diffusers: {found.peer}" if isinstance(found.peer, str) else ""
         record(f"train_{size}m_mfu", rate / peak, "share", peer={k: round(v, 5) for k, v in peers.items()}, note=note)
     return 0

@@ -154,10 +154,11 @@ def prepare(model: nn.Module, *, compile: str, checkpointing: bool, pointwise: s
 
 
 class Step:
-    """One training step, in its parts. Noise is new in every step, as in a run."""
+    """One training step, in its parts: `accumulation` passes over the batch, then an update. Noise is new in every pass, as in a
+    run."""
 
-    def __init__(self, model: nn.Module, batch: Batch) -> None:
-        self.model, self.batch = model, batch
+    def __init__(self, model: nn.Module, batch: Batch, accumulation: int = 1) -> None:
+        self.model, self.batch, self.accumulation = model, batch, accumulation
         self.device = batch["latents"].device
         self.parameters = list(model.parameters())
         self.optimizer = make_optimizer(OPTIMIZER, model)
@@ -165,11 +166,12 @@ class Step:
         self.loss = torch.zeros(())
 
     def passes(self) -> None:
-        random = drawn(self.batch, next(self.numbers))
-        with autocast(self.device):
-            loss = flow_loss(velocity(self.model), self.batch, random, OBJECTIVE)
-        loss.backward()
-        self.loss = loss.detach()
+        for _ in range(self.accumulation):
+            random = drawn(self.batch, next(self.numbers))
+            with autocast(self.device):
+                loss = flow_loss(velocity(self.model), self.batch, random, OBJECTIVE)
+            (loss / self.accumulation).backward()
+            self.loss = loss.detach()
 
     def clip(self) -> None:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)

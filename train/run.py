@@ -18,6 +18,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from engines.errors import SanaError
 from train import tasks
 from train.parallel.processes import process_group
@@ -45,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         overrides = [text for text in options.overrides if not text.startswith(PREFIX)]
         settings, make_trainer = tasks.load(names[0], overrides, options.config_dir)
         with process_group() as processes:
+            if processes.device.type == "cuda" and settings.trainer.precision == "bf16":
+                torch.set_float32_matmul_precision("high")  # the few products that are fp32 are more exact in TF32 than all others
             trainer = make_trainer(settings, processes=processes, log=functools.partial(print, flush=True))
             trainer.resume(allow_changes=options.allow_changes)
             done = trainer.run(stop)

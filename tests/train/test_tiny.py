@@ -53,7 +53,7 @@ EXPERIMENTS = {
     "defaults: [override /autoencoder: sana_tiny_lite, override /pictures: scenes, _self_]" + ARCHITECTURE,
     "sana_tiny_text": """task: scene_text
 size: minuscule
-scenes: {num: 16, sizes: [[64, 64], [96, 64]], captions: 2, length: 64, seed: 100}""",
+scenes: {nums: [16, 2], sizes: [[64, 64], [96, 64]], captions: 2, length: 64, seed: 100}""",
     "sana_tiny_recogniser": "task: scene_recogniser\nside: 64\ndecoded: 4",
     "sana_tiny": """defaults: [override /model: sana_tiny, override /optimizer: adamw, _self_]
 model:
@@ -165,7 +165,7 @@ def test_schedule_of_the_model_is_that_of_its_training() -> None:
 
 
 def test_captions_are_made_once_for_their_settings(sprite_file: Path, sprites: Sprites, tmp_path: Path) -> None:
-    settings = ScenesSettings(sprites=sprite_file, num=9, sizes=((64, 64), (96, 64)), captions=2, length=64, seed=3)
+    settings = ScenesSettings(sprites=sprite_file, nums=(9, 1), sizes=((64, 64), (96, 64)), captions=2, length=64, seed=3)
     said: list[str] = []
     path = captions_of(settings, tmp_path, log=said.append)
     assert captions_of(settings, tmp_path, log=said.append) == path

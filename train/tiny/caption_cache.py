@@ -33,13 +33,9 @@ def training_scenes(settings: ScenesSettings, class_names: list[str]) -> dict[st
     held_out = HeldOut.of(class_names)
     return {
         f"{width}x{height}": draw_scenes(
-            settings.num if index == 0 else max(1, settings.num // 8),
-            seed=settings.seed + index,
-            num_objects=len(class_names),
-            aspect=width / height,
-            without=held_out,
+            num, seed=settings.seed + index, num_objects=len(class_names), aspect=width / height, without=held_out
         )
-        for index, (width, height) in enumerate(settings.sizes)
+        for index, ((width, height), num) in enumerate(zip(settings.sizes, settings.nums, strict=True))
     }
 
 

@@ -53,6 +53,10 @@ class SceneShards(Shards):
         self.device = device
         half = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.vae = checkpoint.vae(half, device).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        if device.type == "cuda":
+            from train.autoencoder.fast_norm import install  # imports Triton
+
+            install(self.vae)
         self.text_encoder = checkpoint.text_encoder(half, device).eval().requires_grad_(False)
 
     @torch.inference_mode()
@@ -85,11 +89,11 @@ class SceneShards(Shards):
 
     def _latents(self, size: str, rows: slice, width: int, height: int) -> Tensor:
         """(n, C, h, w) fp16 on the CPU, times the scaling factor."""
-        scenes = self.scenes[size].select(np.arange(rows.start, rows.stop))
+        scenes = SceneTensors.of(self.scenes[size].select(np.arange(rows.start, rows.stop)), self.device)
         colours, found = palette(self.device), []
         dtype = next(self.vae.parameters()).dtype
-        for start in range(0, len(scenes), PICTURES_AT_ONCE):
-            part = SceneTensors.of(scenes, self.device)[start : start + PICTURES_AT_ONCE]
+        for start in range(0, rows.stop - rows.start, PICTURES_AT_ONCE):
+            part = scenes[start : start + PICTURES_AT_ONCE]
             pictures = compose(part, self.sprites.rgba, width=width, height=height, colours=colours)
             latents = self.vae.encode(pictures.to(dtype, memory_format=torch.channels_last)).float()
             found.append((latents * self.vae.config.scaling_factor).half())

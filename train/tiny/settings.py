@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from train.schema import EnvironmentSettings, ParallelSettings
 from train.trainer.settings import TrainerSettings
@@ -21,11 +21,17 @@ class ScenesSettings(_Section):
     """Which scenes there are, and what is said of them."""
 
     sprites: Path  # made by python -m train.tiny.prepare_sprites
-    num: int = Field(ge=1)  # scenes of the first size; each of the others has an eighth of them
     sizes: tuple[tuple[int, int], ...] = Field(min_length=1)  # width, height in px
+    nums: tuple[Annotated[int, Field(ge=1)], ...]  # scenes of each size
     captions: int = Field(ge=1)  # of a scene
     length: int = Field(ge=8)  # text positions that the transformer is trained with; a longer caption is an error
     seed: int = Field(ge=0, lt=2**32)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if len(self.sizes) != len(self.nums):
+            raise ValueError(f"got {len(self.sizes)} sizes and {len(self.nums)} nums; expected one for each size")
+        return self
 
 
 class SceneTextExperiment(_Section):
