@@ -194,8 +194,9 @@ def measure(
         except torch.OutOfMemoryError:
             return "out of memory"
         parts = ", ".join(f"{name} {1e3 * part:.1f}" for name, part in timing.parts_s.items())
+        rate = settings.batch * settings.accumulation / timing.step_s
         say(
-            f"{name}, {settings}: {1e3 * timing.step_s:.1f} ms, {settings.batch * settings.accumulation / timing.step_s:.2f} pictures/s, "
+            f"{name}, {settings}: {1e3 * timing.step_s:.1f} ms, {rate:.2f} pictures/s, "
             f"{timing.peak_gb:.1f} GB; {parts} ms; first step {timing.first_s:.0f} s"
         )
         return timing
