@@ -166,12 +166,13 @@ class Step:
         self.loss = torch.zeros(())
 
     def passes(self) -> None:
-        for _ in range(self.accumulation):
+        for number in range(self.accumulation):
             random = drawn(self.batch, next(self.numbers))
             with autocast(self.device):
                 loss = flow_loss(velocity(self.model), self.batch, random, OBJECTIVE)
             (loss / self.accumulation).backward()
-            self.loss = loss.detach()
+            if number == 0:
+                self.loss = loss.detach()
 
     def clip(self) -> None:
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
