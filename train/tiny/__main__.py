@@ -38,14 +38,14 @@ from train.tiny.layout import write_card, write_finished, write_start
 from train.tiny.recogniser_run import load_autoencoder
 from train.tiny.sampling import Painter
 from train.tiny.scene_cache import SceneShards
-from train.tiny.scenes import SceneTensors, compose, draw_scenes, palette
+from train.tiny.scenes import SceneTensors, compose, draw_scenes, held_out_pictures, palette
 from train.tiny.sprites import load_sprites
 from train.tiny.text import trained_encoder
 from train.trainer.checkpoint import latest
 from train.trainer.errors import TrainingError
 
 SAMPLES = 32  # pictures of samples.png
-HELD_OUT_SEED = 950
+HELD_OUT_SEED = 951  # of the scenes on which the judge is judged
 
 
 class Stopped(Exception):
@@ -74,6 +74,10 @@ class Training:
         path = self.work / "metrics.json"
         self.metrics: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"seconds": {}}
 
+    @property
+    def where(self) -> str:
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else "a CPU"
+
     def record(self, name: str, value: Any) -> None:
         self.metrics[name] = value
         temporary = self.work / "metrics.tmp"
@@ -99,6 +103,7 @@ class Training:
         trainer = self.settings(experiment).trainer
         if not _finished(trainer):
             print(f"\n{experiment}", flush=True)
+            self.record("device", self.where)
             arguments = [f"experiment={experiment}", *self.overrides[experiment], *self.common]
             with self.timed(experiment):
                 code = train_run.main(arguments + (["--config-dir", str(self.config_dir)] if self.config_dir else []))
@@ -131,15 +136,9 @@ def autoencoders(training: Training) -> None:
             export(settings, out, device=training.device)
         key = experiment.removeprefix("sana_tiny_")
         if key not in training.metrics:
-            training.record(key, measure(load_autoencoder(out, training.device), held_out(training, 256)))
-
-
-def held_out(training: Training, num: int) -> list[Tensor]:
-    """Composed scenes of every kind at the first size, of a seed that nothing is trained on, in batches (32, 3, H, W)."""
-    width, height = training.settings("sana_tiny_text").scenes.sizes[0]
-    scenes = SceneTensors.of(draw_scenes(num, seed=HELD_OUT_SEED, num_objects=training.sprites.num_classes), training.device)
-    parts = (scenes[start : start + 32] for start in range(0, num, 32))
-    return [compose(p, training.sprites.rgba, width=width, height=height, colours=palette(training.device)) for p in parts]
+            size = training.settings("sana_tiny_text").scenes.sizes[0]
+            pictures = held_out_pictures(training.sprites.rgba, 256, training.sprites.num_classes, size)
+            training.record(key, measure(load_autoencoder(out, training.device), pictures))
 
 
 def judge(training: Training) -> dict[str, Tensor]:
@@ -148,7 +147,7 @@ def judge(training: Training) -> dict[str, Tensor]:
     if "recogniser" not in training.metrics:
         model, device, sprites = make_judge(training, weights), training.device, training.sprites
         side = training.settings("sana_tiny_recogniser").side
-        single = draw_scenes(1000, seed=HELD_OUT_SEED + 1, num_objects=sprites.num_classes, kind=SINGLE)
+        single = draw_scenes(1000, seed=HELD_OUT_SEED, num_objects=sprites.num_classes, kind=SINGLE)
         tensors = SceneTensors.of(single, device)
         autoencoder, found = load_autoencoder(training.work / "vae", device), {"composed": [], "decoded": []}
         dtype = next(autoencoder.parameters()).dtype
@@ -217,7 +216,7 @@ def finish(training: Training, transformer: dict[str, Tensor], recogniser_weight
     training.record("num_layers", model.model.transformer.num_layers)
     training.record("text_layers", checkpoints.load(target).text_encoder_config.num_hidden_layers)
     training.record("pictures_seen", model.trainer.steps * model.trainer.batch)
-    training.record("device", torch.cuda.get_device_name() if training.device.type == "cuda" else "a CPU")
+    training.record("judged_on", training.where)
     write_card(target, training.metrics)
     return target
 

@@ -35,7 +35,7 @@ of `vae/` and a smaller decoder for the same latents; a bundle is built with `va
 ## What it can do, measured
 
 Captions of combinations that transformer and text encoder never saw (an emoji on a colour; two emoji together), drawn
-with these weights by PyTorch on {device} and judged by the recogniser. "Objects right" asks for every object in its
+with these weights by PyTorch on {judged_on} and judged by the recogniser. "Objects right" asks for every object in its
 place.
 
 {scores}
@@ -74,7 +74,7 @@ goes on where it was if it is stopped:
 Together {minutes} minutes on {device}. Scenes are composed on the GPU and never stored; latents and text embeddings are
 cached once. The text encoder learns what captions say (kind, objects, colour) and is frozen; the transformer is trained
 by flow matching on the cache, {samples} pictures in all.
-Which combinations are held out is decided by a hash in `train/tiny/captions.py`; `held_out_captions.json` lists captions
+{note}Which combinations are held out is decided by a hash in `train/tiny/captions.py`; `held_out_captions.json` lists captions
 of them, and `metrics.json` has everything that was measured.
 
 ## Licences
@@ -123,6 +123,8 @@ def card(record: Mapping[str, Any], weight_bytes: Mapping[str, int]) -> str:
         minutes=f"{sum(record['seconds'].values()) / 60:.1f}",
         samples=f"{record['pictures_seen']:,}",
         device=record["device"],
+        judged_on=record["judged_on"],
+        note="".join(f"\n{line}\n" for line in record.get("notes", ())),
     )
 
 

@@ -6,16 +6,15 @@ It sees no picture of the model that it is to judge.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
-from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig
+from sana_ref.autoencoder import AutoencoderDC
+from train.autoencoder.weights import load_vae
 from train.objective.place import Place
 from train.parallel.processes import Processes
 from train.tiny.captions import ABOVE_BELOW, COLOUR_NAMES, LEFT_RIGHT, SINGLE, THREE
@@ -37,10 +36,8 @@ SHARES = ((SINGLE, 1.0), (LEFT_RIGHT, 0.15), (ABOVE_BELOW, 0.15), (THREE, 0.1)) 
 
 def load_autoencoder(folder: Path, device: torch.device) -> AutoencoderDC:
     """From a folder in diffusers' layout; bf16 and channels last on a GPU, fp32 on a CPU."""
-    model = AutoencoderDC(AutoencoderDCConfig.from_json(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
-    model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return model.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    model = load_vae(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    return model.to(memory_format=torch.channels_last).requires_grad_(False)
 
 
 @torch.no_grad()

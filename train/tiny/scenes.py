@@ -35,6 +35,7 @@ KIND_WEIGHTS = (0.55, 0.16, 0.14, 0.09, 0.06)  # by kind: single, left_right, ab
 SINGLE_SIZE, SHARED_SIZE = (0.58, 0.74), (0.38, 0.47)
 SINGLE_JITTER, SHARED_JITTER = 0.05, 0.02
 MAX_ANGLE = math.radians(10)
+HELD_OUT_SEED = 950
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,3 +172,14 @@ def compose(scenes: SceneTensors, sprites: Tensor, *, width: int, height: int, c
         layer = layer * (index >= 0)[:, None, None, None]
         picture = layer[:, :3] + picture * (1 - layer[:, 3:])
     return picture * 2 - 1
+
+
+def held_out_pictures(sprites: Tensor, num: int, num_objects: int, size: tuple[int, int], *, batch: int = 32) -> list[Tensor]:
+    """Scenes of every kind, of a seed that nothing is trained on: for measuring autoencoders. size: width, height in px.
+
+    Returns batches (B, 3, height, width) fp32, -1 to 1. sprites, num_objects: see compose and draw_scenes.
+    """
+    width, height = size
+    scenes = SceneTensors.of(draw_scenes(num, seed=HELD_OUT_SEED, num_objects=num_objects, aspect=width / height), sprites.device)
+    parts = [scenes[start : start + batch] for start in range(0, num, batch)]
+    return [compose(part, sprites, width=width, height=height, colours=palette(sprites.device)) for part in parts]
