@@ -66,7 +66,11 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     """Build the bundle at `request.out`. Raises SanaError, and leaves what is at `out` as it is then."""
     with progress.stage("read checkpoint") as stage:
         checkpoint = load(
-            request.model, revision=request.revision, variant=request.variant, components_from=request.components_from
+            request.model,
+            revision=request.revision,
+            variant=request.variant,
+            components_from=request.components_from,
+            vae=request.vae,
         )
         stage.note(f"{checkpoint.name}, sha256 {checkpoint.digest[:12]}")
     precisions = component_precision(request.precision)

@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--revision", help="commit, tag or branch on the Hub; a commit makes the build reproducible")
     add("--variant", choices=("fp16", "bf16"), help="prefer the checkpoint's files of this precision")
     add("--components-from", metavar="PATH_OR_ID", help="for a .pth, which holds the transformer alone: where the rest is")
+    add("--vae", type=Path, metavar="FOLDER", help="an autoencoder in place of the checkpoint's, of the same latents: DC-AE-Lite")
     add("--precision", help="fp32, fp16 (the denoiser's alone, the rest is bf16) or bf16")
     add("--target", help="sm80,sm86,sm89,sm120,sm121; current: this machine's GPU; onnx: no engines")
     add("--out", type=Path, metavar="BUNDLE", help="the folder to write; a bundle there is replaced when all is done")
@@ -87,6 +88,7 @@ def _build(options: argparse.Namespace) -> None:
         revision=settings.revision,
         variant=settings.variant,
         components_from=settings.components_from,
+        vae=settings.vae,
         min_side=settings.min_side,
         opt_side=settings.default_side,
         max_side=settings.max_side,

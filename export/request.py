@@ -31,6 +31,7 @@ class BuildRequest:
     revision: str | None = None
     variant: str | None = None
     components_from: str | None = None
+    vae: Path | None = None
     min_side: int | None = None
     opt_side: int | None = None
     max_side: int | None = None

@@ -53,6 +53,7 @@ class BuildSettings(BaseModel):
     revision: str | None
     variant: Literal["fp16", "bf16"] | None
     components_from: str | None
+    vae: Path | None
     precision: Annotated[str, AfterValidator(_precision)]
     target: Words
     components: Words

@@ -14,7 +14,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -148,6 +148,7 @@ def load(
     components_from: str | Path | None = None,
     transformer_config: SanaTransformerConfig | str | None = None,
     components: Collection[ComponentName] = COMPONENTS,
+    vae: Path | None = None,
     cache_dir: Path | None = None,
 ) -> Checkpoint:
     """Open a checkpoint and check that it is whole and fits its configs; weights are read later.
@@ -158,17 +159,36 @@ def load(
     components_from: only with a .pth, which holds the transformer alone: folder or id of a checkpoint with the rest.
     transformer_config: only with a .pth: a config, or a name of variants.VARIANTS; None: that of components_from.
     components: which networks are wanted; the others may be missing.
+    vae: an autoencoder's folder in place of the checkpoint's own, such as DC-AE-Lite's; it must be of the same latents.
     Raises CheckpointError: not there, not complete, not fitting its config, or in a format that can run code.
     """
     path = Path(path_or_id)
     if path.is_file():
-        return _load_pth(path, revision, variant, components_from, transformer_config, components, cache_dir)
+        whole = _load_pth(path, revision, variant, components_from, transformer_config, components, cache_dir)
+        return whole if vae is None else _with_vae(whole, vae)
     if components_from is not None or transformer_config is not None:
         raise CheckpointError(
             f"{path_or_id}: components_from and transformer_config go with a {PTH} file, and this is none. Leave them out."
         )
     folder = _folder(path_or_id, revision, variant, cache_dir)
-    return _load_folder(str(path_or_id), folder, variant, components, from_hub=folder != path)
+    whole = _load_folder(str(path_or_id), folder, variant, components, from_hub=folder != path)
+    return whole if vae is None else _with_vae(whole, vae)
+
+
+def _with_vae(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+    """With the autoencoder of `folder`. Raises CheckpointError if the transformer does not speak its latents."""
+    config = _read_config(folder.parent, "vae", {}, name=folder.name)
+    own = checkpoint.vae_config
+    for name in ("latent_channels", "px_per_latent", "scaling_factor"):
+        if getattr(config, name) != getattr(own, name):
+            raise CheckpointError(
+                f"{folder}: got an autoencoder with {name} {getattr(config, name)}; expected {getattr(own, name)}, as that of "
+                f"{checkpoint.name}: the transformer knows no other latents."
+            )
+    source, _ = find_weights(folder, hub.WEIGHTS["vae"], None)
+    return _checked(
+        replace(checkpoint, configs={**checkpoint.configs, "vae": config}, sources={**checkpoint.sources, "vae": source})
+    )
 
 
 def _folder(path_or_id: str | Path, revision: str | None, variant: str | None, cache_dir: Path | None) -> Path:
@@ -255,7 +275,8 @@ def _load_pth(
     )
 
 
-def _read_config(folder: Path, component: ComponentName, index: Mapping[str, Any]) -> Config:
+def _read_config(folder: Path, component: ComponentName, index: Mapping[str, Any], *, name: str | None = None) -> Config:
+    """name: of the component's folder, if it is not the component's."""
     names, read, _ = KINDS[component]
     entry = index.get(component)
     if entry is not None and (not isinstance(entry, list) or len(entry) != 2 or entry[1] not in names):
@@ -263,7 +284,7 @@ def _read_config(folder: Path, component: ComponentName, index: Mapping[str, Any
             f"{folder / 'model_index.json'}: {component} is {entry}; expected {' or '.join(names)}. "
             "Only Sana's text-to-image models are supported."
         )
-    file = folder / component / "config.json"
+    file = folder / (name or component) / "config.json"
     try:
         return read(read_json(file))
     except (SpecError, TypeError, ValueError) as error:

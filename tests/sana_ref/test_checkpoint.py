@@ -148,6 +148,27 @@ def test_unwanted_components_may_be_missing(folder):
         checkpoint.text_encoder()
 
 
+def test_another_autoencoder_of_the_same_latents(folder, tmp_path):
+    shutil.copytree(folder / "vae", tmp_path / "lite")
+    weights = load_file(next((tmp_path / "lite").glob("*.safetensors")))
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, next((tmp_path / "lite").glob("*.safetensors")))
+    checkpoint, own = load(folder, vae=tmp_path / "lite"), load(folder)
+    name = next(iter(weights))
+    torch.testing.assert_close(checkpoint.state_dict("vae")[name], 2 * own.state_dict("vae")[name])
+    assert checkpoint.component_digest("transformer") == own.component_digest("transformer")
+    assert checkpoint.digest != own.digest
+
+
+def test_autoencoder_of_other_latents_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "vae", tmp_path / "other")
+    config = json.loads((tmp_path / "other/config.json").read_text())
+    write_json(tmp_path / "other/config.json", config | {"scaling_factor": 0.5})
+    with pytest.raises(CheckpointError, match=r"scaling_factor 0\.5; expected .* knows no other latents"):
+        load(folder, vae=tmp_path / "other")
+    with pytest.raises(CheckpointError, match="nowhere"):
+        load(folder, vae=tmp_path / "nowhere")
+
+
 def test_digest_changes_with_content_and_nothing_else(folder, tmp_path):
     digest = load(folder).digest
     assert load(shutil.copytree(folder, tmp_path / "elsewhere")).digest == digest
