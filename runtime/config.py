@@ -64,7 +64,7 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: Path | 
     from hydra.types import RunMode
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import MarkedYAMLError, YAMLError
 
     folders = _folders(config_dir)
     _find(folders, config_name)
@@ -98,7 +98,10 @@ def compose(config_name: str, overrides: Sequence[str] = (), config_dir: Path | 
         ) from None
     except (HydraException, YAMLError, ValueError) as error:  # Hydra raises bare ValueErrors, and UnicodeDecodeError is one
         cause = error.__cause__ if isinstance(error, HydraException) and error.__cause__ is not None else error
-        raise ConfigError(f"{config_name}: {_first_line(error)}{'' if cause is error else f' ({_first_line(cause)})'}.") from None
+        said = f"{_first_line(error)}{'' if cause is error else f' ({_first_line(cause)})'}"
+        if isinstance(cause, MarkedYAMLError) and (mark := cause.problem_mark) is not None:
+            said = f"not YAML: {cause.problem or cause.context} ({mark.name}:{mark.line + 1})"
+        raise ConfigError(f"{config_name}: {said}.") from None
     assert isinstance(values, dict)
     return Composed(name=config_name, values={str(key): value for key, value in values.items()}, origins=origins)
 

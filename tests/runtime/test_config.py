@@ -189,6 +189,12 @@ def test_a_broken_file_is_an_error_of_ours(folder, text):
     assert told(folder)
 
 
+def test_what_is_not_yaml_names_its_line(folder):
+    (folder / "experiment" / "child.yaml").write_text("name: a\n\tname: a\n")
+    assert "not YAML: found character" in told(folder)
+    assert "experiment/child.yaml:2)" in told(folder)
+
+
 def test_an_unknown_experiment_names_the_nearest(folder):
     assert "experiment: got 'chlid'; did you mean 'child'?" in told(folder, experiment="chlid")
 

@@ -308,9 +308,11 @@ def test_crops_of_files_are_a_function_of_the_number(folder):
 def test_broken_files_are_counted_and_replaced(folder):
     (folder / "0" / "0.png").write_bytes(b"no picture")
     found = FileSettings(kind="files", path=folder, side=32, max_broken_share=0.2)
-    source = FileSource(found, micro_batch=8, processes=CPU)
+    said: list[str] = []
+    source = FileSource(found, micro_batch=8, processes=CPU, log=said.append)
     assert source.batch(0).shape == source.batch(1).shape == (8, 3, 32, 32)
     assert [broken.name for broken in source.report.broken] == ["0/0.png"]
+    assert len(said) == 1 and said[0].startswith("pictures: left out 0/0.png: ")
     strict = FileSource(found.model_copy(update={"max_broken_share": 0.0}), micro_batch=8, processes=CPU)
     with pytest.raises(TooManyBroken, match=r"0/0.png"):
         strict.batch(0)

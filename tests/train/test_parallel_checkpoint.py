@@ -97,7 +97,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, weights: dict[str, Ten
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    monkeypatch.setattr(checkpoint, "save_shares", full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save(tmp_path / "last", weights)
     assert not list(tmp_path.iterdir())

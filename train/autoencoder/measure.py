@@ -63,7 +63,9 @@ def measure(vae: AutoencoderDC, batches: Iterable[Tensor]) -> dict[str, Any]:
         noise = torch.randn(latent.shape, generator=generator, device=wanted.device) * latent.float().std()
         plain.append(psnr(got, wanted))
         noisy.append(psnr(vae.decode(latent + (NOISE * noise).to(dtype)), wanted))
-        alike.append(ssim(got, wanted, data_range=(-1.0, 1.0), reduction="none"))
+        score = ssim(got, wanted, data_range=(-1.0, 1.0), reduction="none")
+        assert isinstance(score, Tensor)  # no pictures of it were asked for
+        alike.append(score)
         latents.append(latent.float().movedim(1, 0).flatten(1))
     every_CN = torch.cat(latents, dim=1)
     return {

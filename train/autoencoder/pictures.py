@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -37,12 +37,17 @@ MAX_TRIES = 100  # samples in the place of a broken one
 
 
 def make_source(
-    settings: FileSettings | SceneSettings, *, micro_batch: int, processes: Processes, num_workers: int = 0
+    settings: FileSettings | SceneSettings,
+    *,
+    micro_batch: int,
+    processes: Processes,
+    num_workers: int = 0,
+    log: Callable[[str], None] | None = None,
 ) -> FileSource | SceneSource:
-    """Raises DataError if there is nothing to read."""
+    """Raises DataError if there is nothing to read. log: is told of each broken sample."""
     if isinstance(settings, SceneSettings):
         return SceneSource(settings, micro_batch=micro_batch, processes=processes)
-    return FileSource(settings, micro_batch=micro_batch, processes=processes, num_workers=num_workers)
+    return FileSource(settings, micro_batch=micro_batch, processes=processes, num_workers=num_workers, log=log)
 
 
 def _random(*what: object) -> np.random.Generator:
@@ -106,15 +111,26 @@ class SceneSource(_Numbered):
 class FileSource(_Numbered):
     """Square crops at random places. Each epoch sees every picture once, in an order of its own, dealt out over the processes.
 
-    A broken sample is counted, and another one takes its place. num_workers: threads that read ahead, without the interpreter's
+    A broken sample is counted and named to `log`, and another one takes its place. num_workers: threads that read ahead, without the interpreter's
     lock where Pillow decodes; 0: none.
     """
 
-    def __init__(self, settings: FileSettings, *, micro_batch: int, processes: Processes, num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        settings: FileSettings,
+        *,
+        micro_batch: int,
+        processes: Processes,
+        num_workers: int = 0,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
         super().__init__(processes)
-        self.settings, self.micro_batch, self.num_workers = settings, micro_batch, num_workers
+        self.settings, self.micro_batch, self.num_workers, self.log = settings, micro_batch, num_workers, log
         self.root, self.items, broken = _find(settings)
-        self.report = Report(total=len(self.items) + len(broken), max_share=settings.max_broken_share, broken=broken)
+        self.report = Report(total=len(self.items) + len(broken), max_share=settings.max_broken_share)
+        for each in broken if processes.rank == 0 else ():  # all of them found the same
+            self._say(each)
+        self.report.broken += broken
         self.report.check()
         self._known: set[str] = set()
         self._order: tuple[int, np.ndarray] | None = None
@@ -170,10 +186,15 @@ class FileSource(_Numbered):
             return np.asarray(square), broken
         return None, broken
 
+    def _say(self, broken: Broken) -> None:
+        if self.log is not None:
+            self.log(f"pictures: left out {broken}")
+
     def _collect(self, crops: list[_Crop]) -> Tensor:
         for each in (each for _, broken in crops for each in broken):
             if each.name not in self._known:
                 self._known.add(each.name)
+                self._say(each)
                 self.report.add(each)
         pixels = [crop for crop, _ in crops if crop is not None]
         if len(pixels) < len(crops):

@@ -71,6 +71,7 @@ def make_trainer(settings: AutoencoderExperiment, *, processes: Processes, log: 
         micro_batch=settings.trainer.micro_batch,
         processes=processes,
         num_workers=settings.env.num_workers,
+        log=log,
     )
     return Trainer(
         task,

@@ -165,7 +165,7 @@ class LossSettings(_Section):
 
 
 class ValidationSettings(_Section):
-    """The pictures' PSNR, logged while training, with the weights of that step."""
+    """The pictures' PSNR, logged while training, with the averaged weights if there is an average."""
 
     every: Count = 1000  # steps
     num_pictures: Count = 64

@@ -15,10 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_shares
+from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save as save_shares
 
 __all__ = ["is_sharded", "load", "save", "save_async", "shapes", "sync"]
 
@@ -102,7 +105,7 @@ def save(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `folder`, which is new, from this process alone. Raises OSError."""
     with _removed_if_it_fails(folder), _alone_is_fine():
         _together(lambda: _clear(folder))
-        _together(lambda: dcp.save(dict(tensors), checkpoint_id=_temporary(folder)))
+        _together(lambda: save_shares(dict(tensors), checkpoint_id=_temporary(folder)))
         _together(lambda: _finish(folder, {}))
 
 
@@ -117,7 +120,7 @@ def save_async(
     """
     with _removed_if_it_fails(folder):
         _together(lambda: _clear(folder))
-        future: Any = _together(lambda: dcp.async_save(dict(tensors), checkpoint_id=_temporary(folder), process_group=group))
+        future: Any = _together(lambda: async_save(dict(tensors), checkpoint_id=_temporary(folder), process_group=group))
 
     def finish() -> None:
         with _removed_if_it_fails(folder):
@@ -131,11 +134,11 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Of the tensors in a checkpoint. Raises FileNotFoundError if it is none."""
     if not is_sharded(folder):
         raise FileNotFoundError(f"{folder}: got no distributed checkpoint; expected a folder with .metadata and shares")
-    found = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    found = FileSystemReader(folder).read_metadata().state_dict_metadata
     return {name: tuple(item.size) for name, item in found.items() if isinstance(item, TensorStorageMetadata)}
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Into `tensors`, whole or shares on any number of processes, whatever they were when they were saved. Raises OSError."""
     with _alone_is_fine():
-        _together(lambda: dcp.load(dict(tensors), checkpoint_id=folder))
+        _together(lambda: load_shares(dict(tensors), checkpoint_id=folder))
