@@ -54,8 +54,15 @@ def make_trainer(settings: ExperimentSettings, *, processes: Processes, log: Cal
             )
         model.load_state_dict(start.transformer(torch.float32, "cpu").state_dict())
         length, expected = start.prompt.max_sequence_length, expected_identity(start)
+    elif settings.validation.model is not None:  # new weights have no encoders; those that will draw must have made the cache
+        expected = expected_identity(checkpoints.load(settings.validation.model, components=("vae", "text_encoder")))
     length = settings.data.max_sequence_length or length
     cache = Cache(settings.data.cache, expected)
+    if cache.identity.resolution != settings.data.resolution and processes.rank == 0:
+        log(
+            f"warning: data.cache has pictures of {cache.identity.resolution} px, and data.resolution is "
+            f"{settings.data.resolution}. The cache's are trained on; set data.resolution to theirs, or use another cache."
+        )
     strategy = _strategy(settings, config, cache, length, processes, log)
     source = CachedSource(
         cache,

@@ -312,7 +312,8 @@ def test_broken_files_are_counted_and_replaced(folder):
     source = FileSource(found, micro_batch=8, processes=CPU, log=said.append)
     assert source.batch(0).shape == source.batch(1).shape == (8, 3, 32, 32)
     assert [broken.name for broken in source.report.broken] == ["0/0.png"]
-    assert len(said) == 1 and said[0].startswith("pictures: left out 0/0.png: ")
+    (line,) = said
+    assert line.startswith("pictures: left out 0/0.png: ")
     strict = FileSource(found.model_copy(update={"max_broken_share": 0.0}), micro_batch=8, processes=CPU)
     with pytest.raises(TooManyBroken, match=r"0/0.png"):
         strict.batch(0)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,20 @@ def test_what_cannot_be_trained_is_said(
     assert run.main(command(folder, tmp_path, change)) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "small").exists()
+
+
+def test_a_cache_of_another_size_or_of_other_encoders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(command(folder, tmp_path / "size", "trainer.steps=1")) == 0
+    assert "data.cache has pictures of 512 px, and data.resolution is 1024" in capsys.readouterr().out
+    other = tmp_path / "other"
+    shutil.copytree(MODEL, other)
+    config = json.loads((other / "vae" / "config.json").read_text())
+    (other / "vae" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    new_weights = ["model.checkpoint=null", "data.resolution=512", "trainer.steps=1"]
+    assert run.main(command(folder, tmp_path / "new", *new_weights, f"validation.model={MODEL}")) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert run.main(command(folder, tmp_path / "stale", *new_weights, f"validation.model={other}")) == 2
+    assert "vae" in capsys.readouterr().err
 
 
 def test_an_experiment_must_be_named() -> None:

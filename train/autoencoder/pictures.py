@@ -111,8 +111,8 @@ class SceneSource(_Numbered):
 class FileSource(_Numbered):
     """Square crops at random places. Each epoch sees every picture once, in an order of its own, dealt out over the processes.
 
-    A broken sample is counted and named to `log`, and another one takes its place. num_workers: threads that read ahead, without the interpreter's
-    lock where Pillow decodes; 0: none.
+    A broken sample is counted and named to `log`, and another one takes its place. num_workers: threads that read ahead, without
+    the interpreter's lock where Pillow decodes; 0: none.
     """
 
     def __init__(
