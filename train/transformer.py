@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -47,10 +48,13 @@ def make_trainer(settings: ExperimentSettings, *, processes: Processes, log: Cal
     model = initialise(SanaTransformer2DModel(config))
     if settings.model.checkpoint is not None:
         start = checkpoints.load(settings.model.checkpoint)
-        if start.transformer_config != config:
-            raise TrainingError(
-                f"model.checkpoint: got {settings.model.checkpoint}, a transformer with {start.transformer_config}; "
-                f"expected {config}"
+        there = start.transformer_config
+        if replace(there, sample_size=config.sample_size, interpolation_scale=config.interpolation_scale) != config:
+            raise TrainingError(f"model.checkpoint: got {settings.model.checkpoint}, a transformer with {there}; expected {config}")
+        if there != config and processes.rank == 0:  # those two have no weights: so 2K and 4K begin with the weights of 1024 px
+            log(
+                f"model.checkpoint: sample_size {there.sample_size} -> {config.sample_size}, interpolation_scale "
+                f"{there.interpolation_scale} -> {config.interpolation_scale}: the same weights, other positions"
             )
         model.load_state_dict(start.transformer(torch.float32, "cpu").state_dict())
         length, expected = start.prompt.max_sequence_length, expected_identity(start)

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from data_sets import sample_files, write_folder
 
 from sana_ref import checkpoint as checkpoints
+from sana_ref.variants import VARIANTS
 from train import run
 from train.data import __main__ as data_program
+from train.schema import load
 from train.trainer import checkpoint
 
 MODEL = Path(__file__).parents[2] / "models" / "sana-tiny"
@@ -115,6 +118,18 @@ def test_a_cache_of_another_size_or_of_other_encoders(folder: Path, tmp_path: Pa
     assert "warning" not in capsys.readouterr().out
     assert run.main(command(folder, tmp_path / "stale", *new_weights, f"validation.model={other}")) == 2
     assert "vae" in capsys.readouterr().err
+
+
+def test_weights_of_another_size_are_begun_with(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the 2K and 4K experiments do with those of 1024 px: positions are no weights."""
+    positions = ["model.transformer.interpolation_scale=2.0", "model.transformer.sample_size=32", "trainer.steps=1"]
+    assert run.main(command(folder, tmp_path, *positions)) == 0
+    assert "interpolation_scale" in capsys.readouterr().out
+    start = VARIANTS["sana_1600m_1024px"].transformer
+    for name in ("sana_1600m_2kpx", "sana_1600m_4kpx"):
+        assert load(name).model.checkpoint == "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+        wanted = VARIANTS[name].transformer
+        assert replace(start, sample_size=wanted.sample_size, interpolation_scale=wanted.interpolation_scale) == wanted
 
 
 def test_an_experiment_must_be_named() -> None:
