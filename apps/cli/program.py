@@ -79,12 +79,12 @@ PROGRAMS = {
     ),
     "train": Program(
         module="train.run",
-        help="train a transformer on cached latents (needs the extra 'train')",
+        help="train what an experiment describes (needs the extra 'train')",
         needs=("torch",),
     ),
     "checkpoint": Program(
         module="train.parallel",
-        help="a distributed training checkpoint in diffusers' layout, and back (needs the extra 'train')",
+        help="a training checkpoint in diffusers' layout, and back (needs the extra 'train')",
         needs=("torch", "safetensors"),
     ),
 }
