@@ -90,8 +90,42 @@ def _keep_inputs(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, v)
 
 
+def _gradients_as_inputs(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """`_gradients`, each laid out in memory as its input: an op's results must not depend on the device in that."""
+    d_q, d_k, d_v = _gradients(grad, q, k, v, eps)
+    return torch.empty_like(q).copy_(d_q), torch.empty_like(k).copy_(d_k), torch.empty_like(v).copy_(d_v)
+
+
+@torch.library.custom_op("sana::relu_linear_attention_backward", mutates_args=())
+def _relu_linear_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for q, k, v: an op of its own, so that a compiled step has one node each way."""
+    return _gradients_as_inputs(grad, q, k, v, eps)
+
+
+@_relu_linear_attention_backward.register_kernel("cuda")
+def _relu_linear_attention_backward_cuda(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor, Tensor]:
+    from plugins import relu_linear_attention_backward as kernels  # Triton loads when a GPU first needs it
+
+    if q.dtype == torch.float64 or q.shape[-1] not in kernels.HEAD_DIMS:
+        return _gradients_as_inputs(grad, q, k, v, eps)
+    outputs = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    kernels.launch(grad, (q, k, v), outputs, eps)
+    return outputs
+
+
+@_relu_linear_attention_backward.register_fake
+def _relu_linear_attention_backward_fake(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, eps: float = EPS
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
 def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *_gradients(grad, *ctx.saved_tensors, ctx.eps), None
+    return *torch.ops.sana.relu_linear_attention_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
 _relu_linear_attention.register_autograd(_backward, setup_context=_keep_inputs)

@@ -91,6 +91,39 @@ def test_registration():
     assert relu_linear_attention(*strided).is_contiguous()
 
 
+def test_backward_registration():
+    """Schema and fake tensors; gradients are laid out as their inputs are, whole tensors or pieces of one."""
+    op = torch.ops.sana.relu_linear_attention_backward.default
+    rows = [t.transpose(1, 2) for t in qkv((2, 6, 2, 16), torch.float32)]
+    pieces = torch.randn(2, 2, 6, 48).chunk(3, dim=-1)
+    for inputs in (qkv((2, 2, 6, 16), torch.float32), rows, pieces):
+        grad = torch.ones(()).expand(2, 2, 6, 16)
+        torch.library.opcheck(op, (grad, *inputs), test_utils=("test_schema", "test_faketensor"))
+        assert [t.stride() for t in op(grad, *inputs)] == [torch.empty_like(t).stride() for t in inputs]
+
+
+def test_a_compiled_step_has_one_node_each_way():
+    """torch.compile gives the gradients of eager mode, with each op whole."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    calls = []
+
+    def note(graph, example_inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes if "sana" in str(node.target))
+        return make_boxed_func(graph.forward)
+
+    def attention(x, weight):
+        q, k, v = (t.unflatten(2, (2, -1)).transpose(1, 2) for t in (x @ weight).chunk(3, dim=-1))
+        return relu_linear_attention(q, k, v).transpose(1, 2).flatten(2).square().sum()
+
+    leaves = [t.requires_grad_() for t in (torch.randn(2, 9, 32), torch.randn(32, 96))]
+    compiled = torch.compile(attention, backend=aot_autograd(fw_compiler=note, bw_compiler=note), fullgraph=True)
+    wanted, got = (torch.autograd.grad(function(*leaves), leaves) for function in (attention, compiled))
+    torch.testing.assert_close(got, wanted)
+    assert calls == ["sana.relu_linear_attention.default", "sana.relu_linear_attention_backward.default"]
+
+
 def test_exports_as_one_node_with_dynamic_batch_and_tokens():
     class Attention(torch.nn.Module):
         def forward(self, q, k, v):
