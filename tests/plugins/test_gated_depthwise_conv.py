@@ -1,0 +1,163 @@
+"""The kernels of gated_depthwise_conv, interpreted on a CPU or on a GPU, and the op that runs them, against the truth in fp64."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from parity.bound import assert_parity
+from torch.nn import functional as F
+
+from train import ops
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+INTERPRETED = ("fp32", "fp16")  # not bf16, on a GPU only: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
+# (B, H, W, E): odd sides, channels that no block divides, one pixel, and more than a program's rows and columns.
+SHAPES = [(2, 5, 7, 70), (1, 1, 1, 64), (3, 6, 9, 5)]
+NAMES = ("y", "dx", "dweight", "dbias")
+ROWS = 4  # of a program, for the interpreter: several strips of rows
+
+
+def inputs(shape, dtype, device="cpu"):
+    """dy, x, weight, bias."""
+    *pixels, inner = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    sizes = ((*pixels, inner), (*pixels, 2 * inner), (2 * inner, 1, 3, 3), (2 * inner,))
+    return [torch.randn(size, generator=generator).to(device, DTYPES.get(dtype, dtype)) for size in sizes]
+
+
+def plain(x, weight, bias):
+    """Operator by operator, as sana_ref.layers.GLUMBConv."""
+    a, g = F.conv2d(F.silu(x.permute(0, 3, 1, 2)), weight, bias, padding=1, groups=len(weight)).chunk(2, dim=1)
+    return (a * F.silu(g)).permute(0, 2, 3, 1)
+
+
+def both_ways(function, dy, *leaves):
+    """NAMES of a differentiable function."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def check(got, given, name):
+    same, exact = both_ways(plain, *given), both_ways(plain, *(t.double() for t in given))
+    for part, one, peer, answer in zip(NAMES, got, same, exact, strict=True):
+        assert one.dtype == peer.dtype
+        assert_parity(one.cpu(), same=peer.cpu(), exact=answer.cpu(), name=f"{name}: {part}")
+
+
+INTERPRET = f"""
+import sys
+import torch
+import plugins.gated_depthwise_conv as kernel
+
+kernel.ROWS = {ROWS}
+calls, results = torch.load(sys.argv[1]), []
+for dy, x, weight, bias in calls:
+    y, dx = torch.full_like(dy, torch.nan), torch.full_like(x, torch.nan)
+    kernel.launch(x, weight, bias, y)
+    results.append([y, dx, *kernel.launch_backward(dy, x, weight, bias, dx)])
+torch.save(results, sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """NAMES by shape and dtype, from one process: Triton reads TRITON_INTERPRET when it is imported."""
+    cases = [(shape, dtype) for shape in SHAPES for dtype in INTERPRETED]
+    path = tmp_path_factory.mktemp("interpreted") / "calls"
+    torch.save([inputs(*case) for case in cases], path)
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", INTERPRET, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(cases, torch.load(path), strict=True))
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels(interpreted, shape, dtype):
+    check(interpreted[shape, dtype], inputs(shape, dtype), f"kernels {shape} {dtype}")
+
+
+def test_planted_error_is_caught(interpreted):
+    shape = SHAPES[0]
+    y, *gradients = interpreted[shape, "fp16"]
+    with pytest.raises(AssertionError, match="expected at most"):
+        check([y.roll(1, dims=2), *gradients], inputs(shape, "fp16"), "moved by a column")
+    gradients[1] = gradients[1].flip(-1)
+    with pytest.raises(AssertionError, match=r"dweight: .* expected at most"):
+        check([y, *gradients], inputs(shape, "fp16"), "a filter turned round")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_truth(dtype):
+    given = inputs(SHAPES[0], dtype)
+    check(both_ways(ops.gated_depthwise_conv, *given), given, f"op {dtype}")
+
+
+def test_op_is_registered_as_pytorch_asks():
+    _, x, weight, bias = inputs((1, 3, 2, 4), torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    quick = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(torch.ops.sana.gated_depthwise_conv.default, leaves, test_utils=quick)
+    assert torch.autograd.gradcheck(ops.gated_depthwise_conv, leaves)
+
+
+def test_parameters_keep_their_dtype_beside_half_precision():
+    dy, x, weight, bias = inputs(SHAPES[0], "fp32")
+    with torch.autocast("cpu", torch.bfloat16):
+        y, dx, dweight, dbias = both_ways(ops.gated_depthwise_conv, dy.bfloat16(), x.bfloat16(), weight, bias)
+    assert [t.dtype for t in (y, dx, dweight, dbias)] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    wanted = both_ways(plain, dy.bfloat16().double(), x.bfloat16().double(), weight.double(), bias.double())
+    torch.testing.assert_close([dweight.double(), dbias.double()], wanted[2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight"), [((1, 2, 2, 7), (7, 1, 3, 3)), ((1, 2, 2, 8), (8, 1, 5, 5)), ((2, 2, 8), (8, 1, 3, 3))], ids=str
+)
+def test_wrong_shapes(x, weight):
+    with pytest.raises(ValueError, match=r"got x, weight, bias of shapes .* expected \(B, H, W, 2E\)"):
+        ops.gated_depthwise_conv(torch.ones(x), torch.ones(weight), torch.ones(weight[0]))
+
+
+def milliseconds(call, rounds=20):
+    for _ in range(3):
+        call()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(rounds):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / rounds
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 40, 33, 560)], ids=str)
+def test_op_on_gpu(shape, dtype):
+    given = inputs(shape, dtype, "cuda")
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        got = both_ways(ops.gated_depthwise_conv, *given)
+        check(got, given, f"op {shape} {dtype}")
+    again = both_ways(ops.gated_depthwise_conv, *given)
+    assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_op_is_faster_than_the_operators():
+    """At the size of a training step: 16 pictures of 32 x 32 tokens of Sana 1.6B."""
+    dy, x, weight, bias = inputs((16, 32, 32, 5600), "bf16", "cuda")
+    with torch.backends.cudnn.flags(benchmark=True):
+        times = {
+            name: milliseconds(lambda function=function: both_ways(function, dy, x, weight, bias))
+            for name, function in (("op", ops.gated_depthwise_conv), ("plain", plain), ("compiled", torch.compile(plain)))
+        }
+    print({name: f"{time:.2f} ms" for name, time in times.items()})
+    assert times["op"] < min(times["plain"], times["compiled"])
