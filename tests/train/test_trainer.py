@@ -20,6 +20,7 @@ from train.objective.flow import FlowObjective
 from train.objective.settings import LogitNormal, ObjectiveSettings
 from train.parallel.processes import Processes
 from train.trainer import checkpoint
+from train.trainer.blocks import fast_feed_forward
 from train.trainer.errors import NonFiniteError, TrainingError
 from train.trainer.loop import Trainer
 from train.trainer.settings import LrScheduleSettings, OptimizerSettings, TrainerSettings
@@ -185,6 +186,30 @@ def test_deterministic_kernels_are_asked_for_while_it_runs(tmp_path, monkeypatch
 
 def test_activation_checkpointing_changes_no_loss(tmp_path):
     assert trained(tmp_path / "a")[0] == trained(tmp_path / "b", activation_checkpointing=True)[0]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_fast_feed_forward_changes_no_loss(tmp_path, precision):
+    plain, one = trained(tmp_path / "plain", precision=precision)
+    changes = {"fast_feed_forward": True, "activation_checkpointing": True}
+    fast, other = trained(tmp_path / "fast", precision=precision, **changes)
+    assert fast == pytest.approx(plain, rel=1e-5 if precision == "fp32" else 0.01)
+    assert other.parameters.keys() == one.parameters.keys()
+    with pytest.raises(TrainingError, match="has no mix-FFN without a norm"):
+        fast_feed_forward(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.slow
+def test_fast_feed_forward_is_compiled_too(tmp_path):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    changes = {"fast_feed_forward": True, "steps": 2, "batch": 2}
+    losses, _ = trained(tmp_path / "compiled", compile=True, **changes)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert losses == pytest.approx(trained(tmp_path / "eager", **changes)[0], rel=1e-5)
 
 
 def test_accumulation_is_the_batch_as_a_whole(tmp_path):
