@@ -1,6 +1,6 @@
 """How fast the transformer trains on latents, next to diffusers' model in the same loop, and how exact it is.
 
-    python benchmarks/training.py --variant sana_1600m_1024px --batches 8,16,24 --compile blocks --pointwise conv,matmul --record
+    python benchmarks/training.py --variant sana_1600m_1024px --batches 8,16,24 --compile blocks --feed-forward plain,fused --record
 
 Weights are random, fp32, with bf16 autocast; a step is the project's objective, clipping at 1 and its AdamW, without a moving
 average. First the bf16 velocity is held to twice the error that diffusers' model makes in the same autocast against fp32; if it
@@ -61,21 +61,23 @@ STATE_BYTES = 4 + 4 + 8 + 2  # a weight's: fp32, its gradient, AdamW's moments, 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """batch: pictures a step. compile: none, each transformer block as the trainer does, or the whole model. attention: the op
-    sana::relu_linear_attention, or its meaning in PyTorch, which the compiler merges with what is around it. pointwise: 1x1
-    convolutions as they are, or as matrix products. accumulation: batches a step."""
+    sana::relu_linear_attention, or its meaning in PyTorch, which the compiler merges with what is around it. feed_forward: as it
+    is, with its 1x1 convolutions as matrix products, or those with one op between, as the trainer's fast_feed_forward.
+    accumulation: batches a step."""
 
     batch: int
     accumulation: int = 1
     compile: str = "none"
     attention: str = "op"
-    pointwise: str = "conv"
+    feed_forward: str = "plain"
     checkpointing: bool = False
 
     def __str__(self) -> str:
         recomputed = ", checkpointing" if self.checkpointing else ""
         times = f" x {self.accumulation}" if self.accumulation > 1 else ""
         return (
-            f"batch {self.batch}{times}, compile {self.compile}, attention {self.attention}, pointwise {self.pointwise}{recomputed}"
+            f"batch {self.batch}{times}, compile {self.compile}, attention {self.attention}, "
+            f"feed-forward {self.feed_forward}{recomputed}"
         )
 
 
@@ -142,7 +144,7 @@ def time_settings(make: Callable[[], nn.Module], batch: Batch, settings: Setting
     model = make()
     with torch.no_grad(), autocast(device):
         expected = float(flow_loss(velocity(model), batch, drawn(batch), OBJECTIVE))
-    prepare(model, compile=settings.compile, checkpointing=settings.checkpointing, pointwise=settings.pointwise)
+    prepare(model, compile=settings.compile, checkpointing=settings.checkpointing, feed_forward=settings.feed_forward)
     step = Step(model, batch, settings.accumulation)
     first = timed(step, device)
     if not abs(float(step.loss) - expected) <= LOSS_TOLERANCE * abs(expected):
@@ -210,7 +212,7 @@ def measure(
             found.failures[settings] = result
             say(f"ours, {settings}: {result}")
     if peer and found.timings:
-        found.peer = attempt("diffusers", replace(found.best, attention="its own", pointwise="conv"))
+        found.peer = attempt("diffusers", replace(found.best, attention="its own", feed_forward="plain"))
         if isinstance(found.peer, str):
             say(f"diffusers, {found.best}: {found.peer}")
     release(device)
@@ -221,17 +223,17 @@ def combinations(
     batches: Sequence[int],
     compiles: Sequence[str] = ("none",),
     attentions: Sequence[str] = ("op",),
-    pointwises: Sequence[str] = ("conv",),
+    feed_forwards: Sequence[str] = ("plain",),
     checkpointing: bool = False,
     accumulation: int = 1,
 ) -> Iterator[Settings]:
-    for how, kind, pointwise, batch in itertools.product(compiles, attentions, pointwises, batches):
+    for how, kind, feed_forward, batch in itertools.product(compiles, attentions, feed_forwards, batches):
         yield Settings(
             batch=batch,
             accumulation=accumulation,
             compile=how,
             attention=kind,
-            pointwise=pointwise,
+            feed_forward=feed_forward,
             checkpointing=checkpointing,
         )
 
@@ -259,7 +261,7 @@ def main() -> int:
     parser.add_argument("--compile", type=choices("none", "blocks", "model"), default=["none"], help="default none")
     parser.add_argument("--attention", type=choices("op", "plain"), default=["op"], help="ours; default op")
     parser.add_argument(
-        "--pointwise", type=choices("conv", "matmul"), default=["conv"], help="ours: 1x1 convolutions; default conv"
+        "--feed-forward", type=choices("plain", "matmul", "fused"), default=["plain"], help="ours: the mix-FFN; default plain"
     )
     parser.add_argument("--checkpointing", action="store_true", help="compute the blocks again in the backward pass")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step of each")
@@ -285,7 +287,7 @@ def main() -> int:
     print(f"memory: {STATE_BYTES * variant.num_parameters / 1e9:.1f} GB and, without compilation, {kept:.2f} GB a picture")
 
     candidates = list(
-        combinations(args.batches, args.compile, args.attention, args.pointwise, args.checkpointing, args.accumulation)
+        combinations(args.batches, args.compile, args.attention, args.feed_forward, args.checkpointing, args.accumulation)
     )
     options = {"steps": args.steps, "limit_s": args.limit_s, "profile": args.profile}
     try:

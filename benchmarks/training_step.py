@@ -25,6 +25,7 @@ from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 from train.objective.flow import Draw, draw, flow_loss
 from train.objective.place import Place
 from train.objective.settings import ObjectiveSettings
+from train.trainer.blocks import fast_feed_forward
 from train.trainer.optimizer import make_optimizer
 from train.trainer.settings import OptimizerSettings
 
@@ -138,10 +139,12 @@ def pointwise_as_products(model: nn.Module) -> None:
             module.forward = types.MethodType(_pointwise_as_product, module)  # type: ignore[method-assign]
 
 
-def prepare(model: nn.Module, *, compile: str, checkpointing: bool, pointwise: str = "conv") -> None:
+def prepare(model: nn.Module, *, compile: str, checkpointing: bool, feed_forward: str = "plain") -> None:
     """In place, as the trainer does; blocks have the same name in both models."""
-    if pointwise == "matmul":
+    if feed_forward == "matmul":
         pointwise_as_products(model)
+    elif feed_forward == "fused":
+        fast_feed_forward(model)
     blocks = cast(nn.ModuleList, model.transformer_blocks)
     if checkpointing:
         for block in blocks:

@@ -107,11 +107,11 @@ def test_what_does_not_fit_or_comes_too_late_is_said(monkeypatch: pytest.MonkeyP
     assert found.failures == {large: "out of memory", replace(small, attention="plain"): "not tried: --limit-s has gone by"}
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_step_learns(checkpointing: bool) -> None:
+@pytest.mark.parametrize(("checkpointing", "feed_forward"), [(False, "plain"), (True, "fused")])
+def test_a_step_learns(checkpointing: bool, feed_forward: str) -> None:
     device = torch.device("cpu")
     model = training_step.ours(CONFIG, device)
-    training_step.prepare(model, compile="none", checkpointing=checkpointing)
+    training_step.prepare(model, compile="none", checkpointing=checkpointing, feed_forward=feed_forward)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     training_step.Step(model, training_step.random_batch(CONFIG, 2, 4, device, tokens=7))()
     assert all(not torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -134,9 +134,9 @@ def test_pointwise_convolutions_as_products_change_nothing() -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs a C++ compiler on a CPU")
-@pytest.mark.parametrize(("attention", "pointwise"), [("op", "conv"), ("plain", "matmul")])
-def test_compiled_blocks_have_the_same_loss(attention: str, pointwise: str) -> None:
-    found = measure(Settings(batch=2, compile="blocks", attention=attention, pointwise=pointwise), peer=False)
+@pytest.mark.parametrize(("attention", "feed_forward"), [("op", "plain"), ("plain", "matmul"), ("op", "fused")])
+def test_compiled_blocks_have_the_same_loss(attention: str, feed_forward: str) -> None:
+    found = measure(Settings(batch=2, compile="blocks", attention=attention, feed_forward=feed_forward), peer=False)
     assert found.timings
 
 
