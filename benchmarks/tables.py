@@ -14,16 +14,19 @@ from benchmarks.figures import FIGURES, ROOT
 
 BEGIN, END = "<!-- figures: written by benchmarks/tables.py -->\n", "<!-- end of figures -->"
 WORDS = {  # figure: what it is, in the order of the table
-    "tiny_picture_cpu_s": "sana-tiny, prompt to PNG, 256 px, 20 steps, ONNX Runtime",
-    "tiny_picture_gpu_ms": "sana-tiny, prompt to PNG, 256 px, 20 steps, TensorRT",
+    "tiny_picture_cpu_s": "sana-tiny, prompt to PNG, 512 px, 20 steps, ONNX Runtime",
+    "tiny_picture_gpu_ms": "sana-tiny as it was (256 px), prompt to PNG, 20 steps, TensorRT",
     "tiny_scene_single": "sana-tiny, scene score, captions kept out: one object",
     "tiny_scene_two": "… both of two objects",
     "tiny_scene_counting": "… two or three of an object",
     "tiny_scene_colour": "… the background",
     "tiny_scene_position": "… left, right, above, below",
     "tiny_scene_language": "… other languages than English",
+    "tiny_dcae_full_psnr_db": "sana-tiny's DC-AE, Full: scenes kept out, PSNR",
+    "tiny_dcae_lite_psnr_db": "… with the Lite decoder",
     "step_1600m_1024px_fp16_ms": "Sana-1.6B, one denoiser step with guidance, 1024 px, fp16",
     "decode_1024px_bf16_ms": "DC-AE decode, 1024 px, bf16",
+    "train_1600m_mfu": "Sana-1.6B training, 1024 px, bf16, one GPU: share of the GPU's peak FLOP rate",
     "build_1600m_fp16_s": "Sana-1.6B, checkpoint to bundle, no GPU",
     "build_1600m_fp16_peak_gb": "Sana-1.6B, checkpoint to bundle, peak memory",
     "demo_fresh_clone_s": "`make demo` on a fresh clone",

@@ -48,10 +48,11 @@ def test_what_each_category_asks() -> None:
 
 
 def samples() -> tuple[list[Image.Image], list[str]]:
-    """The first column of the sheet in the model folder, cut out again: pictures of the model, and what they show."""
+    """Single objects on the sheet in the model folder, cut out again: pictures of the model, and what they show."""
     sheet = Image.open(MODEL / "samples.png").convert("RGB")
     names = ["rose", "coconut", "owl", "rose", "tangerine", "train", "cactus", "fire truck"]
-    return [sheet.crop((2, 194 * row + 2, 158, 194 * row + 158)) for row in range(len(names))], names
+    corners = [(160 * (number % 4) + 2, 194 * (number // 4) + 2) for number in range(len(names))]  # four of them begin each row
+    return [sheet.crop((left, top, left + 156, top + 156)) for left, top in corners], names
 
 
 def test_samples_that_the_model_drew_are_recognised() -> None:

@@ -85,7 +85,7 @@ def test_card_names_the_licence_and_has_whole_tables() -> None:
         elif blocks[-1]:
             blocks.append([])
     tables = [block for block in blocks if block]
-    assert len(tables) == 2
+    assert len(tables) == 3
     for table in tables:
         assert len({line.count("|") for line in table}) == 1
         assert set(table[1]) <= set("| -")

@@ -33,6 +33,7 @@ from train.data.prepare import Progress
 from train.grid import grid
 from train.tiny import recogniser
 from train.tiny.captions import COLOUR_NAMES, SINGLE
+from train.tiny.card import JUDGED
 from train.tiny.evaluate import evaluate, grid_captions, unit
 from train.tiny.layout import write_card, write_finished, write_start
 from train.tiny.recogniser_run import load_autoencoder
@@ -149,7 +150,8 @@ def judge(training: Training) -> dict[str, Tensor]:
         side = training.settings("sana_tiny_recogniser").side
         single = draw_scenes(1000, seed=HELD_OUT_SEED, num_objects=sprites.num_classes, kind=SINGLE)
         tensors = SceneTensors.of(single, device)
-        autoencoder, found = load_autoencoder(training.work / "vae", device), {"composed": [], "decoded": []}
+        autoencoder = load_autoencoder(training.work / "vae", device)
+        found: dict[str, list[Tensor]] = {"composed": [], "decoded": []}
         dtype = next(autoencoder.parameters()).dtype
         with torch.no_grad():
             for start in range(0, len(single), 50):
@@ -199,7 +201,7 @@ def finish(training: Training, transformer: dict[str, Tensor], recogniser_weight
         target, start=training.work / "start", transformer=transformer, vae_lite=training.work / "vae_lite",
         recogniser=recogniser_weights, sprites=training.sprites,
     )  # fmt: skip
-    with training.timed("pictures judged"):
+    with training.timed(JUDGED):
         painter = Painter.of(target, training.device)
         report = evaluate(
             painter,

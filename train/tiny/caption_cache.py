@@ -81,7 +81,7 @@ def captions_of(settings: ScenesSettings, folder: Path, *, log: Callable[[str], 
             arrays[f"{size} facts"] = facts(scenes)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f"{path.stem}.{os.getpid()}.tmp.npz"
-    np.savez(temporary, **arrays)
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]  # its other keyword is a truth value, and no array has its name
     os.replace(temporary, path)
     log(f"captions: {sum(len(ids) for name, ids in arrays.items() if name.endswith('ids'))} scenes in {path}")
     return path

@@ -5,11 +5,13 @@ Figures come from the JSON that training leaves; one that was not measured is sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from train.tiny.captions import COLOUR_NAMES, KIND_NAMES
 from train.tiny.models import FLOW_SHIFT
+
+JUDGED = "pictures judged"  # of `seconds`: no part of the training
 
 TEMPLATE = """\
 ---
@@ -102,7 +104,8 @@ def card(record: Mapping[str, Any], weight_bytes: Mapping[str, int]) -> str:
         if kind in found
     ]
     by_language = found.get("single", {}).get("by_language", {})
-    stage_rows = [(f"`{name}`", f"{seconds:.0f} s") for name, seconds in record["seconds"].items()]
+    spent = {name: seconds for name, seconds in record["seconds"].items() if name != JUDGED}
+    stage_rows = [(f"`{name}`" if "_" in name else name, f"{seconds:.0f} s") for name, seconds in spent.items()]
     return TEMPLATE.format(
         num_emoji=record["num_classes"],
         num_colours=len(COLOUR_NAMES),
@@ -120,7 +123,7 @@ def card(record: Mapping[str, Any], weight_bytes: Mapping[str, int]) -> str:
         judge_composed=_percent(judge.get("composed", {}).get("emoji")),
         judge_decoded=_percent(judge.get("decoded", {}).get("emoji")),
         stages=_table(("experiment, or what is done", "time"), stage_rows),
-        minutes=f"{sum(record['seconds'].values()) / 60:.1f}",
+        minutes=f"{sum(spent.values()) / 60:.1f}",
         samples=f"{record['pictures_seen']:,}",
         device=record["device"],
         judged_on=record["judged_on"],
@@ -128,7 +131,7 @@ def card(record: Mapping[str, Any], weight_bytes: Mapping[str, int]) -> str:
     )
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
 
 

@@ -37,7 +37,7 @@ SHARES = ((SINGLE, 1.0), (LEFT_RIGHT, 0.15), (ABOVE_BELOW, 0.15), (THREE, 0.1)) 
 def load_autoencoder(folder: Path, device: torch.device) -> AutoencoderDC:
     """From a folder in diffusers' layout; bf16 and channels last on a GPU, fp32 on a CPU."""
     model = load_vae(folder, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
-    return model.to(memory_format=torch.channels_last).requires_grad_(False)
+    return model.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload,no-any-return]
 
 
 @torch.no_grad()
@@ -101,7 +101,8 @@ def make_trainer(settings: SceneRecogniserExperiment, *, processes: Processes, l
         }
 
     torch.manual_seed(settings.trainer.seed)
-    model = Recogniser(sprites.num_classes, len(COLOUR_NAMES), **RECOGNISER).to(device, memory_format=torch.channels_last).train()
+    model = Recogniser(sprites.num_classes, len(COLOUR_NAMES), **RECOGNISER).to(device).train()
+    model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = TableSource(make, seed=settings.trainer.seed, what=hashlib.sha256(settings.sprites.read_bytes()).hexdigest())
     kept = settings.model_dump(mode="json", exclude={"env": True, "trainer": {"folder"}, "sprites": True, "autoencoders": True})
     return Trainer(model, source, settings.trainer, _objective, config=kept, log=log)

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.checkpoint import Checkpoint
 from train.data.cache import Identity, Shards, pack_shard
 from train.data.encoders import expected_identity
@@ -36,8 +37,10 @@ class SceneShards(Shards):
         self.scenes = training_scenes(settings, load_sprites(settings.sprites).class_names)
         num = sum(map(len, self.scenes.values()))
         widest = max(width * height for width, height in settings.sizes)
+        encoders = expected_identity(checkpoint)
         identity = Identity(
-            **expected_identity(checkpoint),
+            vae=encoders["vae"],
+            text_encoder=encoders["text_encoder"],
             dtype="float16",
             data=hashlib.sha256(captions.read_bytes()).hexdigest(),
             resolution=round(widest**0.5),
@@ -52,7 +55,8 @@ class SceneShards(Shards):
         self.prefix = num_instruction_tokens(self.tokenizer)
         self.device = device
         half = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.vae = checkpoint.vae(half, device).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        vae = checkpoint.vae(half, device).eval().requires_grad_(False)
+        self.vae: AutoencoderDC = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if device.type == "cuda":
             from train.autoencoder.fast_norm import install  # imports Triton
 
