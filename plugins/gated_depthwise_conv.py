@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 BLOCK_W = 8  # columns of a program; the two beside them are read as well, from cache
 BLOCK_C = 64  # channels of a program: 128 B of half precision, a whole line of the cache
 NUM_WARPS = 8  # so that a thread has 2 channels of one column: the filters of more would not fit in its registers
+OPTIONS = {"enable_fp_fusion": True}  # a product and its sum as one instruction: said, for Triton 3.10 changes its default
 ROWS = 32  # that a program walks down at most; two more are read
 
 
@@ -224,7 +225,7 @@ def launch(x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor", y: "
     taps, bias = _parameters(weight, bias)
     tile = plan(batch=batch, height=height, width=width, channels=inner)
     shape = {"ROWS": tile.rows, "W": BLOCK_W, "C": BLOCK_C}
-    gate_kernel[tile.grid](x, taps, bias, y, y, height, width, inner, **shape, BACKWARD=False, num_warps=tile.num_warps)
+    gate_kernel[tile.grid](x, taps, bias, y, y, height, width, inner, **shape, BACKWARD=False, **OPTIONS, num_warps=tile.num_warps)
 
 
 def launch_backward(
@@ -243,9 +244,11 @@ def launch_backward(
     dconv = torch.empty_like(x)
     tile = plan(batch=batch, height=height, width=width, channels=inner)
     shape = {"ROWS": tile.rows, "W": BLOCK_W, "C": BLOCK_C}
-    gate_kernel[tile.grid](x, taps, wide_bias, dy, dconv, height, width, inner, **shape, BACKWARD=True, num_warps=tile.num_warps)
+    gate_kernel[tile.grid](
+        x, taps, wide_bias, dy, dconv, height, width, inner, **shape, BACKWARD=True, **OPTIONS, num_warps=tile.num_warps
+    )
     tile = plan(batch=batch, height=height, width=width, channels=channels)
     sums = torch.empty(tile.grid[1] * batch, 10, channels, device=x.device, dtype=torch.float32)
-    gradient_kernel[tile.grid](dconv, x, taps, dx, sums, height, width, channels, **shape, num_warps=tile.num_warps)
+    gradient_kernel[tile.grid](dconv, x, taps, dx, sums, height, width, channels, **shape, **OPTIONS, num_warps=tile.num_warps)
     total = sums.sum(0)
     return total[:9].t().reshape(weight.shape).to(weight.dtype).contiguous(), total[9].to(bias.dtype)
