@@ -309,10 +309,14 @@ def main() -> int:
             print("--record: got no card whose peak is known; nothing was recorded")
             return 1
         size = round(variant.num_parameters / 1e8) * 100
-        peers = {"ours_s": ours_s} | ({"diffusers_s": found.peer.step_s} if isinstance(found.peer, Timing) else {})
-        note = f"{32 * side} px, {best}, {step_flops / 1e12:.1f} TFLOP a step, random weights"
-        note += f"; diffusers: {found.peer}" if isinstance(found.peer, str) else ""
-        record(f"train_{size}m_mfu", rate / peak, "share", peer={k: round(v, 5) for k, v in peers.items()}, note=note)
+        peers = {}
+        note = f"{32 * side} px, {best}, {step_flops / 1e12:.1f} TFLOP a step, random weights; {ours_s:.3f} s a step"
+        if isinstance(found.peer, Timing):
+            peers["diffusers"] = round(step_flops / found.peer.step_s / peak, 5)
+            note += f", diffusers {found.peer.step_s:.3f} s"
+        elif found.peer is not None:
+            note += f"; diffusers: {found.peer}"
+        record(f"train_{size}m_mfu", rate / peak, "share", peer=peers, note=note)
     return 0
 
 
