@@ -16,14 +16,18 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from engines.errors import SanaError
 from train import tasks
-from train.parallel.processes import process_group
+from train.parallel.processes import Processes, process_group
 from train.trainer.stop import Stop
+
+if TYPE_CHECKING:
+    from train.trainer.loop import Trainer
 
 __all__ = ["main"]
 
@@ -49,9 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with process_group() as processes:
             if processes.device.type == "cuda" and settings.trainer.precision == "bf16":
                 torch.set_float32_matmul_precision("high")  # the few products that are fp32 are more exact in TF32 than all others
-            trainer = make_trainer(settings, processes=processes, log=functools.partial(print, flush=True))
-            trainer.resume(allow_changes=options.allow_changes)
-            done = trainer.run(stop)
+            done = _train(make_trainer, settings, processes, stop, allow_changes=options.allow_changes)
     except (SanaError, OSError) as error:
         rank = int(os.environ.get("RANK", "0"))  # the others say it in short: most errors are everybody's
         print(f"train: error: {error}" if not rank else f"train, process {rank}: {error!s:.80}", file=sys.stderr)
@@ -62,6 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if processes.rank == 0:
         print(f"{settings.trainer.folder}: " + ("done" if done else "stopped and saved; the same command goes on"))
     return 0
+
+
+def _train(make_trainer: Callable[..., Trainer], settings: Any, processes: Processes, stop: Stop, *, allow_changes: bool) -> bool:
+    """Whether all steps are done. A function of its own, so that the trainer is gone before its process group is."""
+    trainer = make_trainer(settings, processes=processes, log=functools.partial(print, flush=True))
+    trainer.resume(allow_changes=allow_changes)
+    return trainer.run(stop)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,14 +76,19 @@ def process_group() -> Iterator[Processes]:
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=PATIENCE)
+    processes = Processes(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        mesh=init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("data",)),
+        writing=dist.new_group(backend="gloo", timeout=PATIENCE),
+    )
     try:
-        yield Processes(
-            device=device,
-            rank=dist.get_rank(),
-            world_size=dist.get_world_size(),
-            mesh=init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("data",)),
-            writing=dist.new_group(backend="gloo", timeout=PATIENCE),
-        )
+        yield processes
         dist.barrier()  # nobody leaves while another still talks to it
     finally:
+        # What holds a group until Python ends would take it down with its threads running, and the process ends with SIGABRT.
+        object.__setattr__(processes, "mesh", None)
+        object.__setattr__(processes, "writing", None)
+        gc.collect()
         dist.destroy_process_group()
