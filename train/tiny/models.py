@@ -1,40 +1,15 @@
-"""The sizes of sana-tiny, as the config.json files that it ships with, and its modules."""
+"""sana-tiny's text encoder and sampler, as the config.json files that it ships with. Its other sizes are in configs/."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
-from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from train.tiny.tokenizer import BOS_ID, EOS_ID, PAD_ID
 
 PX_PER_LATENT = 32
 FLOW_SHIFT = 3.0  # as configs/objective/sana.yaml; a test holds the two together
 
-VAE: dict[str, Any] = {
-    "_class_name": "AutoencoderDC",
-    "in_channels": 3,
-    "latent_channels": 32,
-    "attention_head_dim": 32,
-    "encoder_block_types": ["ResBlock"] * 4 + ["EfficientViTBlock"] * 2,
-    "decoder_block_types": ["ResBlock"] * 4 + ["EfficientViTBlock"] * 2,
-    "encoder_block_out_channels": [32, 64, 64, 128, 128, 128],
-    "decoder_block_out_channels": [32, 64, 128, 128, 128, 256],
-    "encoder_layers_per_block": [0, 1, 1, 1, 1, 1],  # 0: straight to half the resolution, as DC-AE-Lite
-    "decoder_layers_per_block": [0, 2, 2, 2, 2, 1],
-    "encoder_qkv_multiscales": [[], [], [], [], [], [5]],
-    "decoder_qkv_multiscales": [[], [], [], [], [], [5]],
-    "upsample_block_type": "interpolate",
-    "downsample_block_type": "conv",
-    "decoder_norm_types": "rms_norm",
-    "decoder_act_fns": "silu",
-    "encoder_out_shortcut": True,
-    "decoder_in_shortcut": True,
-    "decoder_conv_act_fn": "relu",
-    "scaling_factor": 1.0,
-}
 TEXT_ENCODER: dict[str, Any] = {
     "architectures": ["Gemma2Model"],
     "model_type": "gemma2",
@@ -82,13 +57,5 @@ TEXT_ENCODERS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_vae(config: dict[str, Any]) -> AutoencoderDC:
-    return AutoencoderDC(AutoencoderDCConfig.from_json(config))
-
-
 def make_text_encoder(config: dict[str, Any]) -> Gemma2Encoder:
     return Gemma2Encoder(Gemma2Config.from_json(config))
-
-
-def num_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
