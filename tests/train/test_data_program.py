@@ -109,12 +109,14 @@ def test_encoders_say_what_they_are():
 def test_interrupted(tmp_path, number, workers):
     """Also where the working folder has a train.py of its own."""
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong program')")
-    many = write_folder(tmp_path / "data", sample_files(150))
+    many = write_folder(tmp_path / "data", sample_files(40))
     command = [sys.executable, "-c", "import sys; from apps.cli.main import main; sys.exit(main())"]
     arguments = ["data", "prepare", str(many), *PREPARE, "--out", str(tmp_path / "out"), "--workers", str(workers)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    # Ctrl-C is heard even where these tests run in the background, as a shell starts what ends in &.
+    first = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); sys.path.remove(''); "
     with subprocess.Popen(
-        [*command[:2], "import sys; sys.path.remove(''); " + command[2], *arguments],
+        [*command[:2], first + command[2], *arguments],
         cwd=tmp_path,
         env=environment,
         stderr=subprocess.PIPE,
@@ -136,7 +138,7 @@ def test_interrupted(tmp_path, number, workers):
         os.killpg(child.pid, 0)
     folder = next((tmp_path / "out").iterdir())
     kept = contents(folder)
-    assert 2 <= len([name for name in kept if name.startswith("shard")]) < 150
+    assert 2 <= len([name for name in kept if name.startswith("shard")]) < 40
     assert "index.json" not in kept
 
 
