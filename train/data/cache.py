@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -97,7 +98,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-class Shards:
+class Shards(ABC):
     """Makes a cache below `out`, shard by shard. What makes a shard's samples says so in write_shard."""
 
     def __init__(self, identity: Identity, report: Report, num_samples: int, out: Path) -> None:
@@ -106,9 +107,9 @@ class Shards:
         self.num_shards = -(-num_samples // identity.shard_size)
         self._reported: set[int] = set()  # shards whose broken samples are in the report
 
+    @abstractmethod
     def write_shard(self, index: int) -> bytes:
         """The bytes of shard `index`: see pack_shard."""
-        raise NotImplementedError
 
     def write(self, *, part: int = 0, parts: int = 1, on_shard: Callable[[int, int], None] | None = None) -> Path:
         """Make every shard that is not there and that no other process is making. Returns the cache's folder.
