@@ -19,9 +19,6 @@ through fp32 ones.
 Dimensions: B images, H heads, N tokens, D channels per head. A tensor argument of a kernel is (pointer, its strides of B, H, N, D).
 """
 
-# mypy: ignore-errors
-# (Triton's own types are loose.)
-
 import math
 from dataclasses import dataclass
 
