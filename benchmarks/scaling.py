@@ -1,6 +1,6 @@
 """What more GPUs give: throughput of DDP and FSDP2 over one GPU's of the same host, and whether they learn the same.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py --micro-batch 8 --compile blocks --record
+    torchrun --standalone --nproc-per-node 2 benchmarks/scaling.py --micro-batch 16 --compile blocks --feed-forward fused --record
 
 First process 0 trains alone while the others wait, then all of them with DDP, then with FSDP2, from the same random weights.
 Throughput: pictures a second at the same micro-batch on each GPU; its ratio to one GPU's is the scaling. What a step takes longer
@@ -73,6 +73,7 @@ class Plan:
     tokens: int = TEXT_TOKENS
     bf16: bool = True
     compile: str = "none"
+    feed_forward: str = "plain"
     checkpointing: bool = False
     bucket_mb: float | None = None
     bf16_gradients: bool = False
@@ -90,7 +91,7 @@ class Result:
 
 def build(plan: Plan, strategy: Strategy, processes: Processes) -> nn.Module:
     model = ours(plan.config, processes.device)
-    prepare(model, compile=plan.compile, checkpointing=plan.checkpointing)
+    prepare(model, compile=plan.compile, checkpointing=plan.checkpointing, feed_forward=plan.feed_forward)
     if strategy == "ddp" and plan.bucket_mb is not None:
         ids = [processes.device] if processes.device.type == "cuda" else None
         wrapped: nn.Module = DistributedDataParallel(
@@ -229,7 +230,7 @@ def report(plan: Plan, found: Mapping[Strategy, Result], world_size: int, result
     noise = differences(single.other_order, single.losses)
     one = plan.micro_batch / single.step_s
     print(f"one GPU: {one:.2f} pictures/s; from itself in another order: largest {noise[0]:.2e}, rms {noise[1]:.2e}")
-    options = f"compile {plan.compile}" + (", checkpointing" if plan.checkpointing else "")
+    options = f"compile {plan.compile}, feed-forward {plan.feed_forward}" + (", checkpointing" if plan.checkpointing else "")
     for strategy in STRATEGIES:
         result = found[strategy]
         largest, rms = differences(result.losses, single.losses)
@@ -263,6 +264,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12, help="timed steps; default 12")
     parser.add_argument("--curve-steps", type=int, default=20, help="steps of a loss curve; default 20")
     parser.add_argument("--compile", choices=("none", "blocks"), default="none")
+    parser.add_argument("--feed-forward", choices=("plain", "matmul", "fused"), default="plain", help="the mix-FFN; default plain")
     parser.add_argument("--checkpointing", action="store_true", help="compute the blocks again in the backward pass")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the products; default bf16")
     parser.add_argument("--bucket-mb", type=float, help="of DDP's gradients; default: PyTorch's 25")
@@ -275,7 +277,7 @@ def main() -> int:
         return 2
     torch.backends.cudnn.benchmark = True  # the shapes stay, and the depth-wise convolution has slow algorithms too
     variant = VARIANTS[args.variant]
-    names = ("micro_batch", "steps", "curve_steps", "compile", "checkpointing", "bucket_mb", "bf16_gradients")
+    names = ("micro_batch", "steps", "curve_steps", "compile", "feed_forward", "checkpointing", "bucket_mb", "bf16_gradients")
     plan = Plan(config=variant.transformer, side=(args.side or variant.side) // 32, bf16=args.precision == "bf16")
     plan = replace(plan, **{name: getattr(args, name) for name in names})
     with process_group() as processes:

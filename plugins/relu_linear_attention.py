@@ -32,30 +32,42 @@ EPS = 1e-15  # as sana_ref.ops.EPS; a test holds the two together
 HEAD_DIMS = (16, 32, 64, 128)  # 16: the least that a tensor core takes; above 128 S no longer fits in registers
 CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)  # what the ptxas that comes with Triton compiles for
 MAX_SHARED = 99 * 1024  # bytes a block may have on SM 86, 89 and 120, the smallest of them
+STRIDES = ("in_B", "in_H", "in_N", "out_B", "out_H", "out_N")
 TRITON_TYPES = {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}
 
 
 @triton.jit
-def relu_linear_attention_kernel(q, k, v, out, n_tokens, eps, D: tl.constexpr, BLOCK_N: tl.constexpr):
-    base = tl.program_id(0).to(tl.int64) * n_tokens * D  # int64: 64 images of 4096 px pass 2**31 elements
+def _relu(x):
+    # A NaN must come out as NaN, as from torch.relu; plain maximum would turn it into 0.
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu_linear_attention_kernel(
+    q, k, v, out, in_B, in_H, in_N, out_B, out_H, out_N, num_heads, n_tokens, eps, D: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """in_B, in_H, in_N: strides of q, k and v, in elements; out_…: of out. Those of channels are 1."""
+    image, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
+    image, head = image.to(tl.int64), head.to(tl.int64)  # 64 images of 4096 px pass 2**31 elements
     d = tl.arange(0, D)
+    given_D, result_D = image * in_B + head * in_H + d, image * out_B + head * out_H + d
     state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
     for start in range(0, n_tokens, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        at, live = base + n.to(tl.int64)[:, None] * D + d[None, :], n[:, None] < n_tokens
-        # A NaN must come out as NaN, as from torch.relu; plain maximum would turn it into 0.
-        k_ND = tl.maximum(tl.load(k + at, mask=live, other=0.0), 0.0, propagate_nan=tl.PropagateNan.ALL).to(k.dtype.element_ty)
+        at, live = given_D[None, :] + n.to(tl.int64)[:, None] * in_N, n[:, None] < n_tokens
+        k_ND = _relu(tl.load(k + at, mask=live, other=0.0)).to(k.dtype.element_ty)
         v_ND = tl.load(v + at, mask=live, other=0.0)
         # ieee: for fp32 inputs; the default, TF32, has 10 bits of mantissa. Half precision products are exact in fp32 anyway.
         state_DD = tl.dot(tl.trans(k_ND), v_ND, state_DD, input_precision="ieee")
         z_D += tl.sum(k_ND.to(tl.float32), axis=0)
     for start in range(0, n_tokens, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        at, live = base + n.to(tl.int64)[:, None] * D + d[None, :], n[:, None] < n_tokens
-        q_ND = tl.maximum(tl.load(q + at, mask=live, other=0.0), 0.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float32)
+        n64_N1, live = n.to(tl.int64)[:, None], n[:, None] < n_tokens
+        q_ND = _relu(tl.load(q + given_D[None, :] + n64_N1 * in_N, mask=live, other=0.0)).to(tl.float32)
         top_ND = tl.dot(q_ND, state_DD, input_precision="ieee")
         bottom_N = tl.sum(q_ND * z_D[None, :], axis=1) + eps
-        tl.store(out + at, tl.div_rn(top_ND, bottom_N[:, None]).to(out.dtype.element_ty), mask=live)
+        out_ND = tl.div_rn(top_ND, bottom_N[:, None]).to(out.dtype.element_ty)
+        tl.store(out + result_D[None, :] + n64_N1 * out_N, out_ND, mask=live)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,21 +104,25 @@ def plan(*, batch: int, heads: int, head_dim: int, dtype: str) -> LaunchPlan:
 
 
 def launch(q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", out: "torch.Tensor", eps: float = EPS) -> None:
-    """Write the attention of q, k, v into out: all (B, H, N, D), contiguous, one dtype of fp16, bf16, fp32, on the current GPU.
+    """Write the attention of q, k, v into out: all (B, H, N, D), one dtype of fp16, bf16, fp32, on the current GPU.
 
+    q, k and v may have any strides, out must have 1 between channels. They are read as they lie where q, k and v have the same
+    strides and 1 between channels, as views of one projection have, and copied first where not.
     Raises ValueError unless that holds and D is in HEAD_DIMS.
     """
-    if not all(t.is_contiguous() and t.shape == q.shape and t.dtype == q.dtype and t.device == q.device for t in (q, k, v, out)):
+    if out.stride(-1) != 1 or not all(t.shape == q.shape and t.dtype == q.dtype and t.device == q.device for t in (q, k, v, out)):
         seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in (q, k, v, out))
-        raise ValueError(f"{OP}: got q, k, v, out {seen}; expected one shape, dtype and device, all contiguous")
+        raise ValueError(f"{OP}: got q, k, v, out {seen}; expected one shape, dtype and device, and out's last stride 1")
     batch, heads, tokens, head_dim = q.shape
     dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(str(q.dtype), str(q.dtype))
     tile = plan(batch=batch, heads=heads, head_dim=head_dim, dtype=dtype)
     if q.numel() == 0:
         return
-    relu_linear_attention_kernel[tile.grid](
-        q, k, v, out, tokens, eps, D=head_dim, BLOCK_N=tile.block_n, num_warps=tile.num_warps, num_stages=tile.num_stages
-    )
+    if q.stride(-1) != 1 or not q.stride() == k.stride() == v.stride():
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    options = {"D": head_dim, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    strides = (*q.stride()[:3], *out.stride()[:3])
+    relu_linear_attention_kernel[tile.grid](q, k, v, out, *strides, heads, tokens, eps, **options)
 
 
 @functools.cache
@@ -120,8 +136,10 @@ def compile_cubin(capability: int, dtype: str, head_dim: int) -> tuple[bytes, An
     tile = plan(batch=1, heads=1, head_dim=head_dim, dtype=dtype)
     pointers = ("q", "k", "v", "out")
     signature = dict.fromkeys(pointers, f"*{TRITON_TYPES[dtype]}")
-    signature |= {"n_tokens": "i32", "eps": "fp32", "D": "constexpr", "BLOCK_N": "constexpr"}
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers))}  # loads of 16 bytes at once; the plugin checks it
+    signature |= dict.fromkeys(STRIDES, "i32")
+    signature |= {"num_heads": "i32", "n_tokens": "i32", "eps": "fp32", "D": "constexpr", "BLOCK_N": "constexpr"}
+    # Loads of 16 bytes at once: the plugin checks the pointers, and strides are multiples of D.
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers) + len(STRIDES))}
     source = triton.compiler.ASTSource(relu_linear_attention_kernel, signature, {"D": head_dim, "BLOCK_N": tile.block_n}, aligned)
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
     with triton.knobs.compilation.scope():
@@ -162,7 +180,11 @@ def compile_cubins(targets: Iterable[str], dtype: str, head_dim: int, eps: float
         )
         payload += cubin
         num_params.add(params)
-    args: list[list[Any]] = [["in", 0], ["in", 1], ["in", 2], ["out", 0], ["i32", ["dim", 0, 2]], ["f32", eps]]
+    heads, tokens = ["dim", 0, 1], ["dim", 0, 2]
+    head_stride = ["mul", tokens, head_dim]
+    strides: list[Any] = [["i32", ["mul", heads, head_stride]], ["i32", head_stride], ["i32", head_dim]]  # contiguous, all four
+    args: list[list[Any]] = [["in", 0], ["in", 1], ["in", 2], ["out", 0], *strides, *strides]
+    args += [["i32", heads], ["i32", tokens], ["f32", eps]]
     if len(num_params) != 1 or min(num_params) < len(args):
         raise RuntimeError(f"{OP}: got kernels with {sorted(num_params)} parameters; expected one number, of at least {len(args)}")
     description = Launch(

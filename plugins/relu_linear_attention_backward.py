@@ -117,7 +117,7 @@ def _grad_q(
         dq_ND = _add_dot(-c_N1 * z_D[None, :], g_ND, tl.trans(state_DD), PRECISION) * inverse_N1
         # where, not a product: without any positive q or k the other factor is of the order 1 / eps
         tl.store(_at(dq, head, num_heads, n_N, D), tl.where(q_ND > 0, dq_ND, 0.0).to(dq[0].dtype.element_ty), mask=live)
-        p_ND = tl.div_rn(q_ND, bottom_N1)
+        p_ND = q_ND * inverse_N1
         d_state_DD = _add_dot(d_state_DD, tl.trans(g_ND), p_ND, PRECISION)
         d_z_D -= tl.sum(c_N1 * p_ND, axis=0)
     _store_sums(d_sums, d_state_DD, d_z_D, D)

@@ -31,7 +31,7 @@ def relu_linear_attention_truth(q: Tensor, k: Tensor, v: Tensor, eps: float = EP
         q_ND, k_ND, v_ND = q.relu().to(wide), k.relu().to(wide), v.to(wide)
         top_ND = q_ND @ (k_ND.mT @ v_ND)
         bottom_N1 = q_ND @ k_ND.sum(-2)[..., None]
-        return (top_ND / (bottom_N1 + eps)).to(v.dtype).contiguous()
+        return (top_ND / (bottom_N1 + eps)).to(v.dtype)
 
 
 def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,24 +65,24 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 @torch.library.custom_op("sana::relu_linear_attention", mutates_args=())
 def _relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS) -> Tensor:
     _check(q, k, v)
-    return relu_linear_attention_truth(q, k, v, eps)
+    return torch.empty_like(v).copy_(relu_linear_attention_truth(q, k, v, eps))
 
 
 @_relu_linear_attention.register_kernel("cuda")
 def _relu_linear_attention_cuda(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS) -> Tensor:
     _check(q, k, v)
     if q.dtype == torch.float64:
-        return relu_linear_attention_truth(q, k, v, eps)
+        return torch.empty_like(v).copy_(relu_linear_attention_truth(q, k, v, eps))
     from plugins import relu_linear_attention as kernel  # Triton loads when a GPU first needs it
 
-    out = torch.empty_like(v, memory_format=torch.contiguous_format)
-    kernel.launch(q.contiguous(), k.contiguous(), v.contiguous(), out, eps)
+    out = torch.empty_like(v)
+    kernel.launch(q, k, v, out, eps)
     return out
 
 
 @_relu_linear_attention.register_fake
 def _relu_linear_attention_fake(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS) -> Tensor:
-    return torch.empty_like(v, memory_format=torch.contiguous_format)
+    return torch.empty_like(v)
 
 
 def _keep_inputs(ctx, inputs, output) -> None:
@@ -134,8 +134,8 @@ _relu_linear_attention.register_autograd(_backward, setup_context=_keep_inputs)
 def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS) -> Tensor:
     """`relu_linear_attention_truth` as the op `sana::relu_linear_attention`: exports as one node, trains, and is fast on a GPU.
 
-    q, k, v: (B, H, N, D), one dtype of fp16, bf16, fp32, fp64, any strides; returns (B, H, N, D), contiguous, same dtype. On CUDA
-    (except fp64) D is 16, 32, 64 or 128. Differentiable once; gradients come in the inputs' dtype, computed in fp32 or wider.
+    q, k, v: (B, H, N, D), one dtype of fp16, bf16, fp32, fp64, any strides; returns (B, H, N, D), same dtype, laid out as v. On
+    CUDA (except fp64) D is 16, 32, 64 or 128. Differentiable once; gradients come in the inputs' dtype, computed in fp32 or wider.
     Raises ValueError if shapes or dtypes differ.
     """
     return torch.ops.sana.relu_linear_attention(q, k, v, eps)

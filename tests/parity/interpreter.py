@@ -16,7 +16,7 @@ Call = tuple[tuple[torch.Tensor, ...], dict[str, object]]
 def interpret(function: str, calls: list[Call]) -> list[torch.Tensor]:
     """For each (inputs, keywords) the output of `function`, "module:name", called as name(*inputs, out, **keywords).
 
-    Each out has the shape and dtype of the call's last input and starts as NaN. All calls share one process: it takes 3 s to start.
+    Each out has the shape and dtype of the call's first input and starts as NaN. All calls share one process, which takes 3 s.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(calls, Path(folder, "calls"))
@@ -34,7 +34,7 @@ def main(function: str, folder: str) -> None:
     run = getattr(importlib.import_module(module), name)
     outputs = []
     for inputs, keywords in torch.load(Path(folder, "calls")):
-        out = torch.full_like(inputs[-1], float("nan"))
+        out = torch.full_like(inputs[0], float("nan"))
         run(*inputs, out, **keywords)
         outputs.append(out)
     torch.save(outputs, Path(folder, "outputs"))

@@ -53,7 +53,7 @@ import sys
 import torch
 import plugins.gated_depthwise_conv as kernel
 
-kernel.ROWS = {ROWS}
+kernel.ROWS, kernel.BLOCK_C = {ROWS}, 64
 calls, results = torch.load(sys.argv[1]), []
 for dy, x, weight, bias in calls:
     y, dx = torch.full_like(dy, torch.nan), torch.full_like(x, torch.nan)
@@ -76,12 +76,14 @@ def interpreted(tmp_path_factory):
     return dict(zip(cases, torch.load(path), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", INTERPRETED)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_kernels(interpreted, shape, dtype):
     check(interpreted[shape, dtype], inputs(shape, dtype), f"kernels {shape} {dtype}")
 
 
+@pytest.mark.slow
 def test_planted_error_is_caught(interpreted):
     shape = SHAPES[0]
     y, *gradients = interpreted[shape, "fp16"]

@@ -37,6 +37,10 @@ def cases(dtypes):
         yield f"small {dtype}", qkv((2, HEADS, 70, 32), dtype, scale=SMALL[dtype]), dtype
         for head_dim in (16, 64, 128):
             yield f"N=70 D={head_dim} {dtype}", qkv((1, 2, 70, head_dim), dtype), dtype
+        q, k, v = qkv((2, HEADS, 70, 32), dtype)
+        together = torch.stack([q, k, v], 2).permute(0, 3, 2, 1, 4).contiguous()  # a projection's result: B, N, 3, H, D
+        yield f"one projection {dtype}", tuple(together.permute(2, 0, 3, 1, 4)), dtype
+        yield f"other strides {dtype}", (q, k.transpose(1, 2).contiguous().transpose(1, 2), v.mT.contiguous().mT), dtype
 
 
 def planted(dtypes):
@@ -102,7 +106,7 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 @pytest.mark.parametrize(("name", "inputs"), [pytest.param(*case[:2], id=case[0], marks=gpu) for case in cases(DTYPES)])
 def test_kernel_on_gpu(name, inputs):
     q, k, v = (t.cuda() for t in inputs)
-    out = torch.full_like(v, float("nan"))
+    out = torch.full_like(q, float("nan"))
     op.launch(q, k, v, out)
     check(out, (q, k, v), name)
     assert torch.equal(ops.relu_linear_attention(q, k, v), out), "the registered op must run this kernel, to the same bits"
@@ -194,7 +198,10 @@ def test_plan_agrees_with_the_description(head_dim, dtype):
     tile = op.plan(batch=3, heads=5, head_dim=head_dim, dtype=dtype)
     assert tuple(evaluate(size, dims) for size in launch.grid) == tile.grid == (15, 1, 1)
     assert launch.kernels["sm89"].warps == tile.num_warps
-    assert json.loads(launch.to_json())["args"][4:6] == [["i32", ["dim", 0, 2]], ["f32", op.EPS]]
+    *numbers, eps = json.loads(launch.to_json())["args"][4 : 4 + len(op.STRIDES) + 3]
+    strides = torch.empty(dims[0]).stride()[:3]
+    assert [evaluate(number, dims) for kind, number in numbers if kind == "i32"] == [*strides, *strides, 5, 77]
+    assert eps == ["f32", op.EPS]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +218,7 @@ def test_bad_arguments(targets, dtype, head_dim, message):
         op.compile_cubins(targets, dtype, head_dim)
 
 
-def test_launch_refuses_strides():
-    q, k, v = qkv((1, 2, 8, 32), "fp16")
-    with pytest.raises(ValueError, match="all contiguous"):
-        op.launch(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), torch.empty(1, 8, 2, 32, dtype=torch.float16))
+def test_launch_refuses_an_output_that_it_cannot_write():
+    q, k, v = qkv((1, 2, 32, 32), "fp16")
+    with pytest.raises(ValueError, match="expected one shape, dtype and device, and out's last stride 1"):
+        op.launch(q, k, v, torch.empty_like(v).mT)
