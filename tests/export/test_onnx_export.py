@@ -1,4 +1,6 @@
+import functools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from export_toy import SPEC, Toy, inputs
+from export_toy import CHANNELS, SPEC, Toy, inputs
 from torch import nn
 
 from engines.errors import BuildError, CheckpointError
@@ -29,10 +31,19 @@ def weights() -> dict[str, torch.Tensor]:
     return Toy().state_dict()
 
 
-@pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16, torch.float32], ids=str)
+@functools.cache
+def exported_toy(dtype: torch.dtype) -> ir.Model:
+    """Shared: clone it before a change."""
+    return export_module(meta_toy(dtype), SPEC)
+
+
+SLOW = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float32)]
+
+
+@pytest.fixture(scope="module", params=[torch.float16, *SLOW], ids=str)
 def exported(request, weights, tmp_path_factory) -> tuple[torch.dtype, Path]:
     folder = tmp_path_factory.mktemp("toy")
-    model = export_module(meta_toy(request.param), SPEC)
+    model = exported_toy(request.param).clone()
     write_weights(model, weights.__getitem__, folder / DATA_NAME)
     ir.save(with_function_bodies(model), folder / "typed.onnx")
     ir.save(with_function_bodies(widened(model)), folder / "model.onnx")
@@ -114,22 +125,36 @@ def test_bytes_are_the_same_every_time_and_hold_no_paths(exported, weights, tmp_
         assert leak not in data
 
 
+class Small(nn.Module):
+    """One weight: what is checked at the end of any export is found at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(CHANNELS, 1, 1, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+SMALL_SPEC = ExportSpec(axes=SPEC.axes, inputs=SPEC.inputs[:1], outputs=SPEC.outputs, plugins={})
+
+
 def test_a_lost_plugin_node_is_an_error():
-    spec = ExportSpec(axes=SPEC.axes, inputs=SPEC.inputs, outputs=SPEC.outputs, plugins={"ReluLinearAttention": 2})
-    with pytest.raises(BuildError, match="got plugin nodes"):
-        export_module(meta_toy(torch.float32), spec)
+    with pytest.raises(BuildError, match=r"got plugin nodes \{\}; expected \{'ReluLinearAttention': 1\}"):
+        export_module(Small(), replace(SMALL_SPEC, plugins={"ReluLinearAttention": 1}))
 
 
 def test_an_ignored_weight_is_an_error():
-    module = meta_toy(torch.float32)
+    module = Small()
+    export_module(module, SMALL_SPEC)
     module.unused = nn.Parameter(torch.empty(3, device="meta"))
     with pytest.raises(BuildError, match="unused"):
-        export_module(module, SPEC)
+        export_module(module, SMALL_SPEC)
 
 
 @pytest.fixture(scope="module")
 def fp16_model() -> ir.Model:
-    return export_module(meta_toy(torch.float16), SPEC)
+    return exported_toy(torch.float16)
 
 
 def test_parameters_wait_for_their_bytes(fp16_model):

@@ -261,16 +261,23 @@ def test_timings(engine: SanaEngine) -> None:
     assert all(each.total_s > 0 for each in engine.last_timings)
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.progress.PATIENCE_S", 0.3)
+
+
+@pytest.mark.usefixtures("impatient")
 def test_quiet_without_a_terminal(engine: SanaEngine, capfd: pytest.CaptureFixture) -> None:
-    engine.generate("a cat", on_step=lambda *_: time.sleep(0.3))
+    engine.generate("a cat", on_step=lambda *_: time.sleep(0.1))
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_bar_after_a_second(bundle: Path, capfd: pytest.CaptureFixture) -> None:
+@pytest.mark.usefixtures("impatient")
+def test_a_bar_for_what_lasts(bundle: Path, capfd: pytest.CaptureFixture) -> None:
     with SanaEngine(bundle, progress=True) as engine:
         engine.generate("a cat")
         assert capfd.readouterr() == ("", "")
-        engine.generate("a cat", on_step=lambda *_: time.sleep(0.35))
+        engine.generate("a cat", on_step=lambda *_: time.sleep(0.12))
     out, err = capfd.readouterr()
     assert out == ""
     assert "drawing" in err

@@ -29,9 +29,9 @@ model:
 objective:
   caption_dropout: 0.5
 trainer:
-  steps: 4
-  batch: 4
-  micro_batch: 2
+  steps: 2
+  batch: 2
+  micro_batch: 1
   ema_decay: 0.9
   checkpoint_steps: 100
 """
@@ -58,9 +58,9 @@ def command(folder: Path, out: Path, *more: str) -> list[str]:
         f"env.out={out}",
         "env=ci",
         "optimizer=adamw",
-        "trainer.steps=4",
-        "trainer.batch=4",
-        "trainer.micro_batch=2",
+        "trainer.steps=2",
+        "trainer.batch=2",
+        "trainer.micro_batch=1",
         "trainer.tensorboard=false",
     ]
     return ["experiment=small", "--config-dir", str(folder / "configs"), *settings, "trainer.checkpoint_steps=100", *more]
@@ -74,10 +74,11 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(newest / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_extended_ends_where_one_that_was_not_does(folder: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     assert run.main(command(folder, tmp_path / "straight")) == 0
-    half = command(folder, tmp_path / "twice", "trainer.steps=2")
+    half = command(folder, tmp_path / "twice", "trainer.steps=1")
     assert run.main(half) == 0
     assert run.main(command(folder, tmp_path / "twice")) == 2  # another number of steps is another configuration
     assert run.main([*command(folder, tmp_path / "twice"), "--allow-changes"]) == 0
@@ -106,6 +107,7 @@ def test_what_cannot_be_trained_is_said(
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.slow
 def test_a_cache_of_another_size_or_of_other_encoders(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(command(folder, tmp_path / "size", "trainer.steps=1")) == 0
     assert "data.cache has pictures of 512 px, and data.resolution is 1024" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The schema of training, and that every experiment and every group's file fits it."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from sana_ref.transformer import SanaTransformerConfig
 from sana_ref.variants import VARIANTS
 from train.schema import ExperimentSettings, TransformerSettings, VariantName, load, main, transformer_config
 
+cached = functools.cache(load)  # of names alone
 ROOT = Path(__file__).parents[2]
 OTHERS = {  # by task; each has tests of its own
     "autoencoder": ["sana_tiny_dcae", "dcae_phase2_1024px", "dcae_lite"],
@@ -26,7 +28,7 @@ FLOW = [name for name, variant in VARIANTS.items() if variant.flow_shift is not 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_fits(name):
-    settings = load(name)
+    settings = cached(name)
     variant = VARIANTS[settings.model.variant]
     assert settings.name == name
     assert settings.data.resolution == variant.side
@@ -47,7 +49,7 @@ def test_the_example_of_the_documentation(tmp_path):
 
 
 def test_every_published_size_has_an_experiment():
-    assert set(FLOW) <= {load(name).model.variant for name in EXPERIMENTS}
+    assert set(FLOW) <= {cached(name).model.variant for name in EXPERIMENTS}
 
 
 @pytest.mark.parametrize("env", ["local", "cluster", "ci"])
@@ -67,6 +69,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), [(group, name) for group, there in GROUPS.items() for name in there])
 def test_every_choice_of_a_group_fits(group, name):
     load("sana_1600m_1024px", [f"{group}={name}"])
@@ -107,12 +110,12 @@ def test_every_key_of_the_schema_is_written_in_a_file():
 
 
 def test_the_recipes_of_the_papers():
-    small, large = load("sana_600m_512px"), load("sana_1_5_1600m_1024px_fsdp")
+    small, large = cached("sana_600m_512px"), cached("sana_1_5_1600m_1024px_fsdp")
     assert (small.trainer.optimizer.kind, small.trainer.optimizer.lr, small.trainer.micro_batch) == ("came", 1e-4, 128)
     assert (small.trainer.schedule.warm_up_steps, small.trainer.clip, small.trainer.max_non_finite) == (2000, 0.1, 20)
     assert (large.trainer.optimizer.kind, large.trainer.optimizer.eps, large.parallel.strategy) == ("adamw", 1e-10, "fsdp2")
     assert (large.trainer.optimizer.lr, large.trainer.schedule.warm_up_steps, large.trainer.micro_batch) == (2e-5, 1000, 32)
-    assert [load(f"sana_1600m_{side}").objective.flow_shift for side in ("1024px", "2kpx", "4kpx")] == [3.0, 3.0, 6.0]
+    assert [cached(f"sana_1600m_{side}").objective.flow_shift for side in ("1024px", "2kpx", "4kpx")] == [3.0, 3.0, 6.0]
 
 
 def test_the_program(capsys):
