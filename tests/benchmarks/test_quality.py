@@ -144,6 +144,7 @@ def test_what_cannot_be_measured_is_named(tmp_path: Path, capsys: pytest.Capture
     assert "which PyTorch draws" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_folder_is_drawn_by_pytorch_as_a_bundle_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference itself, with few captions: sana-tiny draws what they say."""
     monkeypatch.setattr(quality, "DIVERSITY_SEEDS", 2)

@@ -45,6 +45,7 @@ def work(out: Path, changes: dict) -> None:
         scaling.report(plan, found, processes.world_size, out)
 
 
+@pytest.mark.slow
 def test_both_learn_what_one_does_and_are_recorded(tmp_path: Path) -> None:
     losses = run(tmp_path)
     single = losses.pop("single")

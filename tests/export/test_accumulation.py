@@ -46,7 +46,7 @@ def test_fp16_products_are_fp32_between_two_casts():
         assert (use.node.op_type, use.node.outputs[0].dtype) == ("Cast", ir.DataType.FLOAT16)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32], ids=str)
 def test_other_precisions_are_left_alone(dtype):
     kind = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float32: ir.DataType.FLOAT}[dtype]
     assert {value.dtype for node in products(dtype) for value in node.inputs} == {kind}

@@ -96,6 +96,7 @@ def changed(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_only_what_depends_on_a_change_is_done_again(built, changed, tmp_path):
     progress = quiet()
     build(request(tmp_path / "bundle", model=changed), progress)
@@ -144,7 +145,11 @@ def full_disk(*arguments, **options):
 
 @pytest.mark.parametrize(
     ("stage", "where"),
-    [("EXPORT", "export.weights.os.fsync"), ("REFERENCE", "export.stages.save_golden"), ("PARITY", "shutil.copyfile")],
+    [
+        pytest.param("EXPORT", "export.weights.os.fsync", marks=pytest.mark.slow),
+        ("REFERENCE", "export.stages.save_golden"),
+        ("PARITY", "shutil.copyfile"),
+    ],
     ids=["weights", "cache", "bundle"],
 )
 def test_a_full_disk_leaves_the_old_bundle(built, tmp_path, monkeypatch, stage, where):

@@ -69,6 +69,7 @@ def test_a_wrong_word_is_answered_without_loading_torch():
     assert done.stdout.split() == ["2", "False"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [[str(ROOT / "export/build_engine.py")], ["-m", "export.build_engine"]], ids=["file", "module"])
 def test_it_starts_as_a_file_and_as_a_module(start, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT) if start[0] == "-m" else ""}

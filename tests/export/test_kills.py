@@ -16,6 +16,8 @@ from tiny_build import cache, quiet, request, tiny
 from engines.bundle import Bundle
 from export.build import build
 
+# Each starts processes that build. Among the quick tests, a bundle and a cache entry are killed at every step: tests/engines.
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 # Sends itself SIGKILL at the begin or the end of stage number `at` (of what `which` says), then builds.
 DRIVER = """
@@ -82,12 +84,10 @@ def check(out: Path, old: str, new: str, model: Path, cache: Path) -> str:
     return found
 
 
-# A build takes ten seconds and more: two boundaries stand for the others among the quick tests.
-BOUNDARIES = [("begin", STAGES - 1), ("end", STAGES - 1)]
-SLOW = [("begin", 1), ("begin", 4), ("begin", 5), ("begin", 7), ("end", 10)]
+BOUNDARIES = [("begin", STAGES - 1), ("end", STAGES - 1), ("begin", 1), ("begin", 4), ("begin", 5), ("begin", 7), ("end", 10)]
 
 
-@pytest.mark.parametrize(("which", "at"), [*BOUNDARIES, *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)])
+@pytest.mark.parametrize(("which", "at"), BOUNDARIES)
 def test_killed_at_a_stage_boundary(old_and_new, tmp_path, which, at):
     old_path, model, old, new = old_and_new
     out, own = tmp_path / "bundle", cache_of_exports(tmp_path)
@@ -97,7 +97,6 @@ def test_killed_at_a_stage_boundary(old_and_new, tmp_path, which, at):
     assert check(out, old, new, model, own) == (new if (which, at) == ("end", STAGES - 1) else old)
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments(old_and_new, tmp_path):
     old_path, model, old, new = old_and_new
     own = cache_of_exports(tmp_path)

@@ -86,7 +86,10 @@ def test_transformer_gives_the_same_numbers(changes):
             assert twins.relative_error(got, expected) < BOUND, f"{height} x {width}"
 
 
-@pytest.mark.parametrize("name", ["sana_600m_1024px", "sprint_1600m_1024px", "sana_1600m_4kpx"])
+WIDE = [pytest.param(name, marks=pytest.mark.slow) for name in ("sprint_1600m_1024px", "sana_1600m_4kpx")]
+
+
+@pytest.mark.parametrize("name", ["sana_600m_1024px", *WIDE])
 @torch.no_grad()
 def test_published_width_gives_the_same_numbers(name):
     config = dataclasses.replace(VARIANTS[name].transformer, num_layers=1, caption_channels=twins.TEXT_CHANNELS)

@@ -87,9 +87,12 @@ def folder(tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny", transformer=replace(TRANSFORMER, timestep_scale=0.9))
 
 
+LONG = pytest.param(DPM_SOLVER, 20, marks=pytest.mark.slow)
+
+
 @pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")
 @pytest.mark.parametrize("instruction", [INSTRUCTION, None], ids=["instruction", "no_instruction"])
-@pytest.mark.parametrize(("scheduler", "steps"), [(EULER, 20), (DPM_SOLVER, 20), (DPM_SOLVER, 5), (DPM_SOLVER, 1)])
+@pytest.mark.parametrize(("scheduler", "steps"), [(EULER, 20), LONG, (DPM_SOLVER, 5), (DPM_SOLVER, 1)])
 @pytest.mark.parametrize("guidance", [4.5, 1.0])
 def test_sana_pipeline(folder, scheduler, steps, instruction, guidance):
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)

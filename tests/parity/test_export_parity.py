@@ -103,6 +103,7 @@ def test_what_was_exported_passes(name):
     subject(name).hold(subject(name).folder)
 
 
+@pytest.mark.slow
 def test_faint_queries_pass_too():
     subject("denoiser", faint).hold(subject("denoiser", faint).folder)
 
@@ -151,7 +152,11 @@ def forgotten_relu(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "change"),
-    [(faint, wrong_epsilon_of_the_body), (tiny, wrong_epsilon_of_a_norm), (tiny, forgotten_relu)],
+    [
+        pytest.param(faint, wrong_epsilon_of_the_body, marks=pytest.mark.slow),
+        (tiny, wrong_epsilon_of_a_norm),
+        (tiny, forgotten_relu),
+    ],
     ids=lambda value: value.__name__,
 )
 def test_an_error_in_the_graph_is_seen(tmp_path, folder, change):
@@ -190,8 +195,8 @@ def scaled_channel(q, k, v, eps):
     ("folder", "kernel", "seen"),
     [
         (tiny, ops.relu_linear_attention_truth, False),
-        (faint, ops.relu_linear_attention_truth, False),
-        (faint, wrong_epsilon, True),
+        pytest.param(faint, ops.relu_linear_attention_truth, False, marks=pytest.mark.slow),
+        pytest.param(faint, wrong_epsilon, True, marks=pytest.mark.slow),
         (tiny, swapped_head, True),
         (tiny, scaled_channel, True),
     ],

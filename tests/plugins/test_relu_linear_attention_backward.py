@@ -131,11 +131,13 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Ten
     return torch.load(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BOUNDED)
 def test_kernels(interpreted, name):
     check(CASES[name], interpreted[name], name)
 
 
+@pytest.mark.slow
 def test_a_wrong_gradient_is_caught(interpreted):
     dq, dk, dv = interpreted["odd"]
     with pytest.raises(AssertionError, match="expected at most"):
@@ -144,6 +146,7 @@ def test_a_wrong_gradient_is_caught(interpreted):
         check(CASES["odd"], (dq, dk, dv.flip(1)), "planted")
 
 
+@pytest.mark.slow
 def test_one_token_in_bf16(interpreted):
     """dk is 0: its two terms cancel. What is left is of the order of what two bf16 numbers leave out of an fp32 one, 2**-17."""
     case = CASES["one token bf16"]

@@ -291,6 +291,7 @@ def test_the_last_that_says_a_value_is_its_origin(layers):
 words = st.text("abcxyz0189 ,=:[]{}()'\"éü*~+?", max_size=12)  # no $ and no backslash, which mean something in OmegaConf and Hydra
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(value=st.integers(-(10**9), 10**9) | st.floats(allow_nan=False, allow_infinity=False) | st.booleans() | words)
 def test_any_scalar_can_come_from_the_command_line(value, tmp_path_factory):

@@ -138,6 +138,7 @@ def test_sliding_window_forgets():
     assert same.tolist() == [False] * 4 + [True] * 5  # four tokens, itself included
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_export_leaves_sizes_free():
     model = made(SanaTransformer2DModel(tiny_transformer_config(interpolation_scale=2.0)))
@@ -148,7 +149,7 @@ def test_export_leaves_sizes_free():
         torch.testing.assert_close(program.module()(*arguments), model(*arguments))
 
 
-@pytest.mark.parametrize("config", [DC_AE, DC_AE_LITE], ids=["full", "lite"])
+@pytest.mark.parametrize("config", [pytest.param(DC_AE, id="full", marks=pytest.mark.slow), pytest.param(DC_AE_LITE, id="lite")])
 @torch.no_grad()
 def test_decoder_export_leaves_sizes_free(config):
     decoder = made(AutoencoderDC(narrow(config))).decoder
@@ -158,6 +159,7 @@ def test_decoder_export_leaves_sizes_free(config):
         torch.testing.assert_close(program.module()(latents), decoder(latents))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_text_encoder_export_leaves_length_free():
     model = made(Gemma2Encoder(TINY_GEMMA))

@@ -123,7 +123,10 @@ def test_text_needs_two_tokens():
         TextEncoderForExport(Gemma2Encoder(TEXT_ENCODER), 1)
 
 
-@pytest.mark.parametrize("kind", ["denoiser", "sprint", "text_encoder", "decoder"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("sprint", "decoder")]
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "text_encoder", *SLOW])
 @torch.no_grad()
 def test_exported_graph_never_waits_for_the_host(kind):
     batch, height, width = Dim("batch", max=64), Dim("height", max=128), Dim("width", max=128)

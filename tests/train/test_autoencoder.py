@@ -152,6 +152,7 @@ def test_the_loss_falls_and_the_validation_is_logged(settings):
     assert sum("validation psnr_db" in line for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one_with_its_discriminator(settings):
     adversarial = "objective.adversarial={weight: 0.1, start: 1, width: 8, num_layers: 2}"
     whole = trained(settings(adversarial, "trainer.steps=4", name="whole"))

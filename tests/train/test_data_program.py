@@ -142,6 +142,7 @@ def test_interrupted(tmp_path, number, workers):
     assert "index.json" not in kept
 
 
+@pytest.mark.slow
 def test_inspect_a_folder(tmp_path, capsys):
     path = write_folder(tmp_path / "data", sample_files(7) | {"005.json": b"no JSON", "x.jpg": b""})
     assert sana(["data", "inspect", str(path), "--resolution", "512", "--out", str(tmp_path / "sheets" / "sheet.png")]) == 0

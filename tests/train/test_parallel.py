@@ -124,6 +124,7 @@ def two(root: Path) -> dict[str, list[dict[str, Any]]]:
     return found | {"first": [first]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_give_the_losses_of_one(single: dict, two: dict, strategy: str) -> None:
     first, second = two[strategy]
@@ -138,6 +139,7 @@ def validations(lines: list[str]) -> list[list[float]]:
     return [[float(x) for x in re.findall(r"\d+\.\d+", line)] for line in lines if ": validation " in line]
 
 
+@pytest.mark.slow
 def test_validation_sees_the_whole_average_by_the_models_names(single: dict, two: dict) -> None:
     expected = validations(single["log"])
     assert len(expected) == 2
@@ -149,17 +151,20 @@ def test_validation_sees_the_whole_average_by_the_models_names(single: dict, two
     )
 
 
+@pytest.mark.slow
 def test_bf16_shards_are_as_good_as_autocast(single: dict, two: dict) -> None:
     for strategy in ("ddp_bf16", "fsdp2_bf16"):
         for step in ("1", "2"):
             assert two[strategy][0]["losses"][step] == pytest.approx(single["losses"][step], rel=2e-2)
 
 
+@pytest.mark.slow
 def test_a_run_that_fits_is_replicated_and_says_why(two: dict) -> None:
     assert two["auto"][0]["sharded"] == 0
     assert two["auto"][0]["log"][0].startswith("ddp on 2 GPUs of")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_another_number_and_another_strategy(root: Path, single: dict, two: dict) -> None:
     """One process, then two shares, stopped by the second process; two copies; two shares again; one process."""
     assert [found["counts"] for found in two["second"]] == [[2, 2, 0]] * 2  # the first one was not asked to stop
@@ -174,12 +179,14 @@ def test_a_run_goes_on_as_another_number_and_another_strategy(root: Path, single
     assert last["losses"]["5"] == pytest.approx(longer["losses"]["5"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_on_one_is_skipped_by_both(two: dict) -> None:
     for found in two["poison"]:
         assert found["counts"] == [4, 3, 1]
         assert [math.isfinite(loss) for loss in found["losses"].values()] == [True, False, True, True]
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_one_ends_both_and_leaves_the_last_good_checkpoint(root: Path, two: dict) -> None:
     for found in two["full"]:
         assert re.search(r"step_00000002: .*No space left on device.*last good one stays: .*step_00000001", found["error"])
@@ -198,6 +205,7 @@ def test_a_batch_that_two_cannot_share_is_refused(root: Path) -> None:
         make_trainer(settings, processes=Processes(device=torch.device("cpu"), world_size=2))
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_on_both_and_ends_with_zero(root: Path) -> None:
     given = options(root, "sigterm", "fsdp2", "trainer.steps=100000", "trainer.log_steps=1")
     command = torchrun("-m", "train.run", "experiment=small", "--config-dir", given["configs"], *given["overrides"])

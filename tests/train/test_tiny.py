@@ -164,6 +164,7 @@ def test_schedule_of_the_model_is_that_of_its_training() -> None:
     assert settings.objective.flow_shift == settings.schedule.flow_shift == FLOW_SHIFT == SCHEDULER["flow_shift"]
 
 
+@pytest.mark.slow
 def test_captions_are_made_once_for_their_settings(sprite_file: Path, sprites: Sprites, tmp_path: Path) -> None:
     settings = ScenesSettings(sprites=sprite_file, nums=(9, 1), sizes=((64, 64), (96, 64)), captions=2, length=64, seed=3)
     said: list[str] = []

@@ -328,6 +328,7 @@ def start(folder, steps):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_with_zero(tmp_path):
     whole, resumed = start(tmp_path / "whole", 30), start(tmp_path / "parts", 30)
     head = [resumed.stdout.readline() for _ in range(3)]
