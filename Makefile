@@ -6,8 +6,11 @@ OUT ?= out
 BUNDLE := $(OUT)/sana-tiny
 PROMPT ?= a red apple on a yellow background
 
+QUICK = $(BIN)/python -m pytest -m "not slow and not gpu"
+HALF := apps benchmarks plugins sana_ref train
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint type test-gpu clean
+.PHONY: help setup demo test check quick-half quick-rest lint type test-gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,11 +36,16 @@ test: $(VENV)/.installed-test ## lint, types, all tests (CPU; tests that need a 
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-check: $(VENV)/.installed-test ## lint, types and the quick tests
+check: $(VENV)/.installed-test ## lint, types and the quick tests, in two processes of about the same length
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(MAKE) --jobs=2 --output-sync quick-half quick-rest
+
+quick-half:
+	$(QUICK) $(addprefix tests/,$(HALF))
+quick-rest:
+	$(QUICK) $(addprefix --ignore=tests/,$(HALF))
 
 lint: $(VENV)/.installed-test ## format and lint in place
 	$(BIN)/ruff check --fix .
