@@ -50,9 +50,11 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that was measured, marked if files differ from it; SANA_COMMIT where there is no repository."""
+    """The commit that was measured, marked if files differ from it; SANA_COMMIT, if set, for a copy outside of its repository."""
+    if said := os.environ.get("SANA_COMMIT"):
+        return said
     if not (ROOT / ".git").exists():
-        return os.environ.get("SANA_COMMIT", "unknown")
+        return "unknown"
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
     changed = subprocess.run(
         ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"],

@@ -1,11 +1,12 @@
 """How fast the transformer trains on latents, next to diffusers' model in the same loop, and how exact it is.
 
-    python benchmarks/training.py --variant sana_1600m_1024px --batches 8,16,24 --compile blocks --feed-forward plain,fused --record
+    python benchmarks/training.py --variant sana_1600m_1024px --batches 16,32 --compile blocks --feed-forward plain,fused --record
 
 Weights are random, fp32, with bf16 autocast; a step is the project's objective, clipping at 1 and its AdamW, without a moving
 average. First the bf16 velocity is held to twice the error that diffusers' model makes in the same autocast against fp32; if it
 is further off, nothing is timed and the exit code is 1. Then every combination of the settings that are lists is timed (medians of
-whole steps), and diffusers' model at the best of them. The first loss of each must be the one without compilation.
+whole steps), and diffusers' model at the best of them: in smaller batches, as many pictures a step, where it needs more memory. The
+first loss of each must be the one without compilation.
 
 FLOPs are counted from operators (benchmarks/flops.py), and model FLOP utilisation is their rate over the card's dense bf16 peak.
 What weighs besides matrix products is memory traffic. Per step, whatever the batch, 4 B numbers for each weight: AdamW moves 28 B,
@@ -212,9 +213,12 @@ def measure(
             found.failures[settings] = result
             say(f"ours, {settings}: {result}")
     if peer and found.timings:
-        found.peer = attempt("diffusers", replace(found.best, attention="its own", feed_forward="plain"))
-        if isinstance(found.peer, str):
-            say(f"diffusers, {found.best}: {found.peer}")
+        settings = replace(found.best, attention="its own", feed_forward="plain")
+        found.peer = attempt("diffusers", settings)
+        while isinstance(found.peer, str) and settings.batch % 2 == 0:
+            say(f"diffusers, {settings}: {found.peer}")
+            settings = replace(settings, batch=settings.batch // 2, accumulation=settings.accumulation * 2)
+            found.peer = attempt("diffusers", settings)
     release(device)
     return found
 
