@@ -106,13 +106,13 @@ def plan(*, batch: int, heads: int, head_dim: int, dtype: str) -> LaunchPlan:
 def launch(q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", out: "torch.Tensor", eps: float = EPS) -> None:
     """Write the attention of q, k, v into out: all (B, H, N, D), one dtype of fp16, bf16, fp32, on the current GPU.
 
-    q, k and v may have any strides, out must have 1 between channels. They are read as they lie where q, k and v have the same
-    strides and 1 between channels, as views of one projection have, and copied first where not.
-    Raises ValueError unless that holds and D is in HEAD_DIMS.
+    Any strides. q, k and v are read as they lie where they have the same strides and 1 between channels, as views of one
+    projection have, and copied first where not; so is out, afterwards.
+    Raises ValueError unless shape, dtype and device are one and D is in HEAD_DIMS.
     """
-    if out.stride(-1) != 1 or not all(t.shape == q.shape and t.dtype == q.dtype and t.device == q.device for t in (q, k, v, out)):
-        seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in (q, k, v, out))
-        raise ValueError(f"{OP}: got q, k, v, out {seen}; expected one shape, dtype and device, and out's last stride 1")
+    if not all(t.shape == q.shape and t.dtype == q.dtype and t.device == q.device for t in (q, k, v, out)):
+        seen = "; ".join(f"{tuple(t.shape)} {t.dtype} {t.device}" for t in (q, k, v, out))
+        raise ValueError(f"{OP}: got q, k, v, out {seen}; expected one shape, dtype and device")
     batch, heads, tokens, head_dim = q.shape
     dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(str(q.dtype), str(q.dtype))
     tile = plan(batch=batch, heads=heads, head_dim=head_dim, dtype=dtype)
@@ -121,8 +121,11 @@ def launch(q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", out: "torch.
     if q.stride(-1) != 1 or not q.stride() == k.stride() == v.stride():
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     options = {"D": head_dim, "BLOCK_N": tile.block_n, "num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    strides = (*q.stride()[:3], *out.stride()[:3])
-    relu_linear_attention_kernel[tile.grid](q, k, v, out, *strides, heads, tokens, eps, **options)
+    to = out if out.stride(-1) == 1 else out.new_empty(out.shape)
+    strides = (*q.stride()[:3], *to.stride()[:3])
+    relu_linear_attention_kernel[tile.grid](q, k, v, to, *strides, heads, tokens, eps, **options)
+    if to is not out:
+        out.copy_(to)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The custom ops of training alone: what each means, in plain PyTorch, and its registration as a `torch.library` op.
 
-As in sana_ref/ops.py: the truth runs on a CPU, and everywhere in fp64; the Triton kernels run on a CUDA GPU.
+As in sana_ref/ops.py the truth runs on a CPU; on a CUDA GPU it runs in fp32 and fp64, and the Triton kernels in half precision.
 Dimensions: B pictures, H x W pixels, E channels of a half.
 """
 
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["gated_depthwise_conv", "gated_depthwise_conv_truth"]
+
+HALF = (torch.float16, torch.bfloat16)  # what the kernels are for: their exponentials are some units of fp32's last place off
 
 
 def _without_autocast(device: torch.device) -> torch.autocast:
@@ -80,7 +82,7 @@ def _gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @_gated_depthwise_conv.register_kernel("cuda")
 def _gated_depthwise_conv_cuda(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     _check(x, weight, bias)
-    if x.dtype == torch.float64:
+    if x.dtype not in HALF:
         return gated_depthwise_conv_truth(x, weight, bias)
     from plugins import gated_depthwise_conv as kernel  # Triton loads when a GPU first needs it
 
@@ -101,7 +103,7 @@ def _gated_depthwise_conv_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: 
 
 @_gated_depthwise_conv_backward.register_kernel("cuda")
 def _gated_depthwise_conv_backward_cuda(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    if x.dtype == torch.float64:
+    if x.dtype not in HALF:
         return _gradients(dy, x, weight, bias)
     from plugins import gated_depthwise_conv as kernel
 
