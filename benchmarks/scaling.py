@@ -63,7 +63,7 @@ Part = tuple[Batch, Draw]  # a micro-batch and what is random in it
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """side: latent cells. micro_batch: pictures on a GPU at once. bucket_mb, bf16_gradients: DDP's; None: PyTorch's size."""
+    """side: latent cells. micro_batch: pictures on a GPU at once. bucket_mb, bf16_gradients: DDP's; None: the trainer's size."""
 
     config: SanaTransformerConfig
     side: int
@@ -235,7 +235,7 @@ def report(plan: Plan, found: Mapping[Strategy, Result], world_size: int, result
         result = found[strategy]
         largest, rms = differences(result.losses, single.losses)
         ratio = world_size * single.step_s / result.step_s
-        own = options
+        own = options + "".join(f", {name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NCCL_"))
         if strategy == "ddp":
             own += ", gradients sent in bf16" if plan.bf16_gradients else ""
             own += f", buckets of {plan.bucket_mb:g} MB" if plan.bucket_mb is not None else ""
@@ -267,7 +267,7 @@ def main() -> int:
     parser.add_argument("--feed-forward", choices=("plain", "matmul", "fused"), default="plain", help="the mix-FFN; default plain")
     parser.add_argument("--checkpointing", action="store_true", help="compute the blocks again in the backward pass")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of the products; default bf16")
-    parser.add_argument("--bucket-mb", type=float, help="of DDP's gradients; default: PyTorch's 25")
+    parser.add_argument("--bucket-mb", type=float, help="of DDP's gradients; default: the trainer's")
     parser.add_argument("--bf16-gradients", action="store_true", help="DDP sends gradients in bf16: half the traffic, less exact")
     parser.add_argument("--record", action="store_true", help="append train_scaling_… to figures.jsonl and write the curves")
     parser.add_argument("--results", type=Path, default=FIGURES.parent, help="folder of both; default benchmarks/results")

@@ -27,6 +27,8 @@ WORDS = {  # figure: what it is, in the order of the table
     "step_1600m_1024px_fp16_ms": "Sana-1.6B, one denoiser step with guidance, 1024 px, fp16",
     "decode_1024px_bf16_ms": "DC-AE decode, 1024 px, bf16",
     "train_1600m_mfu": "Sana-1.6B training, 1024 px, bf16, one GPU: share of the GPU's peak FLOP rate",
+    "train_scaling_2gpu_fsdp": "… on two GPUs, FSDP2: times one GPU's pictures a second",
+    "train_scaling_2gpu_ddp": "… on two GPUs, DDP",
     "build_1600m_fp16_s": "Sana-1.6B, checkpoint to bundle, no GPU",
     "build_1600m_fp16_peak_gb": "Sana-1.6B, checkpoint to bundle, peak memory",
     "demo_fresh_clone_s": "`make demo` on a fresh clone",

@@ -15,7 +15,7 @@ from sana_ref.layers import GLUMBConv
 from train import ops
 from train.trainer.errors import TrainingError
 
-__all__ = ["checkpoint_activations", "compile_blocks", "fast_feed_forward"]
+__all__ = ["checkpoint_activations", "compile_blocks", "fast_feed_forward", "has_feed_forward"]
 
 BLOCKS = {"SanaTransformerBlock", "Gemma2Layer", "ResBlock", "EfficientViTBlock"}  # by name: sana_ref offers the whole models
 
@@ -38,12 +38,21 @@ def _twice(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return forward_again
 
 
+def _feed_forwards(model: nn.Module) -> list[GLUMBConv]:
+    return [module for module in model.modules() if isinstance(module, GLUMBConv) and module.norm is None]
+
+
+def has_feed_forward(model: nn.Module) -> bool:
+    """Whether fast_feed_forward can be used."""
+    return bool(_feed_forwards(model))
+
+
 def fast_feed_forward(model: nn.Module) -> None:
     """Let the mix-FFNs of the transformer run their middle as one op, and their 1x1 convolutions as matrix products.
 
     Not those with a norm, the autoencoder's: their pictures have the channels first.
     """
-    layers = [module for module in model.modules() if isinstance(module, GLUMBConv) and module.norm is None]
+    layers = _feed_forwards(model)
     if not layers:
         raise TrainingError(f"fast_feed_forward: {type(model).__name__} has no mix-FFN without a norm. Set it to false.")
     for layer in layers:

@@ -55,7 +55,8 @@ class TrainerSettings(_Settings):
     precision: Literal["fp32", "bf16"] = "bf16"  # of the products; weights, averages and moments are fp32
     activation_checkpointing: bool = False  # compute the blocks twice instead of keeping what is within them
     compile: bool = False
-    fast_feed_forward: bool = False  # the middle of the transformer's mix-FFNs as one kernel, their 1x1 convolutions as products
+    # The middle of the transformer's mix-FFNs as one kernel, their 1x1 convolutions as products. None: on a GPU in bf16
+    fast_feed_forward: bool | None = None
     deterministic: bool = False  # let CUDA's kernels be repeatable, or refuse: a resumed run is exact on a GPU too, and slower
     checkpoint_steps: int = Field(default=1000, ge=1)
     keep: int = Field(default=2, ge=1)  # checkpoints
