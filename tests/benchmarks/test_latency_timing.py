@@ -1,0 +1,135 @@
+"""Turns, ratios and stopwatches, by a clock that the tests move; energy by an NVML that is not there."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from fake_tensorrt import FakeCuda
+
+from benchmarks.latency_energy import EnergyMeter
+from benchmarks.latency_timing import (
+    Rounds,
+    Sample,
+    StreamMarks,
+    Task,
+    calls_for,
+    interleave,
+    peak_memory,
+    percentiles,
+    reset_peak_memory,
+)
+from engines.errors import RequestError
+
+
+class Clock:
+    """Each call of a task takes what its list says next."""
+
+    def __init__(self, **ms: list[float]) -> None:
+        self.ms, self.order = {name: iter(values) for name, values in ms.items()}, []
+
+    def task(self, name: str, calls: int = 1) -> Task:
+        def watch(call: object) -> Sample:
+            began = len(self.order)
+            call()
+            taken = sum(next(self.ms[each]) for each in self.order[began:])
+            return Sample(taken, taken + 1)
+
+        return Task(name, lambda: self.order.append(name), watch, calls)
+
+
+def test_work_and_yardstick_take_turns() -> None:
+    clock = Clock(work=[9, 10, 20, 30], a=[9, 1, 3, 1, 1], b=[9, 10, 10, 10, 10])
+    rounds = interleave(clock.task("work"), [clock.task("a"), clock.task("b")], rounds=3, warm_up=1)
+    assert clock.order == ["a", "b", "work"] * 4 + ["a", "b"]
+    assert [sample.ms for sample in rounds.samples] == [10, 20, 30]
+    assert rounds.ratios("a") == (10 / 2, 20 / 2, 30 / 1)  # each by the mean of its neighbours
+    assert rounds.ratios("b") == (1, 2, 3)
+
+
+def test_a_sample_is_the_mean_of_its_calls() -> None:
+    clock = Clock(work=[1, 2, 3, 6])
+    assert clock.task("work", calls=4).sample() == Sample(3, 13 / 4)
+
+
+@pytest.mark.parametrize(("ms", "calls"), [(1.0, 3), (100.0, 1), (0.0, 5)])
+def test_short_work_is_repeated(ms: float, calls: int) -> None:
+    clock = Clock(work=[50, ms])
+    assert calls_for(clock.task("work"), 5.0) == calls  # by the wall clock, which has one more here
+
+
+def test_too_few_rounds_and_names_twice_are_refused() -> None:
+    clock = Clock()
+    with pytest.raises(RequestError, match="got 2; expected at least 3"):
+        interleave(clock.task("work"), [], rounds=2, warm_up=0)
+    with pytest.raises(RequestError, match="expected a name each"):
+        interleave(clock.task("a"), [clock.task("a")], rounds=3, warm_up=0)
+
+
+def test_percentiles() -> None:
+    found = percentiles([float(n) for n in range(101)])
+    assert (found.p50, found.p90, found.p99) == (50, 90, 99)
+
+
+def test_marks_on_the_runtimes_stream() -> None:
+    cuda, done = FakeCuda(), []
+    sample = StreamMarks(cuda)(lambda: cuda.enqueue(lambda: done.append(1)))
+    assert done == [1]
+    assert sample.ms == pytest.approx(1.0)  # the fake's events are a millisecond apart
+    assert sample.wall_ms > 0
+
+
+def test_peak_memory_sees_what_was_held() -> None:
+    reset_peak_memory()
+    before = peak_memory()
+    np.ones(8 << 20)
+    assert peak_memory() - before >= 60 << 20
+
+
+class Nvml(SimpleNamespace):
+    NVMLError = RuntimeError
+
+    def __init__(self, *, supported: bool = True) -> None:
+        super().__init__(mJ=0, supported=supported)
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlDeviceGetHandleByPciBusId(self, bus_id: bytes) -> str:
+        return bus_id.decode()
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
+        assert handle == "0000:1b:00.0"
+        if not self.supported:
+            raise RuntimeError("Not Supported")
+        return self.mJ
+
+
+def test_energy_of_a_call() -> None:
+    nvml = Nvml()
+    meter = EnergyMeter("0000:1b:00.0", nvml=nvml)
+
+    def call() -> None:
+        nvml.mJ += 250
+
+    assert meter.joules(call, least_s=0.01) == pytest.approx(0.25)
+    assert meter.joules(lambda: None, least_s=0) is None  # the counter stood still
+    assert meter.why == ""
+
+
+def test_why_there_is_no_energy() -> None:
+    assert EnergyMeter(None).why == "not measured: there is no GPU"
+    refused = EnergyMeter("0000:1b:00.0", nvml=Nvml(supported=False))
+    assert refused.why == "not measured: NVML says Not Supported"
+    assert refused.joules(lambda: None) is None
+
+
+def test_no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "pynvml", None)
+    assert "pynvml) is not installed" in EnergyMeter("0000:1b:00.0").why
+
+
+def test_ratios_need_a_round_each() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Rounds((Sample(1, 1),), {"a": (1.0, 1.0, 1.0)}).ratios("a")
