@@ -1,220 +1,152 @@
-"""How long a bundle takes on this GPU, next to diffusers with the same weights in the same run, and how exact it is.
+"""How long a bundle takes on this machine, next to others' programs and a fixed GEMM in the same run; and whether it became slower.
 
-    python benchmarks/latency.py --bundle out/sana --model CHECKPOINT --width 1024 --height 1024 --record
+    python benchmarks/latency.py                                                # sana-tiny; on a CPU through ONNX Runtime
+    python benchmarks/latency.py --bundle out/sana --model CHECKPOINT --sizes 1024,2048 --batches 1,2 --peers eager,max-autotune
+    python benchmarks/latency.py --bundle out/sana --check                      # exit code 1: slower than the last accepted run
+    python benchmarks/latency.py --accept RUN                                   # from now on, that run is what others are judged by
+    python benchmarks/latency.py --report out/latency.html                      # everything under benchmarks/history as one page
 
-Correctness first: with the same inputs, the engine's error against PyTorch in fp32 may be at most twice that of PyTorch at the
-engine's precision. If it is more, nothing is timed and the exit code is 1. Then medians: steps and decode as the runtime runs them
-(CUDA events between them, all steps of several pictures), diffusers' transformer and decoder eagerly, called as its pipeline calls
-them. --record appends the figures to benchmarks/results/figures.jsonl.
+Correctness first: where the engines run and a checkpoint is given, their error against PyTorch in fp32 may be at most twice that of
+PyTorch at their precision; else the bundle's own golden inputs decide. If it is more, nothing is timed and the exit code is 1. The
+same holds for each peer. Then every component, and pictures from prompt to PNG, by turns with a GEMM and the peers
+(latency_timing.py). Each run is appended to benchmarks/history. --record appends figures to benchmarks/results/figures.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
-import json
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
+from benchmarks.latency_history import HISTORY, History, new_run
+from benchmarks.latency_run import GEMM
+from benchmarks.latency_work import WORKS
+from engines.errors import RequestError, SanaError
 
-from benchmarks.figures import record
-from engines import tensorrt
-from engines.parity_report import ErrorStats, bound_from, check, measure
-from engines.spec import ComponentName
-from runtime import SanaEngine
-from runtime.image import save_png
-from runtime.noise import normal
-from runtime.schedule import make_schedule
-from sana_ref.checkpoint import Checkpoint, load
-from sana_ref.components import DecoderForExport
-from sana_ref.step import DenoiserStep
-
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-WARM_UP, CALLS = 5, 50
-# Said beside every figure of a combination that NVIDIA does not support.
-UNSUPPORTED = "TensorRT for RTX on compute capability 9.0: works, but is not a combination that NVIDIA supports"
-PROMPT = "a lighthouse on a cliff at dusk"
+THIS_RUN = "this run"
 
 
-def median_ms(call: Callable[[], Any], calls: int = CALLS) -> float:
-    """Of the GPU's time between the start and end of a call, each timed alone, after warm-up."""
-    for _ in range(WARM_UP):
-        call()
-    times = []
-    for _ in range(calls):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+def sizes(text: str) -> list[tuple[int, int]]:
+    """ "512,1024x768" as widths and heights."""
+    found = []
+    for word in text.split(","):
+        sides = word.split("x")
+        if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+            raise argparse.ArgumentTypeError(f"got {word!r}; expected pixels, such as 512,1024x768")
+        found.append((int(sides[0]), int(sides[-1])))
+    return found
 
 
-def step_inputs(engine: SanaEngine, width: int, height: int) -> dict[str, np.ndarray]:
-    """One step in the middle of a schedule with guidance, as the denoiser's graph takes it. The text is noise of unit variance."""
-    manifest = engine.manifest
-    channels, length = manifest.latents.channels, manifest.prompt.max_sequence_length
-    grid = (channels, height // 32, width // 32)
-    info = manifest.schedule
-    table = make_schedule(info.scheduler, 20, flow_shift=info.flow_shift, timestep_scale=info.timestep_scale).table
-    mask = np.ones((2, 1, length), np.float32)
-    mask[0, :, 1:] = 0  # the empty negative prompt
-    mask[1, :, 40:] = 0
-    return {
-        "latents": normal(1, grid)[None],
-        "previous": normal(2, grid)[None],
-        "coefficients": table[10],
-        "guidance_weights": np.array([1 - info.guidance_scale, info.guidance_scale], np.float32),
-        "prompt_embeds": normal(3, (2, length, manifest.caption_channels))[:, None],
-        "prompt_mask": mask,
-    }
+def numbers(text: str) -> list[int]:
+    if not all(word.isdecimal() and int(word) for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers from 1, such as 1,2,4")
+    return [int(word) for word in text.split(",")]
 
 
-def errors(engine_out: np.ndarray, exact: Tensor, same: Tensor) -> dict[str, ErrorStats]:
-    reference = exact.double().cpu().numpy()
-    return {"engine": measure(engine_out, reference), "pytorch": measure(same.double().cpu().numpy(), reference)}
+def components(text: str) -> list[str]:
+    words = text.split(",")
+    if wrong := [word for word in words if word not in WORKS]:
+        raise argparse.ArgumentTypeError(f"got {', '.join(wrong)}; expected some of {', '.join(WORKS)}")
+    return words
 
 
-@torch.inference_mode()
-def denoiser_errors(engine: SanaEngine, checkpoint: Checkpoint, inputs: dict[str, np.ndarray]) -> dict[str, ErrorStats]:
-    with engine.session("denoiser") as session:
-        got = session.run(inputs)["next_latents"]
-    outputs = []
-    for dtype in (torch.float32, DTYPES[engine.manifest.precision["denoiser"]]):
-        step = DenoiserStep(checkpoint.transformer(dtype, "cuda"))
-        outputs.append(step(*(torch.from_numpy(inputs[name]).cuda() for name in step.input_names))[0])
-        del step
-        torch.cuda.empty_cache()
-    return errors(got, *outputs)
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = made.add_argument_group("what is measured")
+    what.add_argument(
+        "--bundle", type=Path, nargs="+", default=[], help="folders; sana-tiny unless given, built if it is not there"
+    )
+    what.add_argument("--model", type=Path, help="the checkpoint's folder, for PyTorch and the peers")
+    what.add_argument("--backend", default="auto", help="auto, tensorrt or onnxruntime")
+    what.add_argument("--components", type=components, default=list(WORKS), help=f"some of {','.join(WORKS)} (default: all)")
+    what.add_argument("--sizes", type=sizes, help="px: 512,1024x768 (default: what the bundle is best at)")
+    what.add_argument("--width", type=int, help="px, of one size")
+    what.add_argument("--height", type=int)
+    what.add_argument("--batches", type=numbers, default=[1], help="pictures: 1,2,4")
+    what.add_argument("--steps", type=int, default=20, help="of a picture")
+    what.add_argument("--peers", help="some of eager,reduce-overhead,max-autotune, or none (default: eager where --model is given)")
+    what.add_argument("--kernels", action="store_true", help="also time each kernel, for the report's roofline")
+    how = made.add_argument_group("how")
+    how.add_argument(
+        "--rounds", type=int, default=50, help="samples of a component, each beside one of the yardstick and the peers"
+    )
+    how.add_argument("--pictures", type=int, default=10, help="samples of a picture")
+    how.add_argument("--threads", type=int, default=1, help="of ONNX Runtime and of peers on a CPU; one is the least noisy")
+    how.add_argument("--note", default="", help="said beside the numbers, for example: random weights")
+    then = made.add_argument_group("what becomes of it")
+    then.add_argument("--history", type=Path, default=HISTORY, help="the folder that runs are appended to")
+    then.add_argument("--no-history", action="store_true", help="append nothing")
+    then.add_argument("--check", action="store_true", help="exit code 1 if something is slower than in the last accepted run")
+    then.add_argument("--against", default=GEMM, help=f"what --check takes ratios to: {GEMM} or a peer, such as diffusers_eager")
+    then.add_argument("--percent", type=float, default=3.0, help="a regression is more than this, and …")
+    then.add_argument("--floor-ms", type=float, default=0.02, help="… more than this, and beyond chance")
+    then.add_argument("--confirm", type=int, default=1, help="how often what looks slower is measured again")
+    then.add_argument("--accept", nargs="?", const=THIS_RUN, metavar="RUN", help="accept this run; or one that was measured before")
+    then.add_argument("--record", action="store_true", help="append to benchmarks/results/figures.jsonl")
+    then.add_argument(
+        "--report", type=Path, metavar="HTML", help="write the history as a page; without --bundle or --check, only that"
+    )
+    return made
 
 
-@torch.inference_mode()
-def decoder_errors(engine: SanaEngine, checkpoint: Checkpoint, latents: np.ndarray) -> dict[str, ErrorStats]:
-    with engine.session("decoder") as session:
-        got = session.run({"latents": latents})["images"]
-    outputs = []
-    for dtype in (torch.float32, DTYPES[engine.manifest.precision["decoder"]]):
-        decoder = DecoderForExport(checkpoint.vae(dtype, "cuda"))
-        outputs.append(decoder(torch.from_numpy(latents).cuda()))
-        del decoder
-        torch.cuda.empty_cache()
-    return errors(got, *outputs)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0; 1 if something is not exact enough or slower; 2 if it could not be measured."""
+    options = parser().parse_args(arguments)
+    try:
+        return run(options)
+    except SanaError as error:
+        print(error, file=sys.stderr)
+        return 2
 
 
-@torch.inference_mode()
-def diffusers_step_ms(model: Path, inputs: dict[str, np.ndarray], dtype: torch.dtype) -> float:
-    """diffusers' transformer, eagerly, on the same batch of two, without guidance's and the sampler's arithmetic."""
-    from diffusers import SanaTransformer2DModel
+def run(options: argparse.Namespace) -> int:
+    """Raises SanaError."""
+    history, code = History(options.history), 0
+    if options.accept not in (None, THIS_RUN):
+        print(f"{history.accept(options.accept)} records of run {options.accept} are accepted")
+    elif options.bundle or options.check or options.accept or not options.report:
+        code = _measured(options)
+    if options.report:
+        from benchmarks.latency_report import write_report
 
-    transformer = SanaTransformer2DModel.from_pretrained(model / "transformer", torch_dtype=dtype).cuda().eval()
-    latents = torch.from_numpy(inputs["latents"]).cuda().to(dtype).expand(2, -1, -1, -1).contiguous()
-    text = torch.from_numpy(inputs["prompt_embeds"][:, 0]).cuda().to(dtype)
-    mask = torch.from_numpy(inputs["prompt_mask"][:, 0]).cuda()
-    timestep = torch.full((2,), float(inputs["coefficients"][0]), device="cuda")
-    return median_ms(lambda: transformer(latents, text, timestep, encoder_attention_mask=mask, return_dict=False))
-
-
-@torch.inference_mode()
-def diffusers_decode_ms(model: Path, latents: np.ndarray, dtype: torch.dtype) -> float:
-    from diffusers import AutoencoderDC
-
-    vae = AutoencoderDC.from_pretrained(model / "vae", torch_dtype=dtype).cuda().eval()
-    z = torch.from_numpy(latents).cuda().to(dtype) / vae.config.scaling_factor
-    return median_ms(lambda: vae.decode(z, return_dict=False))
+        print(f"report: {write_report(options.report, history.read())}")
+    return code
 
 
-def picture_times(engine: SanaEngine, width: int, height: int, steps: int, pictures: int) -> dict[str, Any]:
-    """Medians over `pictures` requests of one picture, after two for warm-up; and whether all had the same bytes."""
-    rows: list[tuple[list[float], float, float]] = []
-    digests = set()
-    with tempfile.TemporaryDirectory() as folder:
-        for number in range(pictures + 2):
-            began = time.perf_counter()
-            picture = engine.generate(PROMPT, seed=5, steps=steps, width=width, height=height)[0]
-            save_png(picture, Path(folder) / "picture.png")
-            wall = time.perf_counter() - began
-            digests.add(hashlib.sha256(picture.tobytes()).hexdigest())
-            timings = engine.last_timings[0]
-            if number >= 2:
-                rows.append((list(timings.steps_s), timings.decode_s, wall))
-    return {
-        "step_ms": 1000 * statistics.median(s for steps_s, _, _ in rows for s in steps_s),
-        "decode_ms": 1000 * statistics.median(decode for _, decode, _ in rows),
-        "gpu_ms": 1000 * statistics.median(sum(steps_s) + decode for steps_s, decode, _ in rows),
-        "wall_ms": 1000 * statistics.median(wall for _, _, wall in rows),
-        "same_bytes": len(digests) == 1,
-    }
+def _measured(options: argparse.Namespace) -> int:
+    from benchmarks.latency_session import TINY, Session, has_gpu, tiny_bundle
+
+    gpu = has_gpu() and options.backend != "onnxruntime"
+    if not options.bundle:
+        options.bundle, options.model = [tiny_bundle()], options.model or TINY
+    prepare_torch(gpu, options.threads)
+    words = options.peers if options.peers is not None else "eager" if options.model else "none"
+    if words != "none":
+        from benchmarks.latency_peers import parse_peers
+
+        options.peers = parse_peers(words)
+        if options.model is None:
+            raise RequestError(f"--peers: got {words}; expected a --model as well: peers have its weights.")
+    else:
+        options.peers = []
+    if options.record and (
+        options.model is None or not {"denoiser", "decoder"} <= {*options.components} or options.batches[0] != 1
+    ):
+        raise RequestError("--record: expected --model, and the components denoiser and decoder at batch 1 first.")
+    run_name = new_run()
+    return max(Session(options, bundle, run_name)() for bundle in options.bundle)
 
 
-def size_name(checkpoint: Checkpoint) -> str:
-    """ "1600m", or "tiny" below 100 million parameters."""
-    count = sum(int(np.prod(shape)) for shape in checkpoint.sources["transformer"].shapes.values())
-    return "tiny" if count < 100e6 else f"{round(count / 1e8) * 100}m"
+def prepare_torch(gpu: bool, num_threads: int) -> None:
+    """fp32 is the truth here; and the peers' convolutions get the best algorithm."""
+    import torch
 
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bundle", type=Path, required=True)
-    parser.add_argument("--model", type=Path, required=True, help="the checkpoint's folder, for PyTorch and diffusers")
-    parser.add_argument("--width", type=int)
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--pictures", type=int, default=5)
-    parser.add_argument("--note", default="", help="said beside the figures, for example: random weights")
-    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/figures.jsonl")
-    args = parser.parse_args()
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # fp32 is the truth here
-    torch.backends.cudnn.benchmark = True  # for the peer's sake: its convolutions get the best algorithm
-
-    checkpoint = load(args.model)
-    size = size_name(checkpoint)
-    with SanaEngine(args.bundle, backend="tensorrt") as engine:
-        manifest = engine.manifest
-        width, height = args.width or manifest.ranges.opt_side, args.height or manifest.ranges.opt_side
-        inputs = step_inputs(engine, width, height)
-        latents = normal(4, inputs["latents"].shape[1:])[None] * np.float32(manifest.latents.scaling_factor)
-        found = {"denoiser": denoiser_errors(engine, checkpoint, inputs), "decoder": decoder_errors(engine, checkpoint, latents)}
-        wrong = [f"{name}: {text}" for name, e in found.items() for text in check(e["engine"], bound_from(e["pytorch"]))]
-        print(json.dumps({name: {who: e.model_dump() for who, e in rows.items()} for name, rows in found.items()}))
-        if wrong:
-            print("\n".join(["the engine is not exact enough; nothing is timed", *wrong]))
-            return 1
-        times = picture_times(engine, width, height, args.steps, args.pictures)
-        if not times["same_bytes"]:
-            print("the same request gave different pictures; nothing is recorded")
-            return 1
-        precision = manifest.precision
-    peers = {
-        "step": diffusers_step_ms(args.model, inputs, DTYPES[precision["denoiser"]]),
-        "decode": diffusers_decode_ms(args.model, latents, DTYPES[precision["decoder"]]),
-    }
-    print(json.dumps(times | {f"diffusers_eager_{name}_ms": value for name, value in peers.items()}, indent=1))
-    if args.record:
-        note = UNSUPPORTED if torch.cuda.get_device_capability() == (9, 0) else ""
-        keep = functools.partial(record, unit="ms", extra_versions={"tensorrt": f"{tensorrt.flavor()} {tensorrt.version()}"})
-        px = f"{width}px" if width == height else f"{width}x{height}px"
-        names = {"denoiser": f"step_{size}_{px}", "decoder": f"decode_{px}" if size != "tiny" else f"decode_tiny_{px}"}
-        stages: tuple[tuple[ComponentName, str], ...] = (("denoiser", "step"), ("decoder", "decode"))
-        for component, stage in stages:
-            ratio = found[component]["engine"].rms / found[component]["pytorch"].rms
-            keep(
-                f"{names[component]}_{precision[component]}_ms",
-                times[f"{stage}_ms"],
-                peer={"diffusers_eager": round(peers[stage], 4)},
-                note="; ".join(filter(None, (f"rms error {ratio:.2f} x PyTorch's", args.note, note))),
-            )
-        if size == "tiny":
-            keep("tiny_picture_gpu_ms", times["wall_ms"], note=f"{args.steps} steps, {px}, prompt to PNG; {note}")
-    return 0
+    if gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.benchmark = True
+    else:
+        torch.set_num_threads(num_threads)
 
 
 if __name__ == "__main__":

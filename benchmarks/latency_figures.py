@@ -1,0 +1,104 @@
+"""The figures that latency.py --record appends: steps and decode as the runtime's loop runs them, and the peers of that run."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from benchmarks.figures import record
+from benchmarks.latency_history import Record
+from benchmarks.latency_work import PROMPT
+from engines.gpu import device_info
+from runtime.image import save_png
+
+if TYPE_CHECKING:
+    from engines.parity_report import ErrorStats
+    from runtime import SanaEngine
+    from sana_ref.checkpoint import Checkpoint
+
+__all__ = ["record_figures"]
+
+# Said beside every figure of a combination that NVIDIA does not support.
+UNSUPPORTED = "TensorRT for RTX on compute capability 9.0: works, but is not a combination that NVIDIA supports"
+
+
+def picture_times(engine: SanaEngine, width: int, height: int, steps: int, pictures: int) -> dict[str, Any]:
+    """Medians over `pictures` requests of one picture, after two for warm-up; and whether all had the same bytes."""
+    rows: list[tuple[list[float], float, float]] = []
+    digests = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(pictures + 2):
+            began = time.perf_counter()
+            picture = engine.generate(PROMPT, seed=5, steps=steps, width=width, height=height)[0]
+            save_png(picture, Path(folder) / "picture.png")
+            wall = time.perf_counter() - began
+            digests.add(hashlib.sha256(picture.tobytes()).hexdigest())
+            timings = engine.last_timings[0]
+            if number >= 2:
+                rows.append((list(timings.steps_s), timings.decode_s, wall))
+    return {
+        "step_ms": 1000 * statistics.median(s for steps_s, _, _ in rows for s in steps_s),
+        "decode_ms": 1000 * statistics.median(decode for _, decode, _ in rows),
+        "gpu_ms": 1000 * statistics.median(sum(steps_s) + decode for steps_s, decode, _ in rows),
+        "wall_ms": 1000 * statistics.median(wall for _, _, wall in rows),
+        "same_bytes": len(digests) == 1,
+    }
+
+
+def size_name(checkpoint: Checkpoint) -> str:
+    """ "1600m", or "tiny" below 100 million parameters."""
+    count = sum(int(np.prod(shape)) for shape in checkpoint.sources["transformer"].shapes.values())
+    return "tiny" if count < 100e6 else f"{round(count / 1e8) * 100}m"
+
+
+def record_figures(
+    engine: SanaEngine,
+    checkpoint: Checkpoint,
+    records: Sequence[Record],
+    errors: Mapping[str, Mapping[str, ErrorStats]],
+    *,
+    steps: int,
+    pictures: int,
+    note: str,
+) -> bool:
+    """Append figures of the first size, batch 1, with the peers of its components beside them.
+
+    Steps and decode are timed as the runtime's loop runs them: all steps of several pictures. False, and nothing is appended, if
+    the same request gave different pictures. errors: by component, as latency_parity.engine_errors has them.
+    """
+    from engines import tensorrt
+
+    first = next(found for found in records if found.component == "denoiser")
+    times = picture_times(engine, first.width, first.height, steps, pictures)
+    if not times["same_bytes"]:
+        print("the same request gave different pictures; nothing is recorded")
+        return False
+    print(json.dumps(times, indent=1))
+    size, unsupported = size_name(checkpoint), UNSUPPORTED if device_info().capability == (9, 0) else ""
+    keep = functools.partial(record, unit="ms", extra_versions={"tensorrt": f"{tensorrt.flavor()} {tensorrt.version()}"})
+    px = f"{first.width}px" if first.width == first.height else f"{first.width}x{first.height}px"
+    names = {"denoiser": f"step_{size}_{px}", "decoder": f"decode_{px}" if size != "tiny" else f"decode_tiny_{px}"}
+    for component, stage in (("denoiser", "step"), ("decoder", "decode")):
+        ratio = errors[component]["engine"].rms / errors[component]["pytorch"].rms
+        beside = next(
+            found for found in records
+            if (found.component, found.width, found.height, found.batch) == (component, first.width, first.height, 1)
+        )  # fmt: skip
+        keep(
+            f"{names[component]}_{beside.precision}_ms",
+            times[f"{stage}_ms"],
+            peer={name: round(other.ms, 4) for name, other in beside.references.items() if other.rms_error is not None},
+            note="; ".join(filter(None, (f"rms error {ratio:.2f} x PyTorch's", note, unsupported))),
+        )
+    if size == "tiny":
+        keep("tiny_picture_gpu_ms", times["wall_ms"], note=f"{steps} steps, {px}, prompt to PNG; {unsupported}")
+    return True

@@ -1,0 +1,127 @@
+"""Correctness before speed: how far the engine, and each peer, is from PyTorch in a wider precision, with the same inputs.
+
+The bound is the project's: twice the error of PyTorch at the precision in question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apps.cli.inspect import read_report
+from apps.cli.verify import measure_component
+from benchmarks.latency_work import Arrays
+from engines.errors import MissingFileError
+from engines.parity_report import Bound, ErrorStats, bound_from, check, check_size, measure
+from engines.spec import ComponentName
+from sana_ref.checkpoint import Checkpoint
+from sana_ref.components import DecoderForExport, TextEncoderForExport
+from sana_ref.step import DenoiserStep
+
+if TYPE_CHECKING:
+    from runtime import SanaEngine
+
+__all__ = ["DTYPES", "engine_errors", "golden_complaints", "network_output", "peer_error", "wider"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+FP32_CLOSE = 1e-5  # relative; how closely sana_ref and diffusers agree in fp32, by tests/parity
+MAIN_OUTPUT: Mapping[str, str] = {"text_encoder": "prompt_embeds", "denoiser": "next_latents", "decoder": "images"}
+
+
+def wider(dtype: torch.dtype) -> torch.dtype:
+    """What is taken as exact beside `dtype`."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
+
+
+def _tensors(inputs: Arrays, device: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """fp64 inputs for an fp64 model; else as they are."""
+    found = {name: torch.tensor(array, device=device) for name, array in inputs.items()}
+    return {name: x.double() if dtype == torch.float64 and x.is_floating_point() else x for name, x in found.items()}
+
+
+def _release(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.inference_mode()
+def _graph_output(component: ComponentName, checkpoint: Checkpoint, inputs: Arrays, dtype: torch.dtype, device: str) -> Tensor:
+    """What the reference makes of a component's inputs: the first output of the bundle's graph."""
+    x = _tensors(inputs, device, dtype)
+    if component == "denoiser":
+        step = DenoiserStep(checkpoint.transformer(dtype, device))
+        return step(*(x[name] for name in step.input_names))[0]
+    return network_output(component, checkpoint, inputs, dtype, device)
+
+
+@torch.inference_mode()
+def network_output(component: ComponentName, checkpoint: Checkpoint, inputs: Arrays, dtype: torch.dtype, device: str) -> Tensor:
+    """What the reference's network makes of them, as peers have it: of the denoiser the velocities (k B, C, h, w), without
+    guidance and the sampler's update; else as the bundle's graph."""
+    x = _tensors(inputs, device, dtype)
+    if component == "denoiser":
+        transformer = checkpoint.transformer(dtype, device)
+        texts, batch = x["prompt_embeds"].shape[:2]
+        guidance = None
+        if "guidance_scale" in x:
+            guidance = (x["guidance_scale"] * transformer.config.guidance_embeds_scale).expand(texts * batch)
+        latents = (x["coefficients"][1] * x["latents"]).to(dtype)
+        return transformer(
+            latents[None].expand(texts, -1, -1, -1, -1).flatten(0, 1),
+            x["prompt_embeds"].to(dtype).flatten(0, 1),
+            x["coefficients"][0].expand(texts * batch),
+            x["prompt_mask"].flatten(0, 1),
+            guidance,
+        )
+    if component == "decoder":
+        return DecoderForExport(checkpoint.vae(dtype, device))(x["latents"])
+    length = checkpoint.prompt.max_sequence_length
+    return TextEncoderForExport(checkpoint.text_encoder(dtype, device), length)(x["input_ids"], x["attention_mask"])
+
+
+def _array(x: Tensor) -> np.ndarray:
+    return x.double().cpu().numpy()
+
+
+def engine_errors(
+    engine: SanaEngine, component: ComponentName, checkpoint: Checkpoint, inputs: Arrays, device: str = "cuda"
+) -> dict[str, ErrorStats]:
+    """ "engine" and "pytorch", which has the component's precision; both against a wider PyTorch."""
+    with engine.session(component) as session:
+        got = session.run(inputs)[MAIN_OUTPUT[component]]
+    dtype = DTYPES[engine.manifest.precision[component]]
+    exact = _array(_graph_output(component, checkpoint, inputs, wider(dtype), device))
+    _release(device)
+    same = _array(_graph_output(component, checkpoint, inputs, dtype, device))
+    _release(device)
+    return {"engine": measure(got, exact), "pytorch": measure(same, exact)}
+
+
+def golden_complaints(engine: SanaEngine) -> list[str]:
+    """What is wrong by the bundle's own golden inputs and bounds, as `sana verify` has it: no checkpoint is needed.
+
+    Raises MissingFileError if the bundle has no parity.json.
+    """
+    report = read_report(engine.bundle)
+    if report is None:
+        raise MissingFileError(f"{engine.bundle.path}: no parity.json, hence no bounds. Rebuild, or give --model.")
+    return [
+        f"{component}, {found.output}, case {found.case!r}: {sentence}"
+        for component in get_args(ComponentName)
+        for found in measure_component(engine, report, component)
+        for sentence in found.wrong
+    ]
+
+
+def peer_error(got: Tensor, exact: Tensor, same: Tensor, *, fp32: bool) -> tuple[float, list[str]]:
+    """A peer's rms error, and what is wrong with it: empty if it is within its bound. fp32: it computes in that."""
+    reference = _array(exact)
+    found, pytorch = measure(_array(got), reference), measure(_array(same), reference)
+    bound = bound_from(pytorch)
+    if fp32:  # there only the order of sums differs, and that by more than twice
+        return found.rms, check_size(found, Bound(rms=max(bound.rms, FP32_CLOSE), max=max(bound.max, FP32_CLOSE)))
+    return found.rms, check(found, bound)

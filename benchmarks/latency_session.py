@@ -1,0 +1,209 @@
+"""One run of latency.py over one bundle: parity first, then times, then the comparison with the history."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.figures import ROOT
+from benchmarks.latency_check import Limits, Verdict, compare
+from benchmarks.latency_figures import record_figures
+from benchmarks.latency_history import History, Record
+from benchmarks.latency_run import Bench, Plan, measure
+from benchmarks.latency_work import Work, component_inputs
+from engines.errors import NoGpuError, RequestError
+from engines.gpu import device_info
+from engines.spec import ComponentName
+from runtime import SanaEngine
+
+if TYPE_CHECKING:
+    from sana_ref.checkpoint import Checkpoint
+
+__all__ = ["TINY", "Session", "has_gpu", "judge", "row", "tiny_bundle"]
+
+TINY, TINY_BUNDLE = ROOT / "models" / "sana-tiny", ROOT / "out" / "sana-tiny"
+CHECKED: tuple[ComponentName, ...] = ("denoiser", "decoder")  # against PyTorch in the same run
+
+
+def asked_sizes(options: argparse.Namespace, engine: SanaEngine) -> list[tuple[int, int]]:
+    """Widths and heights, px."""
+    side = engine.manifest.ranges.opt_side
+    return options.sizes or [(options.width or side, options.height or side)]
+
+
+def works(options: argparse.Namespace, engine: SanaEngine) -> Iterator[Work]:
+    """What was asked for, in order. The text encoder knows no size: it comes once a batch."""
+    sizes = asked_sizes(options, engine)
+    for component in options.components:
+        for width, height in [(0, 0)] if component == "text_encoder" else sizes:
+            for batch in options.batches:
+                steps = options.steps if component == "picture" else 1
+                yield Work(component=component, width=width, height=height, batch=batch, steps=steps)
+
+
+def complaints(
+    engine: SanaEngine, checkpoint: Checkpoint | None, sizes: Sequence[tuple[int, int]]
+) -> tuple[list[str], dict[str, Any]]:
+    """What is not exact enough, and errors by component: of the first size, for a GPU with a checkpoint."""
+    from benchmarks.latency_parity import engine_errors, golden_complaints
+    from engines.parity_report import bound_from, check
+
+    if checkpoint is None or engine.backend != "tensorrt":
+        return golden_complaints(engine), {}
+    wrong: list[str] = []
+    found: dict[str, Any] = {}
+    for width, height in dict.fromkeys(sizes):
+        for component in CHECKED:
+            inputs = component_inputs(engine, Work(component=component, width=width, height=height, batch=1))
+            errors = engine_errors(engine, component, checkpoint, inputs)
+            found.setdefault(component, errors)
+            wrong += [f"{component}, {width} x {height}: {text}" for text in check(errors["engine"], bound_from(errors["pytorch"]))]
+    print(json.dumps({name: {who: e.model_dump() for who, e in rows.items()} for name, rows in found.items()}))
+    return wrong, found
+
+
+def row(found: Record) -> str:
+    """One record as a line for a terminal."""
+    yardstick = found.references[found.yardstick]
+    peers = "".join(
+        f"; {name} {other.ms:.3f} ms, {1 / other.ratio:.2f} x ours"
+        for name, other in found.references.items()
+        if other.rms_error is not None
+    )
+    energy = f"{found.energy_j:.3g} J" if found.energy_j else f"energy {found.energy_note}"
+    return (
+        f"{found.title}: p50 {found.device.p50:.3f}, p90 {found.device.p90:.3f}, p99 {found.device.p99:.3f} ms "
+        f"(wall {found.wall.p50:.3f}); {yardstick.ratio:.4f} of {found.yardstick} ({yardstick.ms:.3f} ms){peers}; "
+        f"{found.memory_bytes / 1e6:.0f} MB; {energy}"
+    )
+
+
+def judge(now: Record, then: Record | None, limits: Limits) -> Verdict | None:
+    """None if there is nothing to be judged by."""
+    if then is None:
+        return None
+    mine, old = now.references[now.yardstick], then.references[then.yardstick]
+    return compare(mine.ratios, old.ratios, yardstick_ms=mine.ms, limits=limits)
+
+
+class Session:
+    """One run of the program over one bundle."""
+
+    def __init__(self, options: argparse.Namespace, bundle: Path, run: str) -> None:
+        self.options, self.bundle, self.run = options, bundle, run
+        self.history, self.limits = History(options.history), Limits(percent=options.percent, floor_ms=options.floor_ms)
+        self.checkpoint: Checkpoint | None = None
+        if options.model is not None:
+            from sana_ref.checkpoint import load
+
+            self.checkpoint = load(options.model)
+        self.plan = Plan(
+            rounds=options.rounds, pictures=options.pictures, peers=options.peers, model=options.model, against=options.against,
+            note=options.note,
+        )  # fmt: skip
+
+    def __call__(self) -> int:
+        """The exit code."""
+        gpu = has_gpu() and self.options.backend != "onnxruntime"
+        bench = self.bench(gpu)
+        with self.open() as engine:
+            if gpu and engine.backend != "tensorrt":
+                bench = self.bench(False)
+            wrong, errors = complaints(engine, self.checkpoint, asked_sizes(self.options, engine))
+            if wrong:
+                print("\n".join(["the engine is not exact enough; nothing is timed", *wrong]))
+                return 1
+            records = []
+            for work in works(self.options, engine):
+                records.append((work, measure(engine, work, bench, self.plan, self.checkpoint)))
+                print(row(records[-1][1]), flush=True)
+            if self.options.record and not self.record(engine, [found for _, found in records], errors):
+                return 1
+        kept, slower = self.check(records, bench) if self.options.check else ([found for _, found in records], [])
+        if not self.options.no_history:
+            self.keep(kept)
+        return 1 if slower else 0
+
+    def open(self) -> SanaEngine:
+        return SanaEngine(self.bundle, backend=self.options.backend, num_threads=self.options.threads, progress=False)
+
+    def bench(self, gpu: bool) -> Bench:
+        bench = Bench.make(self.run, gpu=gpu, num_threads=self.options.threads)
+        if gpu:
+            from engines import tensorrt
+
+            bench.extra_versions["tensorrt"] = f"{tensorrt.flavor()} {tensorrt.version()}"
+        if self.options.kernels:
+            from benchmarks.latency_kernels import Profiler
+
+            bench.kernels = Profiler(gpu=gpu, yardstick=bench.yardstick, num_threads=self.options.threads)
+        return bench
+
+    def record(self, engine: SanaEngine, records: Sequence[Record], errors: dict[str, Any]) -> bool:
+        if self.checkpoint is None or engine.backend != "tensorrt":
+            raise RequestError(
+                f"--record: got {engine.backend}; figures are of engines beside a --model. benchmarks/picture.py is for CPUs."
+            )
+        options = self.options
+        return record_figures(
+            engine, self.checkpoint, records, errors, steps=options.steps, pictures=options.pictures, note=options.note
+        )
+
+    def check(self, records: Sequence[tuple[Work, Record]], bench: Bench) -> tuple[list[Record], list[str]]:
+        """The records to keep, and the titles of what became slower. What looks slower is measured again, by an engine that is
+        opened anew, up to --confirm times: the run whose ratio is smallest stands."""
+        kept, slower = [], []
+        for work, found in records:
+            then = self.history.last_accepted(found.key)
+            verdict = judge(found, then, self.limits)
+            for _ in range(self.options.confirm):
+                if verdict is None or not verdict.regression:
+                    break
+                print(f"{found.title}: {verdict}; measured again", flush=True)
+                with self.open() as engine:
+                    again = measure(engine, work, bench, self.plan, self.checkpoint)
+                found = min(found, again, key=lambda each: each.references[each.yardstick].ratio)
+                verdict = judge(found, then, self.limits)
+            kept.append(found)
+            if verdict is None or then is None:
+                print(f"{found.title}: the first of its kind, so there is nothing to compare with")
+            else:
+                word = "SLOWER" if verdict.regression else "ok"
+                print(f"{found.title}: {word}, {verdict}, against run {then.run} of {then.date}")
+                slower += [found.title] if verdict.regression else []
+        if slower:
+            print(
+                f"slower than the last accepted run by over {self.limits.percent:g} % and {self.limits.floor_ms:g} ms: "
+                f"{'; '.join(slower)}. If that is meant: --accept {self.run}"
+            )
+        return kept, slower
+
+    def keep(self, records: Sequence[Record]) -> None:
+        done = []
+        for found in records:
+            accepted = self.options.accept is not None or self.history.last_accepted(found.key) is None
+            done.append(found.model_copy(update={"accepted": accepted}))
+        self.history.append(done)
+        print(f"run {self.run}, {'accepted' if all(each.accepted for each in done) else 'kept'}: {self.history.folder}")
+
+
+def has_gpu() -> bool:
+    try:
+        device_info()
+    except NoGpuError:
+        return False
+    return True
+
+
+def tiny_bundle() -> Path:
+    """sana-tiny's bundle, built first where there is none. Raises CalledProcessError if that fails."""
+    if not (TINY_BUNDLE / "manifest.json").is_file():
+        target = "current" if has_gpu() else "onnx"
+        command = [sys.executable, str(ROOT / "export" / "build_engine.py"), "--model", str(TINY), "--precision", "fp16"]
+        subprocess.run([*command, "--target", target, "--out", str(TINY_BUNDLE)], check=True)
+    return TINY_BUNDLE
