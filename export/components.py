@@ -12,7 +12,7 @@ from torch import nn
 
 from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange
 from export.onnx_export import Axis, ExportSpec, TensorSpec
-from plugins import relu_linear_attention
+from plugins import gated_depthwise_conv, relu_linear_attention
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, MultiscaleLinearAttention
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import (
@@ -23,6 +23,7 @@ from sana_ref.components import (
     DecoderForExport,
     TextEncoderForExport,
 )
+from sana_ref.layers import fuse_feed_forward
 from sana_ref.step import OUTPUTS, DenoiserStep
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
@@ -81,6 +82,7 @@ def text_encoder(config: Gemma2Config, precision: Precision, max_sequence_length
 def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_length: int) -> Component:
     with torch.device("meta"):
         module = DenoiserStep(SanaTransformer2DModel(config))
+    fuse_feed_forward(module)
     latents = ("batch", config.in_channels, "height", "width")
     dims: dict[str, tuple[int | str, ...]] = {
         "latents": latents,
@@ -103,7 +105,7 @@ def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_l
             axes=_axes("batch", "guidance", "height", "width"),
             inputs=tuple(TensorSpec(name=name, dims=dims[name]) for name in module.input_names),
             outputs=tuple(TensorSpec(name=name, dims=latents) for name in OUTPUTS),
-            plugins={relu_linear_attention.OP: config.num_layers},
+            plugins={gated_depthwise_conv.OP: config.num_layers, relu_linear_attention.OP: config.num_layers},
         ),
     )
 

@@ -23,7 +23,7 @@ from engines.errors import BuildError
 from export.accumulation import accumulate_in_fp32
 from export.scalars import keep_scalars_exact
 from export.translation import OPSET, SANA_DOMAIN, translation_table
-from plugins import relu_linear_attention
+from plugins import gated_depthwise_conv, relu_linear_attention
 
 __all__ = ["Axis", "ExportSpec", "TensorSpec", "count_plugin_nodes", "export_module", "with_function_bodies"]
 
@@ -198,7 +198,7 @@ def count_plugin_nodes(model: ir.Model) -> dict[str, int]:
 
 def with_function_bodies(model: ir.Model) -> ir.Model:
     """Attach the body of every custom op that the graph uses, so that the model means something anywhere."""
-    bodies = {relu_linear_attention.OP: relu_linear_attention.function_body}
+    bodies = {each.OP: each.function_body for each in (gated_depthwise_conv, relu_linear_attention)}
     model.functions.clear()
     for op_name in sorted(count_plugin_nodes(model)):
         function = ir.serde.deserialize_function(bodies[op_name](OPSET))

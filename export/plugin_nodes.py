@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from engines.errors import BuildError
 from engines.spec import Target
 from export.translation import SANA_DOMAIN
-from plugins import relu_linear_attention
+from plugins import gated_depthwise_conv, relu_linear_attention
 
 __all__ = ["add_cubins"]
 
@@ -26,7 +26,15 @@ def _relu_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], tar
     return relu_linear_attention.compile_cubins(targets, _TYPE_NAMES[q.elem_type], head_dim, eps)
 
 
-_ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {relu_linear_attention.OP: _relu_linear_attention}
+def _gated_depthwise_conv(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    x = type_of[node.input[0]]
+    return gated_depthwise_conv.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value)
+
+
+_ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
+    gated_depthwise_conv.OP: _gated_depthwise_conv,
+    relu_linear_attention.OP: _relu_linear_attention,
+}
 
 
 def add_cubins(model: onnx.ModelProto, targets: Iterable[Target]) -> int:

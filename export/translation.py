@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnxscript import values
 from onnxscript.onnx_opset import opset23 as op
 
-from plugins import relu_linear_attention
+from plugins import gated_depthwise_conv, relu_linear_attention
 
 __all__ = ["OPSET", "SANA_DOMAIN", "translation_table"]
 
@@ -46,6 +46,13 @@ _RELU_LINEAR_ATTENTION = _sana_op(relu_linear_attention.OP, ("q", "k", "v"), {"e
 
 def _relu_linear_attention(q: Any, k: Any, v: Any, eps: float = 1e-15) -> Any:
     return _RELU_LINEAR_ATTENTION(q, k, v, eps=eps)
+
+
+_GATED_DEPTHWISE_CONV = _sana_op(gated_depthwise_conv.OP, ("x", "weight", "bias"), {"channels": OpSchema.AttrType.INT})
+
+
+def _gated_depthwise_conv(x: Any, weight: Any, bias: Any) -> Any:
+    return _GATED_DEPTHWISE_CONV(x, weight, bias, channels=weight.shape[0])
 
 
 def _scaled_dot_product_attention(
@@ -95,6 +102,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     assert onnx.defs.onnx_opset_version() >= OPSET
     return {
+        torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
         torch.ops.sana.relu_linear_attention.default: _relu_linear_attention,
         torch.ops.aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
         torch.ops.aten.exp.default: _folded_exp,

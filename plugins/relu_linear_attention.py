@@ -10,17 +10,16 @@ multiprocessors of an H100, and a split would need scratch memory, a second kern
 """
 
 import functools
-import hashlib
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
-from triton.backends.compiler import GPUTarget
 
-from plugins.launch import Kernel, Launch, Output
+from plugins import cubin
+from plugins.cubin import Cubin
+from plugins.launch import Output
 
 if TYPE_CHECKING:
     import onnx
@@ -30,10 +29,7 @@ OP = "ReluLinearAttention"
 DOMAIN = "sana"
 EPS = 1e-15  # as sana_ref.ops.EPS; a test holds the two together
 HEAD_DIMS = (16, 32, 64, 128)  # 16: the least that a tensor core takes; above 128 S no longer fits in registers
-CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)  # what the ptxas that comes with Triton compiles for
-MAX_SHARED = 99 * 1024  # bytes a block may have on SM 86, 89 and 120, the smallest of them
 STRIDES = ("in_B", "in_H", "in_N", "out_B", "out_H", "out_N")
-TRITON_TYPES = {"fp16": "fp16", "bf16": "bf16", "fp32": "fp32"}
 
 
 @triton.jit
@@ -83,16 +79,15 @@ class LaunchPlan:
 def plan(*, batch: int, heads: int, head_dim: int, dtype: str) -> LaunchPlan:
     """How to launch for inputs (batch, heads, any, head_dim) of "fp16", "bf16" or "fp32".
 
-    The tiles keep registers from spilling by more than a few bytes, and shared memory within MAX_SHARED, on every architecture:
-    S is head_dim**2 fp32 in registers (64 KiB at 128) and again in shared memory, where the product with q reads it.
+    The tiles keep registers from spilling by more than a few bytes, and shared memory within MAX_SHARED, on every architecture: S
+    is head_dim**2 fp32 in registers (64 KiB at 128) and again in shared memory, where the product with q reads it.
     Raises ValueError for a head_dim or dtype that the kernel has not.
     """
     if head_dim not in HEAD_DIMS:
         raise ValueError(
             f"{OP}: got head_dim {head_dim}; expected one of {HEAD_DIMS}. Zero channels may be padded on: they change nothing"
         )
-    if dtype not in TRITON_TYPES:
-        raise ValueError(f"{OP}: got dtype {dtype!r}; expected one of {', '.join(TRITON_TYPES)}")
+    cubin.check_type(OP, dtype)
     wide = dtype == "fp32"
     block_n, num_warps, num_stages = {
         16: (64, 4, 3),
@@ -129,76 +124,42 @@ def launch(q: "torch.Tensor", k: "torch.Tensor", v: "torch.Tensor", out: "torch.
 
 
 @functools.cache
-def compile_cubin(capability: int, dtype: str, head_dim: int) -> tuple[bytes, Any, int]:
-    """One cubin for an SM such as 89, its Triton metadata, and the number of its parameters. No GPU needed; about 0.4 s.
-
-    The same arguments and Triton version give the same bytes, on any machine and from any folder.
-    """
-    if capability not in CAPABILITIES:
-        raise ValueError(f"{OP}: got target sm{capability}; expected one of {', '.join(f'sm{c}' for c in CAPABILITIES)}")
+def compile_cubin(capability: int, dtype: str, head_dim: int) -> Cubin:
+    """For an SM such as 89; dtype and head_dim as plan() takes them."""
     tile = plan(batch=1, heads=1, head_dim=head_dim, dtype=dtype)
     pointers = ("q", "k", "v", "out")
-    signature = dict.fromkeys(pointers, f"*{TRITON_TYPES[dtype]}")
-    signature |= dict.fromkeys(STRIDES, "i32")
-    signature |= {"num_heads": "i32", "n_tokens": "i32", "eps": "fp32", "D": "constexpr", "BLOCK_N": "constexpr"}
-    # Loads of 16 bytes at once: the plugin checks the pointers, and strides are multiples of D.
-    aligned = {(i,): [["tt.divisibility", 16]] for i in range(len(pointers) + len(STRIDES))}
-    source = triton.compiler.ASTSource(relu_linear_attention_kernel, signature, {"D": head_dim, "BLOCK_N": tile.block_n}, aligned)
-    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True}
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True  # it would put this file's path into the cubin
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    meta = compiled.metadata
-    if meta.shared > MAX_SHARED or meta.global_scratch_size or meta.profile_scratch_size or meta.num_ctas != 1:
-        raise RuntimeError(
-            f"{OP}, sm{capability} {dtype} D={head_dim}: got {meta.shared} bytes of shared memory, {meta.global_scratch_size} of "
-            f"scratch, {meta.num_ctas} blocks a cluster; expected at most {MAX_SHARED}, 0 and 1. Triton {triton.__version__} needs "
-            "another plan()"
-        )
-    header = re.search(rf"\.entry {meta.name}\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
-    if header is None:
-        raise RuntimeError(
-            f"{OP}, sm{capability}: Triton's PTX has no entry {meta.name!r}; this Triton version is not known to work"
-        )
-    return compiled.asm["cubin"], meta, header[1].count(".param")
+    signature = dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys((*STRIDES, "num_heads", "n_tokens"), "i32")
+    return cubin.compile_cubin(
+        relu_linear_attention_kernel,
+        capability,
+        op=OP,
+        signature=signature | {"eps": "fp32", "D": "constexpr", "BLOCK_N": "constexpr"},
+        constants={"D": head_dim, "BLOCK_N": tile.block_n},
+        aligned=(*pointers, *STRIDES),  # strides are multiples of D
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def compile_cubins(targets: Iterable[str], dtype: str, head_dim: int, eps: float = EPS) -> dict[str, str | bytes | float]:
     """Every attribute of a `sana::ReluLinearAttention` node for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of q, k, v and out; head_dim as plan() takes it.
-    plugin_version and plugin_namespace make TensorRT's ONNX parser look for a plugin; without them it inlines the function body and
-    says nothing. `launch` and `cubins` are read by plugins/shell.py, eps by the function body (the kernel's is in `launch`).
+    dtype "fp16", "bf16" or "fp32" of q, k, v and out; head_dim as plan() takes it. eps is read by the function body; the kernel's
+    is in `launch`.
     """
-    payload, kernels, num_params = b"", {}, set()
-    for sm in sorted(set(targets), key=lambda name: int(name.removeprefix("sm"))):
-        cubin, meta, params = compile_cubin(int(sm.removeprefix("sm")), dtype, head_dim)
-        kernels[str(sm)] = Kernel(
-            entry=meta.name,
-            warps=meta.num_warps,
-            shared=meta.shared,
-            offset=len(payload),
-            size=len(cubin),
-            sha256=hashlib.sha256(cubin).hexdigest(),
-        )
-        payload += cubin
-        num_params.add(params)
     heads, tokens = ["dim", 0, 1], ["dim", 0, 2]
     head_stride = ["mul", tokens, head_dim]
-    strides: list[Any] = [["i32", ["mul", heads, head_stride]], ["i32", head_stride], ["i32", head_dim]]  # contiguous, all four
-    args: list[list[Any]] = [["in", 0], ["in", 1], ["in", 2], ["out", 0], *strides, *strides]
-    args += [["i32", heads], ["i32", tokens], ["f32", eps]]
-    if len(num_params) != 1 or min(num_params) < len(args):
-        raise RuntimeError(f"{OP}: got kernels with {sorted(num_params)} parameters; expected one number, of at least {len(args)}")
-    description = Launch(
-        op=OP,
+    strides: list[list[Any]] = [["i32", ["mul", heads, head_stride]], ["i32", head_stride], ["i32", head_dim]]  # contiguous
+    found = cubin.attributes(
+        OP,
+        targets,
+        lambda capability: compile_cubin(capability, dtype, head_dim),
         inputs=[dtype] * 3,
         outputs=[Output(type=dtype, shape=[["dim", 0, axis] for axis in range(4)])],
-        grid=[["mul", ["dim", 0, 0], ["dim", 0, 1]], 1, 1],
-        args=args + [["null"]] * (num_params.pop() - len(args)),
-        kernels=kernels,
+        grid=[["mul", ["dim", 0, 0], heads], 1, 1],
+        args=[["in", 0], ["in", 1], ["in", 2], ["out", 0], *strides, *strides, ["i32", heads], ["i32", tokens], ["f32", eps]],
     )
-    return {"plugin_version": "1", "plugin_namespace": "", "launch": description.to_json(), "cubins": payload, "eps": eps}
+    return found | {"eps": eps}
 
 
 def function_body(opset: int = 20) -> "onnx.FunctionProto":

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["GLUMBConv", "RMSNorm"]
+from sana_ref import ops
+
+__all__ = ["GLUMBConv", "RMSNorm", "fuse_feed_forward"]
 
 
 class RMSNorm(nn.Module):
@@ -43,8 +45,12 @@ class GLUMBConv(nn.Module):
 
     The depth-wise convolution is also what tells the transformer where a token lies: most variants have no position embedding.
     x and result: (B, C, h, w). With `norm` an RMSNorm over channels follows and x is added (DC-AE); without, neither (transformer).
+    `fused`, of channels_last and without a norm: the middle is the op `sana::gated_depthwise_conv`, the 1x1 convolutions are matrix
+    products, and parameters are the same. So engines and GPUs are fastest: pictures are views of tokens, and nothing is copied.
     Source: Sana, arXiv:2410.10629, section 2.2.
     """
+
+    fused = False
 
     def __init__(self, num_channels: int, *, expand_ratio: float, norm: bool) -> None:
         super().__init__()
@@ -58,3 +64,24 @@ class GLUMBConv(nn.Module):
         y, gate = self.conv_depth(F.silu(self.conv_inverted(x))).chunk(2, dim=1)
         y = self.conv_point(y * F.silu(gate))
         return y if self.norm is None else self.norm(y) + x
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """The same for x and result (B, h, w, C)."""
+        if not self.fused:
+            return self(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        rows = x.flatten(0, 2)  # a matrix: cuBLAS adds the bias in the same kernel
+        wide = F.linear(rows, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias).unflatten(0, x.shape[:3])
+        assert self.conv_depth.bias is not None
+        gated = ops.gated_depthwise_conv(wide, self.conv_depth.weight, self.conv_depth.bias)
+        return F.linear(gated.flatten(0, 2), self.conv_point.weight.flatten(1)).unflatten(0, x.shape[:3])
+
+
+def fuse_feed_forward(model: nn.Module) -> int:
+    """Let the transformer's mix-FFNs be computed as `fused`, in place. Returns how many there are.
+
+    An autoencoder has none: its own have a norm, and pictures with the channels first.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GLUMBConv) and module.norm is None]
+    for layer in layers:
+        layer.fused = True
+    return len(layers)

@@ -151,8 +151,8 @@ class SanaTransformerBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.chunk(6, dim=1)
         hidden = hidden + gate_attn * self.attn1(modulate(self.norm1(hidden), shift_attn, scale_attn).to(hidden.dtype))
         hidden = hidden + self.attn2(hidden, text, text_bias)
-        picture = modulate(self.norm2(hidden), shift_ff, scale_ff).unflatten(1, (height, width)).permute(0, 3, 1, 2)
-        return hidden + gate_ff * self.ff(picture).flatten(2).transpose(1, 2)
+        picture = modulate(self.norm2(hidden), shift_ff, scale_ff).unflatten(1, (height, width))
+        return hidden + gate_ff * self.ff.channels_last(picture).flatten(1, 2)
 
 
 class SanaTransformer2DModel(nn.Module):

@@ -20,6 +20,7 @@ from engines.errors import ArchitectureError, BuildError, NoGpuError, PluginMiss
 from engines.spec import AHEAD_OF_TIME_TARGETS, Target
 from plugins import relu_linear_attention as op
 from plugins import shell
+from plugins.cubin import CAPABILITIES
 from sana_ref import ops
 
 TARGETS = (Target.SM80, Target.SM86, Target.SM89, Target.SM120)
@@ -396,7 +397,7 @@ def test_what_an_engine_says_of_itself(on_gpu, which):
 @pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=needs_gpu)])
 def test_a_gpu_without_a_cubin(tmp_path, dtype):
     """The engine is for this GPU, its plugin's kernels for others."""
-    others = [f"sm{capability}" for capability in op.CAPABILITIES if f"sm{capability}" != HERE]
+    others = [f"sm{capability}" for capability in CAPABILITIES if f"sm{capability}" != HERE]
     path = save(attention_model(dtype, **op.compile_cubins(others, dtype, HEAD_DIM)), tmp_path / "model.onnx")
     engine = tensorrt.deserialize(build(path, targets=[HERE]), register_plugins=shell.register)
     shell.failures.clear()

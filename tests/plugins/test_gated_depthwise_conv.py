@@ -1,18 +1,24 @@
 """The kernels of gated_depthwise_conv, interpreted on a CPU or on a GPU, and the op that runs them, against the truth in fp64."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
+import onnxruntime
 import pytest
 import torch
+from attention_graph import DTYPES, ONNX_TYPES
+from onnx import helper
 from parity.bound import assert_parity
 from torch.nn import functional as F
 
-from train import ops
+from plugins import gated_depthwise_conv as op
+from plugins.launch import Launch, evaluate
+from sana_ref import ops
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 INTERPRETED = ("fp32", "fp16")  # not bf16, on a GPU only: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
 # (B, H, W, E): odd sides, channels that no block divides, one pixel, and more than a program's rows and columns.
 SHAPES = [(2, 5, 7, 70), (1, 1, 1, 64), (2, 6, 9, 5)]
@@ -52,28 +58,37 @@ INTERPRET = f"""
 import sys
 import torch
 import plugins.gated_depthwise_conv as kernel
+import plugins.gated_depthwise_conv_backward as backward
 
 kernel.ROWS, kernel.BLOCK_C = {ROWS}, 64
 calls, results = torch.load(sys.argv[1]), []
 for dy, x, weight, bias in calls:
     y, dx = torch.full_like(dy, torch.nan), torch.full_like(x, torch.nan)
     kernel.launch(x, weight, bias, y)
-    results.append([y, dx, *kernel.launch_backward(dy, x, weight, bias, dx)])
+    results.append([y, dx, *backward.launch(dy, x, weight, bias, dx)])
 torch.save(results, sys.argv[1])
 """
 
 
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
+def interpret(cases, folder):
     """NAMES by shape and dtype, from one process: Triton reads TRITON_INTERPRET when it is imported."""
-    cases = [(shape, dtype) for shape in SHAPES for dtype in INTERPRETED]
-    path = tmp_path_factory.mktemp("interpreted") / "calls"
+    path = folder / "calls"
     torch.save([inputs(*case) for case in cases], path)
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", INTERPRET, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(zip(cases, torch.load(path), strict=True))
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    return interpret([(shape, dtype) for shape in SHAPES for dtype in INTERPRETED], tmp_path_factory.mktemp("interpreted"))
+
+
+def test_kernels_on_a_small_picture(tmp_path):
+    case = (1, 2, 5, 6), "fp16"
+    check(interpret([case], tmp_path)[case], inputs(*case), "kernels, small")
 
 
 @pytest.mark.slow
@@ -115,6 +130,67 @@ def test_parameters_keep_their_dtype_beside_half_precision():
     assert [t.dtype for t in (y, dx, dweight, dbias)] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
     wanted = both_ways(plain, dy.bfloat16().double(), x.bfloat16().double(), weight.double(), bias.double())
     torch.testing.assert_close([dweight.double(), dbias.double()], wanted[2:], rtol=1e-4, atol=1e-4)
+
+
+def body_model(dtype, channels):
+    kind = ONNX_TYPES[dtype]
+    shapes = {
+        "x": ["b", "h", "w", channels],
+        "weight": [channels, 1, 3, 3],
+        "bias": [channels],
+        "out": ["b", "h", "w", channels // 2],
+    }
+    values = {name: helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()}
+    node = helper.make_node(op.OP, ["x", "weight", "bias"], ["out"], domain=op.DOMAIN, channels=channels, launch="unused")
+    graph = helper.make_graph([node], "conv", [values[name] for name in ("x", "weight", "bias")], [values["out"]])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
+    return helper.make_model(graph, functions=[op.function_body()], opset_imports=opsets, ir_version=10)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_function_body(dtype):
+    """In ONNX Runtime, with an attribute of the plugin's on the node."""
+    for shape in SHAPES:
+        _, *given = inputs(shape, dtype)
+        model = body_model(dtype, 2 * shape[-1])
+        onnx.checker.check_model(model, full_check=True)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        got = torch.from_numpy(session.run(None, dict(zip(("x", "weight", "bias"), (t.numpy() for t in given), strict=True)))[0])
+        exact = plain(*(t.double() for t in given))
+        assert_parity(got, same=plain(*given), exact=exact, name=f"function body {shape} {dtype}")
+        with pytest.raises(AssertionError, match="expected at most"):
+            assert_parity(got * 1.02, same=plain(*given), exact=exact, name="2 % too much")
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm89", "sm90", "sm120"])
+def test_cubins(target):
+    """The launch that the plugin computes from the JSON covers every pixel and channel, and no program is in vain."""
+    batch, height, width, inner = 3, 33, 18, 5600
+    attributes = op.compile_cubins([target], "fp16", 2 * inner)
+    launch = Launch.from_json(attributes["launch"])
+    assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
+    dims = [(batch, height, width, 2 * inner), (2 * inner, 1, 3, 3), (2 * inner,)]
+    assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, height, width, inner]
+    channels, strips, pictures = (evaluate(size, dims) for size in launch.grid)
+    assert (channels - 1) * op.BLOCK_C < inner <= channels * op.BLOCK_C
+    across, down = -(-width // op.COLUMNS), -(-height // op.ENGINE_ROWS)
+    assert (strips, pictures) == (across * down, batch)
+    arguments = json.loads(launch.to_json())["args"]
+    assert arguments[:5] == [["in", 0], ["in", 1], ["in", 2], ["in", 0], ["out", 0]]
+    assert [evaluate(number, dims) for kind, number in arguments[5:9] if kind == "i32"] == [height, width, inner, op.ENGINE_ROWS]
+
+
+@pytest.mark.parametrize(
+    ("targets", "dtype", "channels", "message"),
+    [
+        (["sm89"], "int8", 64, "got dtype 'int8'; expected one of fp16, bf16, fp32"),
+        (["sm89"], "fp16", 63, "got 63 channels; expected an even number"),
+        (["sm75"], "fp16", 64, "got target sm75; expected one of sm80"),
+    ],
+)
+def test_bad_arguments(targets, dtype, channels, message):
+    with pytest.raises(ValueError, match=message):
+        op.compile_cubins(targets, dtype, channels)
 
 
 @pytest.mark.parametrize(

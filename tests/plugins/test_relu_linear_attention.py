@@ -19,6 +19,7 @@ from parity.bound import assert_parity
 from parity.interpreter import interpret
 
 from plugins import relu_linear_attention as op
+from plugins.cubin import CAPABILITIES
 from plugins.launch import Launch, evaluate
 from sana_ref import ops
 
@@ -154,7 +155,7 @@ def test_eps_is_the_truths():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("target", [f"sm{capability}" for capability in op.CAPABILITIES])
+@pytest.mark.parametrize("target", [f"sm{capability}" for capability in CAPABILITIES])
 def test_cubins(target, dtype):
     """Each architecture and type on offer is an ELF file for that machine, without a path in it, that the launch describes."""
     attributes = op.compile_cubins([target], dtype, 32)
@@ -174,7 +175,7 @@ def test_cubins_of_several_targets_share_one_description():
     assert list(launch.kernels) == ["sm120", "sm80", "sm89"]
     assert sum(kernel.size for kernel in launch.kernels.values()) == len(attributes["cubins"])
     for target in launch.kernels:
-        assert launch.cubin(attributes["cubins"], target) == op.compile_cubin(int(target[2:]), "fp16", 32)[0]
+        assert launch.cubin(attributes["cubins"], target) == op.compile_cubin(int(target[2:]), "fp16", 32).code
 
 
 def test_same_bytes_in_another_process_without_a_cache(tmp_path):

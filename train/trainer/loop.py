@@ -27,7 +27,7 @@ from train.objective.place import Place
 from train.parallel.processes import Processes
 from train.parallel.wrap import Strategy, clip_grad_norm, no_sync, unwrapped, whole, wrap
 from train.trainer import checkpoint
-from train.trainer.blocks import checkpoint_activations, compile_blocks, fast_feed_forward, has_feed_forward
+from train.trainer.blocks import checkpoint_activations, compile_blocks, fast_feed_forward
 from train.trainer.ema import Ema
 from train.trainer.errors import NonFiniteError, TrainingError
 from train.trainer.optimizer import learning_rate, make_optimizer
@@ -110,9 +110,9 @@ class Trainer:
         self.log = log if self.processes.rank == 0 else lambda line: None
         self.on_step, self.validate, self.validation_steps = on_step, validate, validation_steps
         self.strategy: Strategy = strategy or ("ddp" if self.processes.world_size > 1 else "single")
-        faster = self.device.type == "cuda" and settings.precision == "bf16" and has_feed_forward(unwrapped(model))
-        if faster if settings.fast_feed_forward is None else settings.fast_feed_forward:
-            fast_feed_forward(unwrapped(model))
+        faster = self.device.type == "cuda" and settings.precision == "bf16"
+        if settings.fast_feed_forward or (settings.fast_feed_forward is None and faster):
+            fast_feed_forward(unwrapped(model), required=settings.fast_feed_forward is True)
         if settings.activation_checkpointing:
             checkpoint_activations(unwrapped(model))
         if settings.compile:
