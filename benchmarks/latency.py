@@ -69,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--kernels", action="store_true", help="also time each kernel, for the report's roofline")
     how = made.add_argument_group("how")
     how.add_argument(
-        "--rounds", type=int, default=50, help="samples of a component, each beside one of the yardstick and the peers"
+        "--rounds", type=int, default=60, help="samples of a component, each beside one of the yardstick and the peers"
     )
     how.add_argument("--pictures", type=int, default=10, help="samples of a picture")
     how.add_argument("--threads", type=int, default=1, help="of ONNX Runtime and of peers on a CPU; one is the least noisy")
@@ -79,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
     then.add_argument("--no-history", action="store_true", help="append nothing")
     then.add_argument("--check", action="store_true", help="exit code 1 if something is slower than in the last accepted run")
     then.add_argument("--against", default=GEMM, help=f"what --check takes ratios to: {GEMM} or a peer, such as diffusers_eager")
-    then.add_argument("--percent", type=float, default=3.0, help="a regression is more than this, and …")
-    then.add_argument("--floor-ms", type=float, default=0.02, help="… more than this, and beyond chance")
+    then.add_argument("--percent", type=float, default=2.0, help="a regression is more than this for certain, and …")
+    then.add_argument("--floor-ms", type=float, default=0.02, help="… more than this")
     then.add_argument("--confirm", type=int, default=1, help="how often what looks slower is measured again")
     then.add_argument("--accept", nargs="?", const=THIS_RUN, metavar="RUN", help="accept this run; or one that was measured before")
     then.add_argument("--record", action="store_true", help="append to benchmarks/results/figures.jsonl")
@@ -109,8 +109,11 @@ def run(options: argparse.Namespace) -> int:
         code = _measured(options)
     if options.report:
         from benchmarks.latency_report import write_report
+        from benchmarks.scaling_sweep import FILE, read, section
 
-        print(f"report: {write_report(options.report, history.read())}")
+        found = read(options.history / FILE.name)
+        more = [section(found)] if found else ["<h2>Growth</h2><p>Not there: benchmarks/scaling_sweep.py was not run.</p>"]
+        print(f"report: {write_report(options.report, history.read(), more)}")
     return code
 
 

@@ -1,11 +1,11 @@
 """Is this run slower than the accepted one? A decision that lets noise by.
 
 What is compared is the median of paired ratios (latency_timing.py), never milliseconds, so that a machine that is slower today is
-no regression. A change counts only if all three hold:
-- it is beyond `percent`;
-- it is beyond `floor_ms`, in milliseconds of today's machine: 5 % of ten microseconds helps nobody;
-- chance does not explain it: the lower end of its 98 % bootstrap interval is above zero. Whole stretches of rounds are drawn, not
-  single ones (a moving-block bootstrap), because neighbours in time are slow together.
+no regression. A change counts only if both hold:
+- it is beyond `percent`, and chance does not explain that: the lower end of its 90 % bootstrap interval is beyond it. Whole
+  stretches of rounds are drawn, not single ones (a moving-block bootstrap), because neighbours in time are slow together. Where the
+  machine is so busy that the interval is wide, only a larger change can be told from noise.
+- it is beyond `floor_ms`, in milliseconds of today's machine: 5 % of ten microseconds helps nobody.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from engines.errors import RequestError
 __all__ = ["Limits", "Verdict", "compare"]
 
 RESAMPLES = 2000
-TAIL = 1  # percent, on either side of the interval
+TAIL = 5  # percent, on either side of the interval
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a regression must exceed, both of them."""
 
-    percent: float = 3.0
+    percent: float = 2.0  # by the lower end of the interval
     floor_ms: float = 0.02
 
 
@@ -59,7 +59,7 @@ def compare(now: Sequence[float], then: Sequence[float], *, yardstick_ms: float,
     low, high = (float(value) for value in np.percentile(changes, [TAIL, 100 - TAIL]))
     change = median_now / median_then - 1
     change_ms = (median_now - median_then) * yardstick_ms
-    beyond = change > limits.percent / 100 and change_ms > limits.floor_ms and low > 0
+    beyond = low > limits.percent / 100 and change_ms > limits.floor_ms
     return Verdict(change=change, low=low, high=high, change_ms=change_ms, regression=beyond)
 
 

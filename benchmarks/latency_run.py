@@ -34,7 +34,7 @@ YARDSTICK_SHARE = 0.2  # of the work's time: a shorter yardstick would add its o
 class Plan:
     """How to measure. model: a checkpoint's folder; needed for peers (keys of latency_peers.PEERS)."""
 
-    rounds: int = 50
+    rounds: int = 60
     pictures: int = 10  # rounds of a picture
     warm_up: int = 3
     least_ms: float = 5.0  # of one sample

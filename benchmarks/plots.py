@@ -56,9 +56,8 @@ def chart(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
         raise RequestError(f"{title}: got no points; expected at least one.")
     for axis, values in ((x, [p[0] for p in points]), (y, [p[1] for p in points])):
         if not all(math.isfinite(value) and (value > 0 or not axis.log) for value in values):
-            raise RequestError(
-                f"{title}, {axis.label}: got {values[:5]}; expected finite values{', positive' if axis.log else ''}."
-            )
+            wanted = "positive" if axis.log else "finite"
+            raise RequestError(f"{title}, {axis.label}: got {values[:5]}; expected {wanted} values.")
     across = _scale(x, [p[0] for p in points], LEFT, WIDTH - RIGHT, zero=False)
     up = _scale(y, [p[1] for p in points], HEIGHT - BOTTOM, TOP, zero=True)
     legend_height = 18 * -(-len(series) // 2)

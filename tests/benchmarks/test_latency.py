@@ -1,0 +1,251 @@
+"""latency.py from its arguments to its exit code, on a fake bundle with planted clocks, and on sana-tiny with real ones."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_tensorrt import FakeCuda, fake_backend
+from fakes import write_fake_bundle
+from latency_records import planted, record
+
+from benchmarks import latency, latency_run, latency_session
+from benchmarks.latency_check import Limits
+from benchmarks.latency_energy import EnergyMeter
+from benchmarks.latency_history import History, Record
+from benchmarks.latency_run import Bench, Plan, measure
+from benchmarks.latency_timing import Sample, Stopwatch
+from benchmarks.latency_work import WORKS, Work, open_task
+from benchmarks.latency_yardstick import cpu_gemm
+from engines.errors import RequestError
+from engines.spec import Target
+from runtime import SanaEngine
+
+ROOT = Path(__file__).parents[2]
+SMALL = (64, 64, 64)  # the GEMM here
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latency") / "fake"
+    write_fake_bundle(out)
+    return out
+
+
+class Plant:
+    """How much slower the work is; how often it was measured."""
+
+    slower = 1.0
+
+    def __init__(self) -> None:
+        self.seed = 0
+
+    def make(self, run: str, *, gpu: bool, num_threads: int = 1) -> Bench:
+        assert not gpu
+        self.seed += 1
+        gemm = replace(cpu_gemm(SMALL), stopwatch=planted(2.0, self.seed))
+        clock = planted(20.0, 1000 + self.seed, lambda: self.slower)
+        return Bench(gpu=False, run=run, yardstick=gemm, meter=EnergyMeter(None), watch=lambda stopwatch: clock)
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
+    found = Plant()
+    monkeypatch.setattr(latency_session.Bench, "make", found.make)
+    monkeypatch.setattr(latency_session, "has_gpu", lambda: False)
+    monkeypatch.setattr(latency, "prepare_torch", lambda gpu, threads: None)
+    return found
+
+
+@pytest.fixture
+def program(bundle: Path, tmp_path: Path) -> Callable[..., int]:
+    common = ["--bundle", str(bundle), "--history", str(tmp_path / "history"), "--components", "denoiser", "--rounds", "30"]
+    return lambda *more: latency.main([*common, *more])
+
+
+def runs(tmp_path: Path) -> list[Record]:
+    return History(tmp_path / "history").read()
+
+
+def test_a_planted_slow_down_of_five_percent_ends_in_exit_code_one(
+    plant: Plant, program: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program("--check") == 0
+    assert "the first of its kind" in capsys.readouterr().out
+    assert program("--check") == 0  # noise
+    plant.slower = 1.05
+    assert program("--check") == 1
+    out = capsys.readouterr().out
+    assert "measured again" in out
+    assert "SLOWER, +" in out
+    assert [each.accepted for each in runs(tmp_path)] == [True, False, False]
+
+
+def test_a_slow_down_that_is_accepted_is_the_new_measure(plant: Plant, program: Callable[..., int], tmp_path: Path) -> None:
+    program()
+    plant.slower = 1.05
+    assert program("--check", "--accept") == 1
+    assert program("--check") == 0
+    plant.slower = 1.0
+    assert program("--check") == 0
+    assert latency.main(["--history", str(tmp_path / "history"), "--accept", runs(tmp_path)[-1].run]) == 0
+    plant.slower = 1.05
+    assert program("--check", "--confirm", "0") == 1
+
+
+def test_what_was_slow_once_is_let_by(plant: Plant, program: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
+    program()
+    factors = iter([1.2, 1.0])  # of the first measurement, and of the one that confirms
+    real = latency_session.measure
+
+    def measured(*arguments: object) -> Record:
+        plant.slower = next(factors)
+        return real(*arguments)
+
+    monkeypatch.setattr(latency_session, "measure", measured)
+    assert program("--check") == 0
+
+
+def test_limits_from_the_command_line(plant: Plant, program: Callable[..., int]) -> None:
+    program()
+    plant.slower = 1.05
+    assert program("--check", "--percent", "10") == 0
+    assert program("--check", "--floor-ms", "5") == 0
+
+
+def test_all_components_sizes_and_batches(plant: Plant, bundle: Path, tmp_path: Path) -> None:
+    history, report = tmp_path / "history", tmp_path / "report.html"
+    options = ["--sizes", "64,96x64", "--batches", "1,2", "--rounds", "3", "--pictures", "3", "--steps", "2"]
+    assert latency.main(["--bundle", str(bundle), "--history", str(history), *options, "--report", str(report)]) == 0
+    found = {(each.component, each.width, each.height, each.batch) for each in History(history).read()}
+    sized = {(name, width, 64, batch) for name in WORKS[1:] for width in (64, 96) for batch in (1, 2)}
+    assert found == sized | {("text_encoder", 0, 0, 1), ("text_encoder", 0, 0, 2)}
+    assert report.read_text().count("<svg") == 4 + 2 * 3  # a history for each work; sizes at both batches of three of them
+
+
+def test_an_engine_that_is_not_exact_is_not_timed(plant: Plant, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = tmp_path / "wrong"
+    write_fake_bundle(wrong, wrong_weight="mix")
+    assert latency.main(["--bundle", str(wrong), "--history", str(tmp_path / "history")]) == 1
+    assert "nothing is timed" in capsys.readouterr().out
+    assert not (tmp_path / "history").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--sizes", "65"], "got 65 px; expected a multiple of 32"),
+        (["--sizes", "512"], "from 32 to 128"),
+        (["--batches", "9"], "the bundle takes 1 to 4"),
+        (["--against", "diffusers_eager"], "Add it to --peers"),
+        (["--peers", "eager"], "expected a --model as well"),
+        (["--peers", "fastest", "--model", "x"], "expected some of eager, reduce-overhead, max-autotune, or none"),
+        (["--record"], "expected --model"),
+        (["--rounds", "2"], "expected at least 3"),
+    ],
+)
+def test_what_cannot_be_measured_is_said(
+    plant: Plant, program: Callable[..., int], arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program(*arguments) == 2
+    assert why in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--sizes", "1x2x3"], ["--sizes", "big"], ["--batches", "0"], ["--components", "dit"]])
+def test_bad_lists_are_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        latency.parser().parse_args(arguments)
+
+
+def test_a_record_says_all(bundle: Path) -> None:
+    bench = Bench(gpu=False, run="0" * 12, yardstick=cpu_gemm(SMALL), meter=EnergyMeter(None))
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        found = measure(engine, Work(component="picture", width=64, height=64, batch=2, steps=2), bench, Plan(pictures=3))
+        assert found.bundle == engine.bundle.digest
+    assert found.wall.p50 <= found.wall.p90 <= found.wall.p99
+    assert (found.steps, found.batch, found.precision, found.rounds) == (2, 2, "fp16", 3)
+    assert found.yardstick == "GEMM 64x64x64 fp32, ONNX Runtime, 1 thread"
+    assert found.memory_bytes > 10 << 20
+    assert found.energy_j is None
+    assert found.energy_note == "not measured: there is no GPU"
+
+
+@pytest.fixture
+def gpu_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[SanaEngine, FakeCuda]]:
+    """An engine whose TensorRT and GPU are fakes."""
+    cuda = FakeCuda()
+    bundle = write_fake_bundle(tmp_path / "gpu", targets=(Target.SM89,))
+    monkeypatch.setattr("runtime.engine.make_backend", lambda *_, **__: (fake_backend(bundle, cuda=cuda), "a test"))
+    with SanaEngine(bundle) as engine:
+        yield engine, cuda
+
+
+@pytest.mark.parametrize("component", WORKS)
+def test_on_a_gpu_by_its_events(gpu_engine: tuple[SanaEngine, FakeCuda], component: str) -> None:
+    engine, cuda = gpu_engine
+    size = 0 if component == "text_encoder" else 64
+    held = []
+    for _ in range(2):
+        with open_task(engine, Work(component=component, width=size, height=size, batch=2, steps=3)) as task:
+            sample = replace(task, calls=1 if component == "picture" else 2).sample()
+        # The fake's events are a millisecond apart: one between the marks of two calls; three steps, a decode, and the text's time.
+        assert sample.ms >= 4 if component == "picture" else sample.ms == pytest.approx(0.5)
+        assert cuda.idle()
+        held.append(len(cuda.allocations))
+    assert held[0] == held[1]  # what was taken for the second is given back
+
+
+def test_the_verdict_needs_an_accepted_run() -> None:
+    assert latency_session.judge(record(), None, Limits()) is None
+    verdict = latency_session.judge(record(ratio=10.5, run="1" * 12), record(), Limits())
+    assert verdict is not None
+    assert verdict.regression
+
+
+def test_the_work_must_fit(bundle: Path) -> None:
+    with SanaEngine(bundle, backend="onnxruntime") as engine, pytest.raises(RequestError, match="got 'dit'; expected some of"):
+        Work(component="dit", width=64, height=64, batch=1).check(engine)
+
+
+@pytest.mark.slow
+def test_sana_tiny_on_this_machines_own_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise is real, the slow-down is planted: the stopwatch says 10 % more than it measured."""
+    bundle = tmp_path / "bundle"
+    build = [
+        "export/build_engine.py",
+        "--model",
+        "models/sana-tiny",
+        "--precision",
+        "fp16",
+        "--target",
+        "onnx",
+        "--out",
+        str(bundle),
+    ]
+    subprocess.run([sys.executable, *build], cwd=ROOT, check=True)
+    monkeypatch.setattr(latency_session, "has_gpu", lambda: False)
+    arguments = ["--bundle", str(bundle), "--history", str(tmp_path / "history"), "--components", "denoiser", "--sizes", "256"]
+    arguments += ["--peers", "none", "--check", "--confirm", "2"]
+    assert latency.main(arguments) == 0
+    assert latency.main(arguments) == 0
+
+    def slower(stopwatch: Stopwatch) -> Stopwatch:
+        def watch(call: Callable[[], object]) -> Sample:
+            found = stopwatch(call)
+            return Sample(1.1 * found.ms, 1.1 * found.wall_ms)
+
+        return watch
+
+    real = latency_run.Bench.make
+
+    def make(run: str, *, gpu: bool, num_threads: int = 1) -> Bench:
+        bench = real(run, gpu=gpu, num_threads=num_threads)
+        bench.watch = slower
+        return bench
+
+    monkeypatch.setattr(latency_session.Bench, "make", make)
+    assert latency.main(arguments) == 1

@@ -1,0 +1,211 @@
+"""The page and its charts, kernels and their floors: on records that are made up, and on a fake bundle's graphs."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_tensorrt import MODULE, FakeContext, FakeCuda, FakeEngine, fake_backend
+from fakes import fake_inputs, write_fake_bundle
+from latency_records import record
+
+from benchmarks.latency_history import Kernel, Kernels
+from benchmarks.latency_kernels import Profiler, layer_cost, node_cost, ort_kernels, trt_kernels
+from benchmarks.latency_report import floor_ms, page, write_report
+from benchmarks.latency_work import Work
+from benchmarks.latency_yardstick import copy_rate, cpu_gemm, gemm_flops
+from benchmarks.plots import Axis, Series, chart
+from engines.errors import RequestError
+from engines.spec import Target
+from runtime import SanaEngine
+
+LAYERS = Kernels(
+    why="layers, by TensorRT's profiler",
+    peak_flops=1e12,
+    peak_bytes=1e11,
+    kernels=(
+        Kernel(name="a <product>", kind="gemm", ms=2.0, flops=1e9, bytes=1e6),  # floor: 1 ms of arithmetic
+        Kernel(name="a copy", kind="", ms=0.5, flops=0, bytes=2e7),  # floor: 0.2 ms of traffic
+        Kernel(name="unknown", kind="", ms=0.1, flops=0, bytes=0),
+    ),
+)
+
+
+def charts(text: str) -> list[ET.Element]:
+    return [ET.fromstring(each) for each in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+
+
+def test_the_page_shows_history_sizes_and_kernels() -> None:
+    records = [
+        record(accepted=True, run="1" * 12),
+        record(width=1024, height=1024, ratio=40, accepted=True, run="1" * 12, peers={"diffusers_eager": 120.0}),
+        record(ratio=11, run="2" * 12, peers={"diffusers_eager": 30.0}, kernels=LAYERS, note="<random> weights", energy_j=0.5),
+    ]
+    text = page(records, ["<h2>More</h2>"])
+    assert len(charts(text)) == 3  # the history of both sizes, latency by size, one roofline
+    assert "<random>" not in text
+    assert "&lt;random&gt; weights" in text
+    assert "&lt;product&gt;" in text
+    assert re.search(r"\+1?\d\.\d%", text)  # since accepted
+    assert "diffusers_eager 30.000 ms (1.36 x)" in text
+    assert "Kernels were not timed" in text  # of the larger size
+    assert text.rstrip().endswith("<h2>More</h2>")
+    history = charts(text)[0]
+    assert sum("run 1" in (title.text or "") or "run 2" in (title.text or "") for title in history.iter("title")) == 3
+
+
+def test_no_kernels_are_said_plainly() -> None:
+    text = page([record(kernels=Kernels(why="not there: TensorRT's profiler said nothing, and PyTorch sees no GPU"))])
+    assert "No kernels: not there: TensorRT&#x27;s profiler said nothing" in text
+
+
+def test_the_page_is_written_whole(tmp_path: Path) -> None:
+    path = write_report(tmp_path / "deep" / "page.html", [record()])
+    assert [each.name for each in path.parent.iterdir()] == ["page.html"]
+    with pytest.raises(RequestError, match="expected at least one run"):
+        write_report(path, [])
+
+
+def test_floors() -> None:
+    assert [floor_ms(kernel, LAYERS) for kernel in LAYERS.kernels] == pytest.approx([1.0, 0.2, 0.0])
+
+
+def test_a_point_is_where_it_should_be() -> None:
+    series = Series(name="a & b", points=[(1, 1), (10, 100), (100, 10_000)], words=["x", "y", "z"], filled=[True, False, True])
+    text = chart("t", Axis(label="n", log=True), Axis(label="ms", log=True), [series])
+    circles = [each for each in ET.fromstring(text).iter("circle") if each.find("title") is not None]
+    across, up = ([float(circle.attrib[name]) for circle in circles] for name in ("cx", "cy"))
+    assert across[1] == pytest.approx((across[0] + across[2]) / 2, abs=0.2)  # logarithmic
+    assert up[0] > up[1] > up[2]
+    assert [circle.attrib["fill"].startswith("#") for circle in circles] == [True, False, True]
+
+
+@pytest.mark.parametrize("points", [[(1.0, 1.0)], [(0.0, 5.0), (1.0, 5.0)], [(0.0, 0.0), (1e6, 1e-3)]])
+def test_charts_of_few_or_equal_points(points: list[tuple[float, float]]) -> None:
+    ET.fromstring(chart("t", Axis(label="x"), Axis(label="y"), [Series(name="s", points=points)]))
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    with pytest.raises(RequestError, match="expected at least one"):
+        chart("t", Axis(label="x"), Axis(label="y"), [])
+    with pytest.raises(RequestError, match="expected positive values"):
+        chart("t", Axis(label="x", log=True), Axis(label="y"), [Series(name="s", points=[(0, 1)])])
+
+
+@pytest.mark.parametrize(
+    ("kind", "inputs", "output", "flops", "size"),
+    [
+        ("MatMul", [[2, 3, 5], [5, 7]], [2, 3, 7], 2 * 2 * 3 * 5 * 7, 4 * (30 + 35 + 42)),
+        ("MatMul", [[2, 3, 5]], [2, 3, 7], 2 * 2 * 3 * 5 * 7, 4 * (30 + 35 + 42)),  # packed weights count all the same
+        ("Conv", [[1, 4, 8, 8], [6, 2, 3, 3]], [1, 6, 8, 8], 2 * 6 * 64 * 2 * 9, 4 * (256 + 108 + 384)),
+        ("Softmax", [[2, 3]], [2, 3], 0, 48),
+        ("Constant", [], [2], 0, 8),
+    ],
+)
+def test_cost_of_a_node(kind: str, inputs: list[list[int]], output: list[int], flops: int, size: int) -> None:
+    assert node_cost(kind, [("float", shape) for shape in inputs], [("float", output)]) == (flops, size)
+
+
+@pytest.mark.parametrize(
+    ("layer", "flops", "size"),
+    [
+        ({}, 0, 0),
+        ({"Inputs": [{"Dimensions": [2, 8], "Format/Datatype": "Half"}], "Outputs": [{"Dimensions": [2, 4]}]}, 0, 32 + 32),
+        (
+            {
+                "LayerType": "gemm",
+                "Inputs": [{"Dimensions": [10, 8], "Format/Datatype": "FP16"}],
+                "Outputs": [{"Dimensions": [10, 4], "Format/Datatype": "FP16"}],
+                "Weights": {"Type": "Half", "Count": 32},
+            },
+            2 * 10 * 8 * 4,
+            2 * (80 + 40 + 32),
+        ),
+    ],
+)
+def test_cost_of_a_layer(layer: Mapping[str, Any], flops: int, size: int) -> None:
+    assert layer_cost(layer) == (flops, size)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> SanaEngine:
+    return SanaEngine(write_fake_bundle(tmp_path_factory.mktemp("report") / "fake", targets=(Target.SM89,)), backend="onnxruntime")
+
+
+def test_kernels_of_a_graph(engine: SanaEngine) -> None:
+    found = ort_kernels(engine.bundle.onnx_path("denoiser"), fake_inputs("denoiser"), runs=2)
+    product = next(kernel for kernel in found if kernel.kind == "MatMul")
+    assert product.flops == 2 * 2 * 6 * 4  # (k, B, channels) @ (channels, latent channels)
+    assert all(kernel.ms >= 0 for kernel in found)
+
+
+def test_the_profiler_knows_what_the_machine_can_do(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.latency_kernels.copy_rate", lambda gpu: copy_rate(gpu=gpu, size=1 << 20))
+    gemm = cpu_gemm((64, 64, 64))
+    profiler = Profiler(gpu=False, yardstick=gemm)
+    found = profiler(engine, Work(component="denoiser", width=64, height=64, batch=1))
+    assert found is not None
+    assert "nodes, by ONNX Runtime's profiler; the" in found.why
+    assert found.peak_bytes > 1e8
+    assert [kernel.ms for kernel in found.kernels] == sorted((kernel.ms for kernel in found.kernels), reverse=True)
+    assert profiler(engine, Work(component="picture", width=64, height=64, batch=1)) is None
+    assert gemm_flops((2, 3, 5)) == 60
+
+
+class Inspector:
+    execution_context: object = None
+
+    def get_engine_information(self, kind: str) -> str:
+        assert self.execution_context is not None
+        return '{"Layers": [{"Name": "mix", "LayerType": "Convolution", "Outputs": [{"Dimensions": [1, 2]}]}, "nameless"]}'
+
+
+def test_layers_by_tensorrts_profiler(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second context is profiled: the first is not, and nothing of the second stays."""
+
+    class IProfiler:
+        pass
+
+    class Context(FakeContext):
+        profiler: Any = None
+
+        def execute_async_v3(self, stream: int) -> bool:
+            if self.profiler is not None:
+                self.profiler.report_layer_time("mix", 0.5)
+                self.profiler.report_layer_time("tanh", 0.25)
+            return super().execute_async_v3(stream)
+
+    def make_context(self: FakeEngine, config: object) -> Context:
+        self.contexts.append(Context(self))
+        return self.contexts[-1]
+
+    cuda = FakeCuda()
+    backend = fake_backend(engine.bundle, cuda=cuda)
+    session = backend.session("denoiser")
+    held = len(cuda.allocations)
+    module = SimpleNamespace(**vars(MODULE), IProfiler=IProfiler, LayerInformationFormat=SimpleNamespace(JSON="json"))
+    monkeypatch.setattr(FakeEngine, "create_execution_context", make_context)
+    monkeypatch.setattr(FakeEngine, "create_engine_inspector", lambda self: Inspector(), raising=False)
+    object.__setattr__(session._tensorrt, "module", module)
+    found, why = trt_kernels(session, fake_inputs("denoiser"), runs=2)
+    assert why == "layers, by TensorRT's profiler"
+    assert [(kernel.name, kernel.kind, kernel.ms, kernel.bytes) for kernel in found] == [
+        ("mix", "Convolution", 0.5, 8),
+        ("tanh", "", 0.25, 0),
+    ]
+    assert len(cuda.allocations) == held
+    np.testing.assert_equal(session.run(fake_inputs("denoiser"))["prediction"].shape, (1, 4, 4, 6))
+
+
+def test_a_tensorrt_without_a_profiler_and_no_gpu(engine: SanaEngine) -> None:
+    session = fake_backend(engine.bundle).session("decoder")
+    assert trt_kernels(session, fake_inputs("decoder")) == (
+        [],
+        "not there: TensorRT's profiler said nothing, and PyTorch sees no GPU",
+    )
