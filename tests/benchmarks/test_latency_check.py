@@ -50,8 +50,8 @@ def test_a_machine_that_is_slower_or_noisier_today_is_no_regression() -> None:
 
 def test_five_percent_are_caught_on_a_faster_machine() -> None:
     """Milliseconds fell, the ratio did not."""
-    now, then = planted(1, slower=1.05, machine=0.8), planted(2)
-    assert now.samples[0].ms < then.samples[0].ms
+    now, then = planted(1, slower=1.05, machine=0.7), planted(2)
+    assert np.median([sample.ms for sample in now.samples]) < np.median([sample.ms for sample in then.samples])
     assert is_slower(now, then)
 
 
