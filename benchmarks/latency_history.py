@@ -66,7 +66,7 @@ class Kernels(_Model):
     """The costly ones, the slowest first, beside what the machine can do. why: where they are from, or why there are none."""
 
     why: str
-    peak_flops: NotNegative = 0  # per second, of the yardstick's GEMM in the same run
+    peak_flops: NotNegative = 0  # per second, of the fastest GEMM in the same run
     peak_bytes: NotNegative = 0  # per second, of a copy in the same run: read and written
     kernels: tuple[Kernel, ...] = ()
 

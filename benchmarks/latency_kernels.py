@@ -5,7 +5,7 @@
   from the engine inspector. FLOPs are known of layers with weights of their own; a plugin's are not.
 - Where TensorRT's profiler says nothing: CUPTI, through torch.profiler. Names and times alone.
 
-What the machine can do is measured in the same run: the rate of the yardstick's GEMM and of a copy.
+What the machine can do is measured in the same run: the rate of the fastest of a few GEMMs, and of a copy.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.latency_history import Kernel, Kernels
-from benchmarks.latency_timing import Task
 from benchmarks.latency_work import Arrays, Work, component_inputs
-from benchmarks.latency_yardstick import CPU_GEMM, GPU_GEMM, copy_rate, gemm_flops
+from benchmarks.latency_yardstick import CPU_GEMM, GPU_GEMM, copy_rate, gemm_rate
 from engines.spec import ComponentName
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ if TYPE_CHECKING:
 __all__ = ["Profiler", "layer_cost", "node_cost", "ort_kernels", "trt_kernels"]
 
 MOST = 40  # kernels in a record
+GPU_GEMMS = (GPU_GEMM, (8192, 8192, 8192))
+CPU_GEMMS = (CPU_GEMM, (256, 256, 256), (256, 1024, 256))  # those whose operands stay in a cache are faster
 RUNS = 5
 MATRIX_PRODUCTS = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm")
 CONVOLUTIONS = ("Conv", "FusedConv")
@@ -40,10 +41,9 @@ ITEM_BYTES = {"int64": 8, "double": 8, "float": 4, "int32": 4, "float16": 2, "bf
 class Profiler:
     """What Bench.kernels calls."""
 
-    def __init__(self, *, gpu: bool, yardstick: Task, num_threads: int = 1) -> None:
+    def __init__(self, *, gpu: bool, num_threads: int = 1) -> None:
         self.num_threads = num_threads
-        samples = [yardstick.sample().wall_ms if not gpu else yardstick.sample().ms for _ in range(RUNS)]
-        self.peak_flops = gemm_flops(GPU_GEMM if gpu else CPU_GEMM) / (min(samples) / 1000)
+        self.peak_flops = max(gemm_rate(size, gpu=gpu, num_threads=num_threads) for size in (GPU_GEMMS if gpu else CPU_GEMMS))
         self.peak_bytes = copy_rate(gpu=gpu)
 
     def __call__(self, engine: SanaEngine, work: Work) -> Kernels | None:

@@ -59,8 +59,8 @@ def page(records: Sequence[Record], more: Iterable[str] = ()) -> str:
         f"<div class=charts>{''.join(_history(by_key))}</div>",
         "<h2>Latency by size</h2><p>Medians of the latest run of each size; both axes are logarithmic.</p>",
         f"<div class=charts>{''.join(_sizes(latest))}</div>",
-        "<h2>Roofline</h2><p>A kernel is bounded by arithmetic (the flat roof: the yardstick's rate) or by traffic (the slope: a "
-        "copy's rate), both measured in the same run. Its floor is the larger of the two times.</p>",
+        "<h2>Roofline</h2><p>A kernel is bounded by arithmetic (the flat roof: the fastest GEMM's rate) or by traffic (the slope: "
+        "a copy's rate), both measured in the same run. Its floor is the larger of the two times.</p>",
         *_rooflines(latest),
         *more,
     ]

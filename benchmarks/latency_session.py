@@ -49,20 +49,23 @@ def works(options: argparse.Namespace, engine: SanaEngine) -> Iterator[Work]:
 def complaints(
     engine: SanaEngine, checkpoint: Checkpoint | None, sizes: Sequence[tuple[int, int]]
 ) -> tuple[list[str], dict[str, Any]]:
-    """What is not exact enough, and errors by component: of the first size, for a GPU with a checkpoint."""
+    """What is not exact enough: by the bundle's golden inputs and, on a GPU with a checkpoint, by PyTorch at every size. And the errors
+    by component of the first size."""
     from benchmarks.latency_parity import engine_errors, golden_complaints
-    from engines.parity_report import bound_from, check
+    from engines.parity_report import bound_from, check_size
 
-    if checkpoint is None or engine.backend != "tensorrt":
-        return golden_complaints(engine), {}
-    wrong: list[str] = []
+    wrong = golden_complaints(engine)
     found: dict[str, Any] = {}
+    if checkpoint is None or engine.backend != "tensorrt":
+        return wrong, found
     for width, height in dict.fromkeys(sizes):
         for component in CHECKED:
             inputs = component_inputs(engine, Work(component=component, width=width, height=height, batch=1))
             errors = engine_errors(engine, component, checkpoint, inputs)
             found.setdefault(component, errors)
-            wrong += [f"{component}, {width} x {height}: {text}" for text in check(errors["engine"], bound_from(errors["pytorch"]))]
+            wrong += [
+                f"{component}, {width} x {height}: {text}" for text in check_size(errors["engine"], bound_from(errors["pytorch"]))
+            ]
     print(json.dumps({name: {who: e.model_dump() for who, e in rows.items()} for name, rows in found.items()}))
     return wrong, found
 
@@ -141,7 +144,7 @@ class Session:
         if self.options.kernels:
             from benchmarks.latency_kernels import Profiler
 
-            bench.kernels = Profiler(gpu=gpu, yardstick=bench.yardstick, num_threads=self.options.threads)
+            bench.kernels = Profiler(gpu=gpu, num_threads=self.options.threads)
         return bench
 
     def record(self, engine: SanaEngine, records: Sequence[Record], errors: dict[str, Any]) -> bool:

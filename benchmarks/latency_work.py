@@ -29,7 +29,8 @@ from runtime.schedule import make_schedule
 __all__ = ["WORKS", "Arrays", "Work", "component_inputs", "open_task", "step_inputs"]
 
 WORKS = (*get_args(ComponentName), "picture")
-PROMPT = "a lighthouse on a cliff at dusk"
+PROMPT = "a lighthouse on a cliff at dusk"  # of the figures
+TEXT = "a lighthouse at dusk"
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -97,7 +98,7 @@ def component_inputs(engine: SanaEngine, work: Work) -> Arrays:
             max_sequence_length=prompt.max_sequence_length,
             lowercase=prompt.lowercase,
         )
-        tokens = PromptTokenizer(engine.bundle.file("tokenizer/tokenizer.json"), template).encode([PROMPT] * work.batch)
+        tokens = PromptTokenizer(engine.bundle.file("tokenizer/tokenizer.json"), template).encode([TEXT] * work.batch)
         return {"input_ids": tokens.ids, "attention_mask": tokens.mask}
     if work.component == "decoder":
         grid = (manifest.latents.channels, work.height // PX_PER_LATENT, work.width // PX_PER_LATENT)

@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.latency_timing import Task, TorchEvents, cpu_clock
 from runtime.ort_session import OrtSession
 
-__all__ = ["CPU_GEMM", "GPU_GEMM", "copy_rate", "cpu_gemm", "gemm_flops", "gpu_gemm"]
+__all__ = ["CPU_GEMM", "GPU_GEMM", "copy_rate", "cpu_gemm", "gemm_flops", "gemm_rate", "gpu_gemm"]
 
 GPU_GEMM = (4096, 2240, 11200)  # rows, inner, columns: a feed-forward product of Sana-1.6B at 2048 px with guidance
 CPU_GEMM = (1024, 1024, 1024)
@@ -56,6 +56,16 @@ def cpu_gemm(size: tuple[int, int, int] = CPU_GEMM, *, num_threads: int = 1) -> 
     }
     by = f"ONNX Runtime, {num_threads} thread{'s' if num_threads > 1 else ''}"
     return Task(_name(size, "fp32", by), lambda: session.run(inputs), cpu_clock)
+
+
+def gemm_rate(size: tuple[int, int, int], *, gpu: bool, num_threads: int = 1, least_s: float = 0.1) -> float:
+    """FLOP/s of the best of the samples that `least_s` has room for, at least 5. num_threads: of a CPU."""
+    task = gpu_gemm(size) if gpu else cpu_gemm(size, num_threads=num_threads)
+    began, times = time.perf_counter(), [task.sample().ms]
+    while len(times) < 5 or time.perf_counter() - began < least_s:
+        found = task.sample()
+        times.append(found.ms if gpu else found.wall_ms)
+    return gemm_flops(size) / (min(times[1:]) / 1000)
 
 
 def copy_rate(*, gpu: bool, size: int | None = None, repeats: int = 5) -> float:

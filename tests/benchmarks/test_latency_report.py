@@ -19,7 +19,7 @@ from benchmarks.latency_history import Kernel, Kernels
 from benchmarks.latency_kernels import Profiler, layer_cost, node_cost, ort_kernels, trt_kernels
 from benchmarks.latency_report import floor_ms, page, write_report
 from benchmarks.latency_work import Work
-from benchmarks.latency_yardstick import copy_rate, cpu_gemm, gemm_flops
+from benchmarks.latency_yardstick import copy_rate, gemm_flops, gemm_rate
 from benchmarks.plots import Axis, Series, chart
 from engines.errors import RequestError
 from engines.spec import Target
@@ -147,8 +147,9 @@ def test_kernels_of_a_graph(engine: SanaEngine) -> None:
 
 def test_the_profiler_knows_what_the_machine_can_do(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.latency_kernels.copy_rate", lambda gpu: copy_rate(gpu=gpu, size=1 << 20))
-    gemm = cpu_gemm((64, 64, 64))
-    profiler = Profiler(gpu=False, yardstick=gemm)
+    monkeypatch.setattr("benchmarks.latency_kernels.CPU_GEMMS", ((64, 64, 64), (8, 8, 8)))
+    profiler = Profiler(gpu=False)
+    assert profiler.peak_flops == pytest.approx(gemm_rate((64, 64, 64), gpu=False, least_s=0), rel=0.99)
     found = profiler(engine, Work(component="denoiser", width=64, height=64, batch=1))
     assert found is not None
     assert "nodes, by ONNX Runtime's profiler; the" in found.why

@@ -1,0 +1,111 @@
+"""latency.py beside a checkpoint: a bundle of the smallest one, peers, kernels, figures. Engines where there is a GPU."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from fake_tensorrt import fake_backend
+from fakes import write_fake_bundle
+from latency_records import record
+from tiny_build import quiet, request, tiny
+
+from benchmarks import figures, latency, latency_figures, latency_session
+from benchmarks.latency_figures import record_figures
+from benchmarks.latency_history import History
+from benchmarks.latency_parity import engine_errors
+from benchmarks.latency_peers import PEERS
+from benchmarks.latency_work import Work, component_inputs
+from engines.gpu import current_target
+from engines.parity_report import ErrorStats, bound_from, check_size
+from engines.spec import Precision, Target
+from export.build import build
+from export.request import targets_of
+from runtime import SanaEngine
+from sana_ref.checkpoint import load
+
+SETTINGS = ["--model", str(tiny()), "--sizes", "64,128", "--rounds", "5", "--pictures", "3", "--steps", "2", "--kernels"]
+
+
+@pytest.fixture
+def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where figures go."""
+    path = tmp_path / "figures.jsonl"
+    monkeypatch.setattr(latency_figures, "record", functools.partial(figures.record, path=path))
+    return path
+
+
+@pytest.mark.slow
+def test_portable_graphs_beside_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_session, "has_gpu", lambda: False)
+    bundle = build(request(tmp_path / "bundle"), quiet()).bundle
+    history, report = tmp_path / "history", tmp_path / "report.html"
+    arguments = ["--bundle", str(bundle.path), "--history", str(history), *SETTINGS, "--peers", "eager", "--report", str(report)]
+    assert latency.main(arguments) == 0
+    found = History(history).read()
+    assert len(found) == 7  # a text encoder, and three works of two sizes
+    for each in found:
+        assert ("diffusers_eager" in each.references) == (each.component != "picture")
+        assert (each.kernels is None) == (each.component == "picture")
+    assert "diffusers_eager" in report.read_text()
+    with SanaEngine(bundle.path, backend="onnxruntime") as engine:
+        for component in ("denoiser", "decoder"):
+            inputs = component_inputs(engine, Work(component=component, width=64, height=64, batch=2))
+            errors = engine_errors(engine, component, load(tiny()), inputs, device="cpu")
+            assert not check_size(errors["engine"], bound_from(errors["pytorch"]))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*too long for the 24:runtime.prompt.PromptCutWarning")  # a token a byte here
+@pytest.mark.skipif(current_target() is None, reason="this machine has no GPU")
+def test_engines_beside_diffusers(tmp_path: Path, recorded: Path) -> None:
+    bundle = build(request(tmp_path / "bundle", precision=Precision.FP16, targets=targets_of("current")), quiet()).bundle
+    history, report = tmp_path / "history", tmp_path / "report.html"
+    arguments = ["--bundle", str(bundle.path), "--history", str(history), *SETTINGS, "--peers", ",".join(PEERS), "--check"]
+    assert latency.main([*arguments, "--record", "--report", str(report)]) == 0
+    for each in History(history).read():
+        assert each.backend == "tensorrt"
+        assert each.device.p50 <= each.wall.p99
+        assert each.memory_bytes > 0
+        assert each.energy_j or each.energy_note or each.component
+        if each.component != "picture":
+            assert set(PEERS.values()) <= each.references.keys()
+            assert each.kernels is not None
+            assert each.kernels.kernels, each.kernels.why
+    assert recorded.read_text().count("\n") == 3
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SanaEngine]:
+    """Its TensorRT and GPU are fakes."""
+    bundle = write_fake_bundle(tmp_path / "fake", targets=(Target.SM89,))
+    monkeypatch.setattr("runtime.engine.make_backend", lambda *_, **__: (fake_backend(bundle), "a test"))
+    monkeypatch.setattr("benchmarks.latency_figures.device_info", lambda: SimpleNamespace(capability=(9, 0)))
+    with SanaEngine(bundle) as made:
+        yield made
+
+
+@pytest.mark.parametrize(("parameters", "step_name"), [(1_600_000_000, "step_1600m_64px"), (30_000_000, "step_tiny_64px")])
+def test_figures_have_the_peers_beside_them(engine: SanaEngine, recorded: Path, parameters: int, step_name: str) -> None:
+    stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
+    errors = {name: {"engine": stats, "pytorch": stats} for name in ("denoiser", "decoder")}
+    size = {"width": 64, "height": 64}
+    records = [
+        record(component="text_encoder", width=0, height=0),
+        record(peers={"diffusers_eager": 30.0, "torch_compile_max_autotune": 15.0}, **size),
+        record(component="decoder", precision="bf16", peers={"diffusers_eager": 50.0}, **size),
+    ]
+    checkpoint = SimpleNamespace(sources={"transformer": SimpleNamespace(shapes={"weight": (parameters,)})})
+    assert record_figures(engine, checkpoint, records, errors, steps=2, pictures=2, note="random weights")  # type: ignore[arg-type]
+    lines = [json.loads(line) for line in recorded.read_text().splitlines()]
+    found = {line["figure"]: line for line in lines}
+    step = found[f"{step_name}_fp16_ms"]
+    assert step["peer"] == {"diffusers_eager": 30.0, "torch_compile_max_autotune": 15.0}
+    assert step["value"] == pytest.approx(1.0)  # the fake's events are a millisecond apart
+    assert step["note"].startswith("rms error 1.00 x PyTorch's; random weights; TensorRT for RTX on compute capability 9.0")
+    assert ("tiny_picture_gpu_ms" in found) == (parameters < 100_000_000)
+    assert len(lines) == (3 if parameters < 100_000_000 else 2)
