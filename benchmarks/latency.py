@@ -7,8 +7,8 @@
     python benchmarks/latency.py --report out/latency.html                      # everything under benchmarks/history as one page
 
 Correctness first, by the bundle's own golden inputs; and where engines run beside a checkpoint, at every size: their error against
-PyTorch in fp32 may be at most twice that of PyTorch at their precision. If it is more, nothing is timed and the exit code is 1. Each
-peer is held to the same. Then every component, and pictures from prompt to PNG, by turns with a GEMM and the peers
+PyTorch in fp32 may be at most twice that of PyTorch at their precision. If it is more, nothing is timed and the exit code is 1.
+Each peer is held to the same. Then every component, and pictures from prompt to PNG, by turns with a GEMM and the peers
 (latency_timing.py). Each run is appended to benchmarks/history. --record appends figures to benchmarks/results/figures.jsonl.
 """
 

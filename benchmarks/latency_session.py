@@ -49,8 +49,10 @@ def works(options: argparse.Namespace, engine: SanaEngine) -> Iterator[Work]:
 def complaints(
     engine: SanaEngine, checkpoint: Checkpoint | None, sizes: Sequence[tuple[int, int]]
 ) -> tuple[list[str], dict[str, Any]]:
-    """What is not exact enough: by the bundle's golden inputs and, on a GPU with a checkpoint, by PyTorch at every size. And the errors
-    by component of the first size."""
+    """What is not exact enough: by the bundle's golden inputs and, on a GPU with a checkpoint, by PyTorch at every size.
+
+    And the errors by component, of the first size.
+    """
     from benchmarks.latency_parity import engine_errors, golden_complaints
     from engines.parity_report import bound_from, check_size
 
