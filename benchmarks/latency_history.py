@@ -24,6 +24,7 @@ from engines.strict import MAX_JSON_BYTES, read_bounded, validate_json
 __all__ = ["HISTORY", "History", "Kernel", "Kernels", "Key", "Record", "Reference", "Times", "new_run"]
 
 HISTORY = ROOT / "benchmarks" / "history"
+BUSY = 1.1  # the wall clock's time over the processor's
 MOST_BYTES = 16 * MAX_JSON_BYTES  # of one model's file
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -108,6 +109,11 @@ class Record(_Model):
     def key(self) -> Key:
         size = (self.width, self.height, self.batch, self.steps)
         return (self.model, self.component, self.backend, self.precision, *size, self.machine, self.yardstick)
+
+    @property
+    def was_busy(self) -> bool:
+        """Whether other programs had the processor for much of the time. Of one thread of a CPU alone; else it cannot be told."""
+        return self.backend == "onnxruntime" and self.wall.p50 > BUSY * self.device.p50
 
     @property
     def title(self) -> str:
