@@ -164,10 +164,10 @@ def _profiled(trt: Any, context: Any, call: Callable[[], None], runs: int) -> di
             times[layer_name] += ms
 
     call()
-    context.profiler = listener = Listener()
+    listener = Listener()  # TensorRT keeps an address of it, not a reference
+    context.profiler = listener
     for _ in range(runs):
         call()
-    del listener
     return {name: ms / runs for name, ms in times.items()}
 
 
