@@ -12,7 +12,7 @@ from torch import nn
 
 from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange
 from export.onnx_export import Axis, ExportSpec, TensorSpec
-from plugins import gated_depthwise_conv, relu_linear_attention
+from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, MultiscaleLinearAttention
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import (
@@ -23,10 +23,9 @@ from sana_ref.components import (
     DecoderForExport,
     TextEncoderForExport,
 )
-from sana_ref.layers import fuse_feed_forward
 from sana_ref.step import OUTPUTS, DenoiserStep
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
-from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
+from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, fuse
 
 __all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles"]
 
@@ -82,7 +81,7 @@ def text_encoder(config: Gemma2Config, precision: Precision, max_sequence_length
 def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_length: int) -> Component:
     with torch.device("meta"):
         module = DenoiserStep(SanaTransformer2DModel(config))
-    fuse_feed_forward(module)
+    fuse(module)
     latents = ("batch", config.in_channels, "height", "width")
     dims: dict[str, tuple[int | str, ...]] = {
         "latents": latents,
@@ -105,7 +104,9 @@ def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_l
             axes=_axes("batch", "guidance", "height", "width"),
             inputs=tuple(TensorSpec(name=name, dims=dims[name]) for name in module.input_names),
             outputs=tuple(TensorSpec(name=name, dims=latents) for name in OUTPUTS),
-            plugins={gated_depthwise_conv.OP: config.num_layers, relu_linear_attention.OP: config.num_layers},
+            plugins=dict.fromkeys(
+                (gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE), config.num_layers
+            ),
         ),
     )
 

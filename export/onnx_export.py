@@ -8,12 +8,14 @@ The result depends on the module alone: node metadata (stack traces, file paths)
 same module gives the same bytes.
 """
 
+import functools
 import logging
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as passes
 import torch
@@ -23,7 +25,7 @@ from engines.errors import BuildError
 from export.accumulation import accumulate_in_fp32
 from export.scalars import keep_scalars_exact
 from export.translation import OPSET, SANA_DOMAIN, translation_table
-from plugins import gated_depthwise_conv, relu_linear_attention
+from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["Axis", "ExportSpec", "TensorSpec", "count_plugin_nodes", "export_module", "with_function_bodies"]
 
@@ -198,7 +200,12 @@ def count_plugin_nodes(model: ir.Model) -> dict[str, int]:
 
 def with_function_bodies(model: ir.Model) -> ir.Model:
     """Attach the body of every custom op that the graph uses, so that the model means something anywhere."""
-    bodies = {each.OP: each.function_body for each in (gated_depthwise_conv, relu_linear_attention)}
+    bodies: dict[str, Callable[[int], onnx.FunctionProto]] = {
+        gated_depthwise_conv.OP: gated_depthwise_conv.function_body,
+        qkv_linear_attention.APPLY: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.APPLY),
+        qkv_linear_attention.STATE: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.STATE),
+        relu_linear_attention.OP: relu_linear_attention.function_body,
+    }
     model.functions.clear()
     for op_name in sorted(count_plugin_nodes(model)):
         function = ir.serde.deserialize_function(bodies[op_name](OPSET))

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from engines.errors import BuildError
 from engines.spec import Target
 from export.translation import SANA_DOMAIN
-from plugins import gated_depthwise_conv, relu_linear_attention
+from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["add_cubins"]
 
@@ -31,8 +31,18 @@ def _gated_depthwise_conv(node: onnx.NodeProto, type_of: Mapping[str, Any], targ
     return gated_depthwise_conv.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value)
 
 
+def _qkv_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    qkv = type_of[node.input[0]]
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    *_, heads, head_dim = given["split"]
+    eps = given.get("eps", qkv_linear_attention.EPS)
+    return qkv_linear_attention.compile_cubins(node.op_type, targets, _TYPE_NAMES[qkv.elem_type], heads, head_dim, eps)
+
+
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     gated_depthwise_conv.OP: _gated_depthwise_conv,
+    qkv_linear_attention.APPLY: _qkv_linear_attention,
+    qkv_linear_attention.STATE: _qkv_linear_attention,
     relu_linear_attention.OP: _relu_linear_attention,
 }
 

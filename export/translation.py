@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnxscript import values
 from onnxscript.onnx_opset import opset23 as op
 
-from plugins import gated_depthwise_conv, relu_linear_attention
+from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["OPSET", "SANA_DOMAIN", "translation_table"]
 
@@ -27,15 +27,19 @@ _DOUBLE = onnx.TensorProto.DOUBLE
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 
-def _sana_op(name: str, inputs: tuple[str, ...], attributes: dict[str, OpSchema.AttrType]) -> values.Op:
-    """An operator of domain `sana` with one output, all tensors of one floating type."""
+def _type(tensor: str) -> str:
+    return "tensor(float)" if tensor == "state" else "T"
+
+
+def _sana_op(name: str, inputs: tuple[str, ...], attributes: dict[str, OpSchema.AttrType], output: str = "out") -> values.Op:
+    """An operator of domain `sana` with one output, all tensors of one floating type but `state`, which is fp32."""
     schema = OpSchema(
         name,
         SANA_DOMAIN,
         1,
         type_constraints=[("T", _FLOATS, "floating point")],
-        inputs=[OpSchema.FormalParameter(each, "T") for each in inputs],
-        outputs=[OpSchema.FormalParameter("out", "T")],
+        inputs=[OpSchema.FormalParameter(each, _type(each)) for each in inputs],
+        outputs=[OpSchema.FormalParameter(output, _type(output))],
         attributes=[OpSchema.Attribute(each, kind, "") for each, kind in attributes.items()],
     )
     return values.Op(values.Opset(SANA_DOMAIN, 1), name, schema)
@@ -53,6 +57,17 @@ _GATED_DEPTHWISE_CONV = _sana_op(gated_depthwise_conv.OP, ("x", "weight", "bias"
 
 def _gated_depthwise_conv(x: Any, weight: Any, bias: Any) -> Any:
     return _GATED_DEPTHWISE_CONV(x, weight, bias, channels=weight.shape[0])
+
+
+_SPLIT = {"split": OpSchema.AttrType.INTS}
+_STATE = _sana_op(qkv_linear_attention.STATE, ("qkv",), _SPLIT, "state")
+_APPLY = _sana_op(qkv_linear_attention.APPLY, ("qkv", "state"), _SPLIT | {"eps": OpSchema.AttrType.FLOAT})
+
+
+def _qkv_linear_attention(qkv: Any, num_heads: int, eps: float = 1e-15) -> Any:
+    split = [0, 0, 3, num_heads, qkv.shape[-1] // (3 * num_heads)]
+    state: Any = _STATE(qkv, split=split)
+    return _APPLY(qkv, state, split=split, eps=eps)
 
 
 def _scaled_dot_product_attention(
@@ -103,6 +118,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     assert onnx.defs.onnx_opset_version() >= OPSET
     return {
         torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
+        torch.ops.sana.qkv_linear_attention.default: _qkv_linear_attention,
         torch.ops.sana.relu_linear_attention.default: _relu_linear_attention,
         torch.ops.aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
         torch.ops.aten.exp.default: _folded_exp,

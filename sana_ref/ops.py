@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["EPS", "gated_depthwise_conv", "gated_depthwise_conv_truth", "relu_linear_attention", "relu_linear_attention_truth"]
+__all__ = [
+    "EPS",
+    "gated_depthwise_conv",
+    "gated_depthwise_conv_truth",
+    "qkv_linear_attention",
+    "qkv_linear_attention_truth",
+    "relu_linear_attention",
+    "relu_linear_attention_truth",
+]
 
 EPS = 1e-15  # as the published diffusers models; must stay representable in fp32, where the division happens
 
@@ -143,6 +151,55 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS) -> 
     Raises ValueError if shapes or dtypes differ.
     """
     return torch.ops.sana.relu_linear_attention(q, k, v, eps)
+
+
+def qkv_linear_attention_truth(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+    """`relu_linear_attention_truth` of q, k and v as one projection leaves them, heads joined again.
+
+    qkv (B, N, 3 H D): all of q, then of k, then of v. Returns (B, N, H D), same dtype.
+    """
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return relu_linear_attention_truth(q, k, v, eps).transpose(1, 2).flatten(2)
+
+
+def _check_qkv(qkv: Tensor, num_heads: int) -> None:
+    if qkv.ndim != 3 or num_heads < 1 or qkv.shape[-1] % (3 * num_heads) or not qkv.dtype.is_floating_point:
+        raise ValueError(
+            f"qkv_linear_attention: got qkv {tuple(qkv.shape)} {qkv.dtype}, {num_heads} heads; expected floating (B, N, 3 H D)"
+        )
+
+
+@torch.library.custom_op("sana::qkv_linear_attention", mutates_args=())
+def _qkv_linear_attention(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+    _check_qkv(qkv, num_heads)
+    return qkv_linear_attention_truth(qkv, num_heads, eps).contiguous()
+
+
+@_qkv_linear_attention.register_kernel("cuda")
+def _qkv_linear_attention_cuda(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+    _check_qkv(qkv, num_heads)
+    if qkv.dtype == torch.float64:
+        return qkv_linear_attention_truth(qkv, num_heads, eps).contiguous()
+    from plugins import qkv_linear_attention as kernels
+
+    out = qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
+    kernels.launch(qkv.contiguous(), out, num_heads, eps)
+    return out
+
+
+@_qkv_linear_attention.register_fake
+def _qkv_linear_attention_fake(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
+
+
+def qkv_linear_attention(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+    """`qkv_linear_attention_truth` as the op `sana::qkv_linear_attention`, for engines: it is not differentiable.
+
+    qkv: (B, N, 3 H D) of fp16, bf16, fp32 or fp64; on CUDA (except fp64) D is 16, 32 or 64. Returns (B, N, H D), contiguous.
+    Raises ValueError for other shapes.
+    """
+    out: Tensor = torch.ops.sana.qkv_linear_attention(qkv, num_heads, eps)
+    return out
 
 
 # What the convolution's kernels are for: their exponentials are not fp32's to the last place.

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from sana_ref import ops
 from sana_ref.config import config_from_json, refuse_unless
 from sana_ref.embeddings import CaptionProjection, PatchEmbed, TimeEmbed, TimeGuidanceEmbed
-from sana_ref.layers import GLUMBConv, RMSNorm
+from sana_ref.layers import GLUMBConv, RMSNorm, fuse_feed_forward
 
-__all__ = ["SanaTransformer2DModel", "SanaTransformerConfig"]
+__all__ = ["SanaTransformer2DModel", "SanaTransformerConfig", "fuse"]
 
 MASKED = -10000.0  # added to the scores of padding; fits fp16, and exp of it is 0 in every type
 FP16_MAX = 65504.0
@@ -84,7 +84,12 @@ class SanaTransformerConfig:
 
 
 class LinearAttention(nn.Module):
-    """Self-attention with ReLU instead of softmax: cost grows with N, not N^2. x and result: (B, N, D)."""
+    """Self-attention with ReLU instead of softmax: cost grows with N, not N^2. x and result: (B, N, D).
+
+    `fused`: one projection for q, k and v, and attention straight from its result, as an engine is fastest; the same parameters.
+    """
+
+    fused = False
 
     def __init__(self, config: SanaTransformerConfig) -> None:
         super().__init__()
@@ -98,12 +103,25 @@ class LinearAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(x), self.to_v(x)
+        if self.fused:
+            out = self.to_out[0](ops.qkv_linear_attention(self._qkv(x), self.num_heads))
+        else:
+            q, k, v = self._normalised(self.to_q(x), self.to_k(x), self.to_v(x))
+            q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
+            out = self.to_out[0](merge_heads(ops.relu_linear_attention(q, k, v)))
+        return out.clip(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else out
+
+    def _normalised(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.norm_q is not None and self.norm_k is not None:
             q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)  # fp32 norms under autocast: the op takes one type
-        q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
-        out = self.to_out[0](merge_heads(ops.relu_linear_attention(q, k, v)))
-        return out.clip(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else out
+        return q, k, v
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        """(B, N, 3 D)."""
+        parts = (self.to_q, self.to_k, self.to_v)
+        bias = None if self.to_q.bias is None else torch.cat([part.bias for part in parts])
+        qkv = F.linear(x, torch.cat([part.weight for part in parts]), bias)
+        return qkv if self.norm_q is None else torch.cat(self._normalised(*qkv.chunk(3, dim=-1)), dim=-1)
 
 
 class CrossAttention(nn.Module):
@@ -220,3 +238,11 @@ def split_heads(x: Tensor, num_heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, N, D) -> (B, N, H D)."""
     return x.transpose(1, 2).flatten(2)
+
+
+def fuse(model: nn.Module) -> None:
+    """Let linear attention and mix-FFNs be computed as an engine is fastest, in place. The meaning and the parameters stay."""
+    fuse_feed_forward(model)
+    for module in model.modules():
+        if isinstance(module, LinearAttention):
+            module.fused = True

@@ -26,7 +26,7 @@ def test_the_manifest_says_what_the_checkpoint_is(built):
     assert manifest.precision == {"text_encoder": "bf16", "denoiser": "fp16", "decoder": "bf16"}
     assert manifest.plugins == {
         "text_encoder": {},
-        "denoiser": {"GatedDepthwiseConv": 1, "ReluLinearAttention": 1},
+        "denoiser": {"GatedDepthwiseConv": 1, "LinearAttentionApply": 1, "LinearAttentionState": 1},
         "decoder": {"ReluLinearAttention": 1},
     }
     assert (manifest.model, manifest.variant, manifest.targets, manifest.tensorrt) == ("tiny", "custom", (), None)

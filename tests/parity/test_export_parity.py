@@ -136,7 +136,7 @@ def test_an_error_in_a_stored_weight_is_seen(tmp_path, name, parameter, change):
 
 
 def wrong_epsilon_of_the_body(model: onnx.ModelProto) -> None:
-    node = next(node for node in model.graph.node if node.op_type == "ReluLinearAttention")
+    node = next(node for node in model.graph.node if node.op_type == "LinearAttentionApply")
     next(attribute for attribute in node.attribute if attribute.name == "eps").f = NV_EPS
 
 
@@ -146,7 +146,7 @@ def wrong_epsilon_of_a_norm(model: onnx.ModelProto) -> None:
 
 
 def forgotten_relu(model: onnx.ModelProto) -> None:
-    body = next(function for function in model.functions if function.name == "ReluLinearAttention")
+    body = next(function for function in model.functions if function.name == "LinearAttentionState")
     next(node for node in body.node if node.op_type == "Relu").op_type = "Abs"
 
 
@@ -206,7 +206,12 @@ def test_an_error_in_an_engines_kernel_is_seen(monkeypatch, folder, kernel, seen
     it = subject("denoiser", folder)
     source = it.checkpoint.sources["transformer"]
     module = loaded(it.component.module, lambda name: source.read(it.component.checkpoint_name(name)), TORCH_DTYPES[Precision.FP16])
-    monkeypatch.setattr(ops, "relu_linear_attention", lambda q, k, v, eps=ops.EPS: kernel(q, k, v, eps))
+
+    def attention(qkv, num_heads, eps=ops.EPS):
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return kernel(q, k, v, eps).transpose(1, 2).flatten(2)
+
+    monkeypatch.setattr(ops, "qkv_linear_attention", attention)
     got = {case: run_module(module, it.component, golden.inputs) for case, golden in it.golden.items()}
     if seen:
         with pytest.raises(ParityError, match=r"denoiser, \w+ \(TensorRT, case"):

@@ -1,0 +1,282 @@
+"""ReLU linear attention straight from a fused QKV projection, split over tokens: two Triton kernels, ONNX bodies, cubins.
+
+Its meaning is `qkv_linear_attention_truth` in sana_ref/ops.py. Two ops, because every output needs the sums over all tokens:
+
+    LinearAttentionState    qkv -> state: S = relu(k)^T v and z = the sum of relu(k), in parts, each over some of the tokens
+    LinearAttentionApply    qkv, state -> out = relu(q) S / (relu(q) z + eps)
+
+Heads are read where the projection left them and written where the next projection wants them: nothing is transposed in between.
+The number of parts grows with the tokens, so that 4K (16,384 tokens) fills a GPU as 1K does; they are added up in a fixed order.
+
+Precision: the sums, their products with q and the division in fp32. Those products take tensor cores where that costs no bits that
+matter: with bf16 inputs S is two bf16 numbers (16 bits), with fp16 ones three TF32 products stand for one of fp32.
+
+Dimensions: B images, H heads, N tokens, D channels per head, P parts. qkv (B, N, 3, H, D), state (B, H, P, D + 1, D), z last; out
+(B, N, H, D).
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from plugins import cubin
+from plugins.cubin import Cubin
+from plugins.launch import Output
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+STATE, APPLY = "LinearAttentionState", "LinearAttentionApply"
+DOMAIN = "sana"
+EPS = 1e-15  # as sana_ref.ops.EPS; a test holds the two together
+HEAD_DIMS = (16, 32, 64)  # 16: the least that a tensor core takes; the published models have 32
+PRECISIONS = {"bf16": "split", "fp16": "tf32x3", "fp32": "ieee"}  # of the product with S
+BLOCK_N, NUM_WARPS, NUM_STAGES = 64, 4, 3  # tokens a step, warps of a program, loads under way. Not measured: reasoned
+PART = 512  # tokens of a part of the state, until there are MAX_PARTS: each program of Apply reads them all
+MAX_PARTS = 16
+TILE = 256  # tokens of a program of Apply
+
+
+@triton.jit
+def _relu(x):
+    # A NaN must come out as NaN, as from torch.relu; plain maximum would turn it into 0.
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _dot(exact, wide, PRECISION: tl.constexpr):
+    """exact @ wide in fp32. exact: numbers that the inputs' dtype holds; wide: fp32."""
+    if PRECISION == "split":
+        high = wide.to(tl.bfloat16)
+        low = (wide - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(exact.to(tl.bfloat16), high, tl.dot(exact.to(tl.bfloat16), low))
+    else:
+        return tl.dot(exact.to(tl.float32), wide, input_precision=PRECISION)
+
+
+@triton.jit
+def state_kernel(qkv, state, heads, n_tokens, n_part, D: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A program: one head of an image, n_part tokens."""
+    image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    row = 3 * heads * D
+    d = tl.arange(0, D)
+    k_D = qkv + image.to(tl.int64) * n_tokens * row + (heads + head) * D + d  # int64: 64 images of 4096 px pass 2**31 elements
+    v_D = k_D + heads * D
+    first = tl.program_id(1) * n_part
+    state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
+    for start in range(first, min(first + n_part, n_tokens), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        at, live = n.to(tl.int64)[:, None] * row, n[:, None] < n_tokens
+        k_ND = _relu(tl.load(k_D[None, :] + at, mask=live, other=0.0)).to(qkv.dtype.element_ty)
+        v_ND = tl.load(v_D[None, :] + at, mask=live, other=0.0)
+        # ieee: for fp32 inputs; the default, TF32, has 10 bits of mantissa. Half precision products are exact in fp32 anyway.
+        state_DD = tl.dot(tl.trans(k_ND), v_ND, state_DD, input_precision="ieee")
+        z_D += tl.sum(k_ND.to(tl.float32), axis=0)
+    part = state + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (D + 1) * D
+    tl.store(part + d[:, None] * D + d[None, :], state_DD)
+    tl.store(part + D * D + d, z_D)
+
+
+@triton.jit
+def apply_kernel(
+    qkv, state, out, heads, n_tokens, n_tile, parts, eps, D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr
+):
+    """A program: one head of an image, n_tile tokens."""
+    image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    d = tl.arange(0, D)
+    state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
+    for number in range(parts):
+        part = state + (tl.program_id(0).to(tl.int64) * parts + number) * (D + 1) * D
+        state_DD += tl.load(part + d[:, None] * D + d[None, :])
+        z_D += tl.load(part + D * D + d)
+    tokens = image.to(tl.int64) * n_tokens
+    q_D, out_D = qkv + tokens * 3 * heads * D + head * D + d, out + tokens * heads * D + head * D + d
+    first = tl.program_id(1) * n_tile
+    for start in range(first, min(first + n_tile, n_tokens), BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        n64_N1, live = n.to(tl.int64)[:, None], n[:, None] < n_tokens
+        q_ND = _relu(tl.load(q_D[None, :] + n64_N1 * (3 * heads * D), mask=live, other=0.0))
+        top_ND = _dot(q_ND, state_DD, PRECISION)
+        bottom_N = tl.sum(q_ND.to(tl.float32) * z_D[None, :], axis=1) + eps
+        out_ND = tl.div_rn(top_ND, bottom_N[:, None]).to(out.dtype.element_ty)
+        tl.store(out_D[None, :] + n64_N1 * (heads * D), out_ND, mask=live)
+
+
+def _check(dtype: str, head_dim: int) -> None:
+    cubin.check_type(STATE, dtype)
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"{STATE}: got head_dim {head_dim}; expected one of {HEAD_DIMS}")
+
+
+def num_parts(tokens: int) -> int:
+    """P."""
+    return min(math.ceil(tokens / PART), MAX_PARTS)
+
+
+def launch(qkv: "torch.Tensor", out: "torch.Tensor", num_heads: int, eps: float = EPS) -> None:
+    """Write the attention of qkv (B, N, 3 H D) into out (B, N, H D): contiguous, one dtype of fp16, bf16, fp32, on the current GPU.
+
+    Raises ValueError unless that holds and D is in HEAD_DIMS.
+    """
+    import torch
+
+    batch, tokens, width = out.shape
+    fits = qkv.shape == (batch, tokens, 3 * width) and width % num_heads == 0 and qkv.is_contiguous() and out.is_contiguous()
+    if not fits or qkv.dtype != out.dtype or qkv.device != out.device:
+        seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in (qkv, out))
+        raise ValueError(f"{APPLY}: got qkv, out {seen}, {num_heads} heads; expected (B, N, 3 H D) and (B, N, H D), contiguous")
+    head_dim = width // num_heads
+    dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(str(qkv.dtype), str(qkv.dtype))
+    _check(dtype, head_dim)
+    if out.numel() == 0:
+        return
+    parts = num_parts(tokens)
+    n_part = math.ceil(tokens / (parts * BLOCK_N)) * BLOCK_N
+    state = qkv.new_empty((batch, num_heads, parts, head_dim + 1, head_dim), dtype=torch.float32)
+    options = {"D": head_dim, "BLOCK_N": BLOCK_N, "num_warps": NUM_WARPS, "num_stages": NUM_STAGES}
+    state_kernel[batch * num_heads, parts](qkv, state, num_heads, tokens, n_part, **options)
+    apply_kernel[batch * num_heads, math.ceil(tokens / TILE)](
+        qkv, state, out, num_heads, tokens, TILE, parts, eps, PRECISION=PRECISIONS[dtype], **options
+    )
+
+
+@functools.cache
+def compile_cubin(op: str, capability: int, dtype: str, head_dim: int) -> Cubin:
+    """For STATE or APPLY and an SM such as 89."""
+    constants: dict[str, Any] = {"D": head_dim, "BLOCK_N": BLOCK_N}
+    signature = {"qkv": f"*{dtype}", "state": "*fp32"}
+    if op == STATE:
+        kernel, signature = state_kernel, signature | dict.fromkeys(("heads", "n_tokens", "n_part"), "i32")
+    else:
+        constants["PRECISION"] = PRECISIONS[dtype]
+        numbers = dict.fromkeys(("heads", "n_tokens", "n_tile", "parts"), "i32")
+        kernel, signature = apply_kernel, signature | {"out": f"*{dtype}"} | numbers | {"eps": "fp32"}
+    return cubin.compile_cubin(
+        kernel,
+        capability,
+        op=op,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constants=constants,
+        aligned=("qkv", "state", "out"),
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+
+
+def compile_cubins(
+    op: str, targets: Iterable[str], dtype: str, heads: int, head_dim: int, eps: float = EPS
+) -> dict[str, str | bytes | float | list[int]]:
+    """Every attribute of a node of STATE or APPLY for the GPU architectures `targets` ("sm80", "sm89", ...).
+
+    dtype "fp16", "bf16" or "fp32" of qkv and out; head_dim one of HEAD_DIMS, else ValueError. The function bodies read `split`, the
+    shape of qkv with 0 for what stays, and eps.
+    """
+    _check(dtype, head_dim)
+    batch, tokens = ["dim", 0, 0], ["dim", 0, 1]
+    parts = ["min", ["ceildiv", tokens, PART], MAX_PARTS]
+    rows = ["mul", batch, heads]
+    split: dict[str, Any] = {"split": [0, 0, 3, heads, head_dim]}
+    if op == STATE:
+        n_part = ["mul", ["ceildiv", tokens, ["mul", parts, BLOCK_N]], BLOCK_N]
+        return split | cubin.attributes(
+            op,
+            targets,
+            lambda capability: compile_cubin(op, capability, dtype, head_dim),
+            inputs=[dtype],
+            outputs=[Output(type="fp32", shape=[batch, heads, parts, head_dim + 1, head_dim])],
+            grid=[rows, parts, 1],
+            args=[["in", 0], ["out", 0], ["i32", heads], ["i32", tokens], ["i32", n_part]],
+        )
+    numbers = [["i32", number] for number in (heads, tokens, TILE, ["dim", 1, 2])]
+    found = cubin.attributes(
+        op,
+        targets,
+        lambda capability: compile_cubin(op, capability, dtype, head_dim),
+        inputs=[dtype, "fp32"],
+        outputs=[Output(type=dtype, shape=[batch, tokens, heads * head_dim])],
+        grid=[rows, ["ceildiv", tokens, TILE], 1],
+        args=[["in", 0], ["in", 1], ["out", 0], *numbers, ["f32", eps]],
+    )
+    return split | found | {"eps": eps}
+
+
+def function_body(op: str, opset: int = 20) -> "onnx.FunctionProto":
+    """STATE or APPLY in standard ONNX operators, for every reader that has no plugin: fp32 inside; the state has one part.
+
+    Attributes `split` (required) and, of APPLY, eps; the plugin's are allowed and unused. opset: of the standard operators, 18 or
+    newer; it must equal the model's.
+    """
+    from onnx import AttributeProto, TensorProto, helper
+
+    def from_attribute(name: str, attribute: str, kind: "AttributeProto.AttributeType") -> "onnx.NodeProto":
+        node = helper.make_node("Constant", [], [name])
+        value = "value_ints" if kind == AttributeProto.INTS else "value_float"
+        node.attribute.append(AttributeProto(name=value, type=kind, ref_attr_name=attribute))
+        return node
+
+    def constant(name: str, *values: int) -> "onnx.NodeProto":
+        return helper.make_node("Constant", [], [name], value_ints=list(values))
+
+    def part_of(name: str, number: int) -> "list[onnx.NodeProto]":
+        """(B, H, N, D) in fp32."""
+        return [
+            helper.make_node("Constant", [], [f"{name}_index"], value_int=number),
+            helper.make_node("Gather", ["heads", f"{name}_index"], [f"{name}_narrow"], axis=2),
+            helper.make_node("Transpose", [f"{name}_narrow"], [f"{name}_first"], perm=[0, 2, 1, 3]),
+            helper.make_node("Cast", [f"{name}_first"], [f"{name}_wide"], to=TensorProto.FLOAT),
+        ]
+
+    nodes = [
+        from_attribute("shape", "split", AttributeProto.INTS),
+        helper.make_node("Reshape", ["qkv", "shape"], ["heads"]),
+    ]
+    if op == STATE:
+        inputs, outputs = ["qkv"], ["state"]
+        nodes += [
+            *part_of("k", 1),
+            *part_of("v", 2),
+            helper.make_node("Relu", ["k_wide"], ["k"]),
+            helper.make_node("Transpose", ["k"], ["k_transposed"], perm=[0, 1, 3, 2]),
+            helper.make_node("MatMul", ["k_transposed", "v_wide"], ["sums"]),
+            constant("tokens_axis", 2),
+            helper.make_node("ReduceSum", ["k", "tokens_axis"], ["z"], keepdims=1),
+            helper.make_node("Concat", ["sums", "z"], ["whole"], axis=2),
+            helper.make_node("Unsqueeze", ["whole", "tokens_axis"], ["state"]),
+        ]
+    else:
+        inputs, outputs = ["qkv", "state"], ["out"]
+        nodes += [
+            *part_of("q", 0),
+            helper.make_node("Relu", ["q_wide"], ["q"]),
+            constant("parts_axis", 2),
+            helper.make_node("ReduceSum", ["state", "parts_axis"], ["whole"], keepdims=0),
+            *(constant(name, value) for name, value in (("zero", 0), ("last", -1), ("end", 2**31 - 1))),
+            helper.make_node("Slice", ["whole", "zero", "last", "parts_axis"], ["sums"]),
+            helper.make_node("Slice", ["whole", "last", "end", "parts_axis"], ["z"]),
+            helper.make_node("Transpose", ["z"], ["z_transposed"], perm=[0, 1, 3, 2]),
+            helper.make_node("MatMul", ["q", "sums"], ["top"]),
+            helper.make_node("MatMul", ["q", "z_transposed"], ["bottom"]),
+            from_attribute("eps", "eps", AttributeProto.FLOAT),
+            helper.make_node("Add", ["bottom", "eps"], ["bottom_eps"]),
+            helper.make_node("Div", ["top", "bottom_eps"], ["out_first"]),
+            helper.make_node("Transpose", ["out_first"], ["out_heads"], perm=[0, 2, 1, 3]),
+            constant("joined", 0, 0, -1),
+            helper.make_node("Reshape", ["out_heads", "joined"], ["out_wide"]),
+            helper.make_node("CastLike", ["out_wide", "qkv"], ["out"]),
+        ]
+    defaults = {"launch": "", "cubins": "", "plugin_version": "", "plugin_namespace": ""} | ({"eps": EPS} if op == APPLY else {})
+    return helper.make_function(
+        DOMAIN,
+        op,
+        inputs,
+        outputs,
+        nodes,
+        [helper.make_opsetid("", opset)],
+        attributes=["split"],
+        attribute_protos=[helper.make_attribute(name, default) for name, default in defaults.items()],
+    )

@@ -1,0 +1,191 @@
+"""The kernels (interpreted on a CPU, or on a GPU), ONNX function bodies and cubins of qkv_linear_attention."""
+
+import json
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from attention_graph import DTYPES, ONNX_TYPES
+from onnx import helper
+from parity.bound import assert_parity
+from parity.interpreter import interpret
+
+from plugins import qkv_linear_attention as op
+from plugins.launch import Launch, evaluate
+from sana_ref import ops
+
+# (B, N, H, D): one token, around a step, several parts with the last one short, and each size of a head
+SHAPES = [(2, 1, 3, 32), (1, 65, 2, 32), (2, 70, 2, 16), (1, 70, 2, 64), (1, 1100, 1, 32)]
+INTERPRETED = ("fp16", "fp32")  # not bf16, on a GPU only: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
+SMALL = {"fp16": 2e-7, "bf16": 3e-9, "fp32": 3e-9}  # q and k of this size bring relu(q) z down to eps, so that a wrong eps shows
+
+
+def projection(shape, dtype, scale=1.0):
+    batch, tokens, heads, dim = shape
+    x = torch.randn(batch, tokens, 3, heads * dim, generator=torch.Generator().manual_seed(sum(shape)))
+    x[:, :, :2] *= scale
+    return x.flatten(2).to(DTYPES[dtype])
+
+
+def check(got, qkv, heads, name):
+    same, exact = ops.qkv_linear_attention_truth(qkv, heads), ops.qkv_linear_attention_truth(qkv.double(), heads)
+    assert got.dtype == qkv.dtype
+    assert_parity(got.cpu(), same=same.cpu(), exact=exact.cpu(), name=name)
+
+
+def cases(dtypes):
+    """(shape, dtype, scale)."""
+    for dtype in dtypes:
+        yield from ((shape, dtype, 1.0) for shape in SHAPES)
+        yield (2, 70, 2, 32), dtype, SMALL[dtype]
+
+
+def test_truth():
+    """The same as the op of separate q, k, v, and heads joined."""
+    qkv = projection((2, 7, 3, 16), "fp32")
+    q, k, v = (t.unflatten(-1, (3, 16)).transpose(1, 2) for t in qkv.chunk(3, -1))
+    wanted = ops.relu_linear_attention_truth(q, k, v).transpose(1, 2).flatten(2)
+    assert torch.equal(ops.qkv_linear_attention(qkv, 3), wanted)
+
+
+def test_registration():
+    torch.library.opcheck(torch.ops.sana.qkv_linear_attention.default, (projection((2, 7, 3, 16), "fp32"), 3))
+    with pytest.raises(ValueError, match=r"got qkv \(2, 7, 144\) torch.float32, 5 heads; expected floating \(B, N, 3 H D\)"):
+        ops.qkv_linear_attention(projection((2, 7, 3, 16), "fp32"), 5)
+
+
+LAUNCH = """
+import torch
+from plugins import qkv_linear_attention as kernels
+def launch(out, qkv, heads, result):
+    kernels.launch(qkv, result, int(heads))
+def wrong_head(out, qkv, heads, result):
+    kernels.launch(qkv.roll(kernels.HEAD_DIMS[0], -1), result, int(heads))
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """Outputs by case, all from one process; last, one whose heads are wrong."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "qkv_launch.py").write_text(LAUNCH)
+    named = [*cases(INTERPRETED)]
+    calls = []
+    for shape, dtype, scale in named:
+        batch, tokens, heads, dim = shape
+        calls.append(
+            (
+                (
+                    torch.empty(batch, tokens, heads * dim, dtype=DTYPES[dtype]),
+                    projection(shape, dtype, scale),
+                    torch.tensor(heads),
+                ),
+                {},
+            )
+        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        outputs = interpret("qkv_launch:launch", calls)
+        wrong = interpret("qkv_launch:wrong_head", calls[1:2])
+    return dict(zip(named, outputs, strict=True)) | {"wrong": wrong[0]}
+
+
+@pytest.mark.parametrize("case", cases(INTERPRETED), ids=str)
+def test_kernels(interpreted, case):
+    shape, dtype, scale = case
+    check(interpreted[case], projection(shape, dtype, scale), shape[2], f"kernels {case}")
+
+
+def test_planted_error_is_caught(interpreted):
+    with pytest.raises(AssertionError, match="expected at most"):
+        check(interpreted["wrong"], projection(SHAPES[1], "fp16"), SHAPES[1][2], "channels moved")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("case", [*cases(DTYPES), ((2, 4096, 70, 32), "fp16", 1.0), ((2, 4096, 70, 32), "bf16", 1.0)], ids=str)
+def test_op_on_gpu(case):
+    shape, dtype, scale = case
+    qkv = projection(shape, dtype, scale).cuda()
+    got = ops.qkv_linear_attention(qkv, shape[2])
+    check(got, qkv, shape[2], f"op {case}")
+    assert torch.equal(ops.qkv_linear_attention(qkv, shape[2]), got)
+
+
+def body_model(dtype, heads, dim):
+    def value(name, kind, *shape):
+        return helper.make_tensor_value_info(name, kind, shape)
+
+    split = [0, 0, 3, heads, dim]
+    nodes = [
+        helper.make_node(op.STATE, ["qkv"], ["state"], domain=op.DOMAIN, split=split),
+        helper.make_node(op.APPLY, ["qkv", "state"], ["out"], domain=op.DOMAIN, split=split, launch="unused"),
+    ]
+    kind = ONNX_TYPES[dtype]
+    graph = helper.make_graph(
+        nodes, "attention", [value("qkv", kind, "b", "n", 3 * heads * dim)], [value("out", kind, "b", "n", heads * dim)]
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
+    bodies = [op.function_body(op.STATE), op.function_body(op.APPLY)]
+    return helper.make_model(graph, functions=bodies, opset_imports=opsets, ir_version=10)
+
+
+@pytest.mark.parametrize("case", cases(["fp16", "fp32"]), ids=str)
+def test_function_bodies(case):
+    """In ONNX Runtime, without the plugin's attributes and with one of them."""
+    shape, dtype, scale = case
+    model = body_model(dtype, *shape[2:])
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    qkv = projection(shape, dtype, scale)
+    got = torch.from_numpy(session.run(None, {"qkv": qkv.numpy()})[0])
+    check(got, qkv, shape[2], f"bodies {case}")
+    with pytest.raises(AssertionError, match="expected at most"):
+        check(got * 1.02, qkv, shape[2], "2 % too much")
+
+
+def test_eps_is_the_truths():
+    assert op.EPS == ops.EPS
+
+
+def numbers(launch, dims):
+    return [evaluate(arg[1], dims) for arg in json.loads(launch.to_json())["args"] if arg[0] == "i32"]
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 512, 513, 1024, 4096, 16384, 65536])
+def test_parts(tokens):
+    """What the plugin computes from the JSON: parts cover all tokens, whole steps each, and are those of a launch from PyTorch."""
+    attributes = {name: op.compile_cubins(name, ["sm90"], "fp16", 70, 32) for name in (op.STATE, op.APPLY)}
+    launches = {name: Launch.from_json(each["launch"]) for name, each in attributes.items()}
+    dims = [(2, tokens, 3 * 70 * 32)]
+    state = [evaluate(size, dims) for size in launches[op.STATE].outputs[0].shape]
+    assert state == [2, 70, op.num_parts(tokens), 33, 32]
+    assert [evaluate(size, dims) for size in launches[op.STATE].grid] == [140, op.num_parts(tokens), 1]
+    *_, n_part = numbers(launches[op.STATE], dims)
+    assert n_part % op.BLOCK_N == 0
+    assert n_part * op.num_parts(tokens) >= tokens
+    dims.append(tuple(state))
+    assert numbers(launches[op.APPLY], dims) == [70, tokens, op.TILE, op.num_parts(tokens)]
+    assert ["f32", op.EPS] in json.loads(launches[op.APPLY].to_json())["args"]
+    assert evaluate(launches[op.APPLY].grid[1], dims) * op.TILE >= tokens
+    assert [evaluate(size, dims) for size in launches[op.APPLY].outputs[0].shape] == [2, tokens, 70 * 32]
+
+
+@pytest.mark.parametrize("name", [op.STATE, op.APPLY])
+@pytest.mark.parametrize("target", ["sm80", "sm89", "sm120"])
+def test_cubins(target, name):
+    for dtype in DTYPES:
+        attributes = op.compile_cubins(name, [target], dtype, 2, 32)
+        launch = Launch.from_json(attributes["launch"])
+        assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
+        assert launch.inputs == ([dtype] if name == op.STATE else [dtype, "fp32"])
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"got head_dim 24; expected one of \(16, 32, 64\)"):
+        op.compile_cubins(op.STATE, ["sm89"], "fp16", 2, 24)
+    with pytest.raises(ValueError, match="got dtype 'int8'"):
+        op.compile_cubins(op.APPLY, ["sm89"], "int8", 2, 32)
+    with pytest.raises(ValueError, match=r"expected \(B, N, 3 H D\) and \(B, N, H D\), contiguous"):
+        op.launch(torch.ones(1, 4, 96), torch.ones(1, 4, 96), 1)
