@@ -94,6 +94,7 @@ def test_peers_need_diffusers_layout(checkpoint: Checkpoint, said: list[str], tm
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's compiler, about itself
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_compiled_peers_are_as_exact(checkpoint: Checkpoint, component: ComponentName, said: list[str]) -> None:
@@ -119,6 +120,7 @@ def test_words_for_peers() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # as above
 def test_compiled_peers_on_a_gpu(checkpoint: Checkpoint, said: list[str]) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
