@@ -28,6 +28,7 @@ def test_the_last_accepted_of_the_same_key(tmp_path: Path) -> None:
     later = record(run="4" * 12, date="2026-01-04", bundle="cd" * 32, commit="fedcba987654")  # bundle and commit may change
     history.append([old, new, other, later])
     assert later.key == new.key != other.key
+    assert record(peers={"diffusers_eager": 3.0}).key != new.key  # what runs in between counts
     assert history.last_accepted(later.key) == new
 
 

@@ -43,7 +43,7 @@ def charts(text: str) -> list[ET.Element]:
 
 def test_the_page_shows_history_sizes_and_kernels() -> None:
     records = [
-        record(accepted=True, run="1" * 12),
+        record(accepted=True, run="1" * 12, peers={"diffusers_eager": 30.0}),
         record(width=1024, height=1024, ratio=40, accepted=True, run="1" * 12, peers={"diffusers_eager": 120.0}),
         record(ratio=11, run="2" * 12, peers={"diffusers_eager": 30.0}, kernels=LAYERS, note="<random> weights", energy_j=0.5),
     ]
