@@ -7,7 +7,7 @@ Parameter names are those of diffusers' SanaTransformer2DModel. Source: Sana, ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -20,11 +20,13 @@ from sana_ref.config import config_from_json, refuse_unless
 from sana_ref.embeddings import CaptionProjection, PatchEmbed, TimeEmbed, TimeGuidanceEmbed
 from sana_ref.layers import GLUMBConv, RMSNorm, fuse_feed_forward
 
-__all__ = ["SanaTransformer2DModel", "SanaTransformerConfig", "fuse"]
+__all__ = ["KeysValues", "SanaTransformer2DModel", "SanaTransformerConfig", "fuse"]
 
 MASKED = -10000.0  # added to the scores of padding; fits fp16, and exp of it is 0 in every type
 FP16_MAX = 65504.0
 QK_NORMS = (None, "rms_norm_across_heads")
+
+KeysValues = tuple[Tensor, Tensor]  # of a text, for one block: (B, H, L, D / H) each
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +127,10 @@ class LinearAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention to the text. x and result (B, N, D); text (B, L, D); bias (B, 1, 1, L) is added to the scores."""
+    """Softmax attention to the text. x and result (B, N, D); bias (B, 1, 1, L) is added to the scores.
+
+    The text is given as hidden states (B, L, D), or as what keys_values makes of them, which is the same at every step.
+    """
 
     def __init__(self, config: SanaTransformerConfig) -> None:
         super().__init__()
@@ -138,20 +143,27 @@ class CrossAttention(nn.Module):
         self.norm_k = RMSNorm(inner) if config.qk_norm else None
         self.to_out = nn.ModuleList([nn.Linear(inner, config.dim)])
 
-    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(text), self.to_v(text)
-        if self.norm_q is not None and self.norm_k is not None:
-            q, k = self.norm_q(q).to(v.dtype), self.norm_k(k).to(v.dtype)
+    def keys_values(self, text: Tensor) -> KeysValues:
+        k, v = self.to_k(text), self.to_v(text)
+        if self.norm_k is not None:
+            k = self.norm_k(k).to(v.dtype)
+        return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
+
+    def forward(self, x: Tensor, text: Tensor | KeysValues, bias: Tensor | None) -> Tensor:
+        k, v = self.keys_values(text) if isinstance(text, Tensor) else text
+        q = self.to_q(x)
+        if self.norm_q is not None:
+            q = self.norm_q(q).to(v.dtype)
         # The scale goes to q, in fp32: an exported graph would hold it in half precision, wrong by up to 5e-4 for all scores.
         q = (q.to(torch.promote_types(q.dtype, torch.float32)) * (q.shape[-1] // self.num_heads) ** -0.5).to(v.dtype)
-        q, k, v = (split_heads(t, self.num_heads) for t in (q, k, v))
-        return self.to_out[0](merge_heads(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)))
+        out = F.scaled_dot_product_attention(split_heads(q, self.num_heads), k, v, attn_mask=bias, scale=1.0)
+        return self.to_out[0](merge_heads(out))
 
 
 class SanaTransformerBlock(nn.Module):
     """h = h + gate * attention(modulated h); h = h + attention to text(h); h = h + gate * feed-forward(modulated h).
 
-    hidden: (B, N, D), N = height x width. time6: (B, 6D), to which the block's own table is added.
+    hidden: (B, N, D), N = height x width. text: as CrossAttention takes it. time6: (B, 6D); the block's own table is added to it.
     """
 
     def __init__(self, config: SanaTransformerConfig) -> None:
@@ -164,7 +176,9 @@ class SanaTransformerBlock(nn.Module):
         self.ff = GLUMBConv(dim, expand_ratio=config.mlp_ratio, norm=False)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
-    def forward(self, hidden: Tensor, text: Tensor, text_bias: Tensor | None, time6: Tensor, height: int, width: int) -> Tensor:
+    def forward(
+        self, hidden: Tensor, text: Tensor | KeysValues, text_bias: Tensor | None, time6: Tensor, height: int, width: int
+    ) -> Tensor:
         table = self.scale_shift_table[None] + time6.unflatten(1, (6, -1))
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.chunk(6, dim=1)
         hidden = hidden + gate_attn * self.attn1(modulate(self.norm1(hidden), shift_attn, scale_attn).to(hidden.dtype))
@@ -208,16 +222,31 @@ class SanaTransformer2DModel(nn.Module):
         guidance: (B,), guidance scale x guidance_embeds_scale; required by models with guidance_embeds,
             refused by the others (ValueError).
         """
+        texts = [self.project_text(encoder_hidden_states)] * len(self.transformer_blocks)
+        return self.denoise(hidden_states, texts, timestep, encoder_attention_mask, guidance)
+
+    def project_text(self, encoder_hidden_states: Tensor) -> Tensor:
+        """(B, L, caption_channels) -> the hidden states (B, L, D) that every block attends to."""
+        return self.caption_norm(self.caption_projection(encoder_hidden_states))
+
+    def denoise(
+        self,
+        hidden_states: Tensor,
+        texts: Sequence[Tensor | KeysValues],
+        timestep: Tensor,
+        encoder_attention_mask: Tensor | None,
+        guidance: Tensor | None,
+    ) -> Tensor:
+        """As forward, with the text as each block is to have it: hidden states, or keys and values."""
         patch = self.config.patch_size
         height, width = hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch
         hidden = self.patch_embed(hidden_states)
         time6, time = self.time_embed(timestep, guidance, hidden.dtype)
-        text = self.caption_norm(self.caption_projection(encoder_hidden_states))
         text_bias = None
         if encoder_attention_mask is not None:
             text_bias = ((1 - encoder_attention_mask.to(hidden.dtype)) * MASKED)[:, None, None]
 
-        for block in self.transformer_blocks:
+        for block, text in zip(self.transformer_blocks, texts, strict=True):
             hidden = block(hidden, text, text_bias, time6, height, width)
 
         shift, scale = (self.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)
