@@ -56,15 +56,14 @@ TotalProgress = Callable[[int, int], None]  # bytes done, bytes in all
 
 
 def parse_manifest(data: bytes, *, source: str) -> Manifest:
-    """Raises SchemaVersionError for a newer schema, ManifestError or UnsafePathError for anything else that is wrong."""
+    """Raises SchemaVersionError for another schema, ManifestError or UnsafePathError for anything else that is wrong."""
     document = loads(data, source=source)
     version = document.get("schema_version", SCHEMA_VERSION) if isinstance(document, dict) else SCHEMA_VERSION
     if type(version) is not int or version < 1:  # True equals 1
         raise ManifestError(f"{source}: schema_version: got {version!r}; expected {SCHEMA_VERSION}.")
-    if version > SCHEMA_VERSION:
-        raise SchemaVersionError(
-            f"{source}: got schema {version}, this program reads {SCHEMA_VERSION}: upgrade, or rebuild the bundle here."
-        )
+    if version != SCHEMA_VERSION:
+        remedy = "upgrade, or rebuild the bundle here" if version > SCHEMA_VERSION else "rebuild the bundle"
+        raise SchemaVersionError(f"{source}: got schema {version}, this program reads {SCHEMA_VERSION}: {remedy}.")
     return validate_json(Manifest, data, source=source)
 
 

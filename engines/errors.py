@@ -7,7 +7,7 @@
     ├── CheckpointError          a checkpoint is missing, incomplete, or does not fit its config
     ├── BundleError              a bundle cannot be read or written
     │   ├── ManifestError        manifest.json (or another JSON file of ours) is not what the schema says
-    │   ├── SchemaVersionError   written by a newer program
+    │   ├── SchemaVersionError   written by a newer or an older program
     │   ├── MissingFileError     the manifest names a file that is not there
     │   ├── DigestError          a file is there and its bytes are not the ones that were written
     │   └── UnsafePathError      a path leads out of the bundle: in the manifest, by a link, or in ONNX external data
@@ -74,7 +74,7 @@ class ManifestError(BundleError):
 
 
 class SchemaVersionError(BundleError):
-    """The bundle was written by a newer program."""
+    """The bundle was written by a newer or an older program."""
 
 
 class MissingFileError(BundleError):

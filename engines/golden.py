@@ -1,6 +1,7 @@
 """parity/<component>.safetensors: inputs, and what the reference makes of them. Written at build time, read by `sana verify`.
 
 One file holds one or more cases (a batch, a size). The tensors of a case are named `<case>/input/<name>`, `<case>/output/<name>`.
+Inputs that fp16 holds exactly may be stored so, in half the space; whoever loads them gets fp32, as every session takes it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,10 @@ def load_golden(path: Path) -> dict[str, Golden]:
             raise BundleError(f"{path}: got the tensor {key!r}; expected <case>/input/<name> or <case>/output/<name>. Rebuild.")
         case, kind, name = match.groups()
         golden = cases.setdefault(case, Golden(inputs={}, outputs={}))
-        (golden.inputs if kind == "input" else golden.outputs)[name] = array
+        if kind == "input":
+            golden.inputs[name] = array.astype(np.float32) if array.dtype == np.float16 else array
+        else:
+            golden.outputs[name] = array
     incomplete = [case for case, golden in cases.items() if not golden.inputs or not golden.outputs]
     if incomplete or not cases:
         what = f"the case {incomplete[0]!r} without inputs or outputs" if incomplete else "no cases"

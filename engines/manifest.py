@@ -26,7 +26,7 @@ __all__ = [
     "graph_name",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAX_FILES = 10_000
 
@@ -87,7 +87,7 @@ class FileEntry(_Model):
 class BundleInfo(_Model):
     """All of the manifest but the list of files, which the writer makes itself."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     model: Annotated[str, Field(min_length=1, max_length=4096)]  # name or id of the checkpoint
     model_digest: Sha256  # of the checkpoint
     variant: Annotated[str, Field(min_length=1, max_length=256)]  # a name of sana_ref.variants, or "custom"
@@ -152,6 +152,12 @@ class Manifest(BundleInfo):
         for what, named in (("precision", self.precision), ("plugins", self.plugins)):
             if set(named) != set(self.components):
                 raise ValueError(f"{what}: got {', '.join(named) or 'nothing'}; expected {', '.join(self.components)}")
+        text, step = self.precision.get("text_projection"), self.precision.get("denoiser")
+        if text and step and text is not step:
+            raise ValueError(
+                f"precision: got {text} for text_projection and {step} for denoiser; expected one for both, since the second reads "
+                "what the first wrote"
+            )
         for component in self.components:
             missing = [sm for sm in self.targets if self.engine_name(component, sm) is None]
             if missing:

@@ -31,7 +31,7 @@ __all__ = [
 
 PX_PER_LATENT = 32  # DC-AE f32: one latent cell covers 32 x 32 px
 
-ComponentName = Literal["text_encoder", "denoiser", "decoder"]
+ComponentName = Literal["text_encoder", "text_projection", "denoiser", "decoder"]  # in the order of a picture
 COMPONENTS: tuple[ComponentName, ...] = get_args(ComponentName)
 
 
@@ -85,12 +85,13 @@ def parse_precision(text: str) -> Precision:
 def component_precision(precision: Precision) -> dict[ComponentName, Precision]:
     """The precision of each component in a build at `precision`.
 
-    fp16 is the denoiser's alone: Gemma-2's activations pass fp16's largest number (65504), and DC-AE decodes to noise in it.
+    fp16 is for the denoiser and the text projection, which is a part of its network: Gemma-2's activations pass fp16's largest
+    number (65504), and DC-AE decodes to noise in it.
     Raises SpecError for a precision that cannot be built yet.
     """
     parse_precision(precision)
     others = Precision.BF16 if precision is Precision.FP16 else precision
-    return {"text_encoder": others, "denoiser": precision, "decoder": others}
+    return {"text_encoder": others, "text_projection": precision, "denoiser": precision, "decoder": others}
 
 
 def parse_targets(text: str, *, current: Callable[[], Target | None] | None = None) -> tuple[Target, ...]:

@@ -16,13 +16,14 @@ from runtime.noise import normal_batch
 from runtime.prompt import PromptCutWarning, PromptTokenizer
 from runtime.schedule import Schedule
 
-__all__ = ["Arrays", "decoder_cases", "denoiser_cases", "text_cases"]
+__all__ = ["Arrays", "decoder_cases", "denoiser_cases", "text_cases", "text_projection_cases"]
 
 Arrays = dict[str, NDArray[np.generic]]
 
 PROMPTS = ("a red apple on a yellow background", "Two cats under a blue umbrella, seen from above, soft evening light")
 NEGATIVE_PROMPTS = ("", "blurry, low quality")
 GUIDANCE = 4.5
+_TEXT_TOKENS = 16  # of a text projection's case: keys and values of all 300 would be larger than a small model
 _SEED = 20241010  # any; noise streams apart from those of pictures are not needed, the bundle keeps the arrays
 
 
@@ -40,6 +41,12 @@ def text_cases(tokenizer: PromptTokenizer, max_batch: int) -> tuple[dict[str, Ar
     return inputs, masks
 
 
+def text_projection_cases(embeds: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
+    """Inputs of the text projection: the first tokens of both texts, and the last of one, which are padding. embeds: (B, L, C)."""
+    guided = np.stack([embeds["negative"], embeds["prompt"]])
+    return {"guided": {"prompt_embeds": guided[:, :, :_TEXT_TOKENS]}, "alone": {"prompt_embeds": guided[1:, :1, -_TEXT_TOKENS:]}}
+
+
 def _sizes(ranges: ShapeRange) -> dict[str, tuple[int, int, int]]:
     """Case: images, latent rows, latent columns."""
     least, most = ranges.min_side // PX_PER_LATENT, ranges.max_side // PX_PER_LATENT
@@ -47,7 +54,7 @@ def _sizes(ranges: ShapeRange) -> dict[str, tuple[int, int, int]]:
 
 
 def denoiser_cases(
-    embeds: Mapping[str, NDArray[np.float32]],
+    keys_values: Mapping[str, Mapping[str, NDArray[np.floating]]],
     masks: Mapping[str, NDArray[np.float32]],
     *,
     channels: int,
@@ -55,7 +62,9 @@ def denoiser_cases(
     schedule: Schedule,
     embedded_guidance: bool,
 ) -> dict[str, Arrays]:
-    """Inputs of the step: first and last row with guidance, a middle one without. `embeds` and `masks` as of text_cases.
+    """Inputs of the step: first and last row with guidance, a middle one without. `masks` as of text_cases.
+
+    keys_values: text_keys and text_values (blocks, 1, B, H, L, head_dim) of the texts "prompt" and "negative".
 
     Three rows, because an error in the time's sinusoid is the same for all tokens of a case: one alone could look like a bias.
     """
@@ -75,7 +84,10 @@ def denoiser_cases(
             "previous": normal_batch(seeds, shape, stream=1),
             "coefficients": np.array(schedule.table[row]),
             "guidance_weights": np.array([1 - GUIDANCE, GUIDANCE] if guided else [1.0], np.float32),
-            "prompt_embeds": np.stack([embeds[text][:batch] for text in texts]),
+            **{
+                name: np.concatenate([keys_values[text][name][:, :, :batch] for text in texts], axis=1)
+                for name in ("text_keys", "text_values")
+            },
             "prompt_mask": np.stack([masks[text][:batch] for text in texts]),
         }
         if embedded_guidance:

@@ -1,9 +1,9 @@
-"""The three graphs of a bundle: which module each is exported from, its inputs and outputs, and the shapes that it serves.
+"""The graphs of a bundle: which module each is exported from, its inputs and outputs, and the shapes that it serves.
 
 Everything that a graph is held to is computed here from the configs, apart from the graph itself: what an export lost cannot hide.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,9 @@ from sana_ref.components import (
 )
 from sana_ref.step import OUTPUTS, DenoiserStep
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
+from sana_ref.text_projection import INPUTS as TEXT_PROJECTION_INPUTS
+from sana_ref.text_projection import OUTPUTS as TEXT_PROJECTION_OUTPUTS
+from sana_ref.text_projection import TextProjection, is_text_parameter
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, fuse
 
 __all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles"]
@@ -53,7 +56,7 @@ class Component:
 
 def _axes(*names: str) -> tuple[Axis, ...]:
     """Examples differ from each other and from the fixed sizes, so that no coincidence of sizes enters a graph."""
-    examples = {"batch": 3, "guidance": 2, "height": 4, "width": 6}
+    examples = {"batch": 3, "guidance": 2, "height": 4, "width": 6, "text_tokens": 11}
     return tuple(Axis(name=name, example=examples[name], maximum=1 << 16) for name in names)
 
 
@@ -78,21 +81,61 @@ def text_encoder(config: Gemma2Config, precision: Precision, max_sequence_length
     )
 
 
+def _keys_values(config: SanaTransformerConfig, precision: Precision, tokens: int | str) -> tuple[TensorSpec, ...]:
+    """What lies between text projection and denoiser. At their precision: each step reads it, and it stays on the device."""
+    heads = (config.num_cross_attention_heads, tokens, config.cross_attention_head_dim)
+    dims, dtype = (config.num_layers, "guidance", "batch", *heads), str(TORCH_DTYPES[precision]).removeprefix("torch.")
+    return tuple(TensorSpec(name=name, dims=dims, dtype=dtype) for name in TEXT_PROJECTION_OUTPUTS)
+
+
+def _keep_parameters(module: nn.Module, keep: Callable[[str], bool]) -> None:
+    """Remove those whose names `keep` refuses, in place: a graph that needed one fails to export."""
+    for name, _ in list(module.named_parameters()):
+        if not keep(name):
+            owner, _, attribute = name.rpartition(".")
+            delattr(module.get_submodule(owner), attribute)
+
+
+def text_projection(config: SanaTransformerConfig, precision: Precision) -> Component:
+    """Tokens are projected one by one, so their number is free; the denoiser's is not, for the sake of its attention kernels."""
+    with torch.device("meta"):
+        module = TextProjection(SanaTransformer2DModel(config))
+    _keep_parameters(module, is_text_parameter)
+    return Component(
+        name="text_projection",
+        source="transformer",
+        prefix="transformer.",
+        checkpoint_prefix="",
+        precision=precision,
+        module=module.to(TORCH_DTYPES[precision]),
+        spec=ExportSpec(
+            axes=_axes("batch", "guidance", "text_tokens"),
+            inputs=(
+                TensorSpec(name=TEXT_PROJECTION_INPUTS[0], dims=("guidance", "batch", "text_tokens", config.caption_channels)),
+            ),
+            outputs=_keys_values(config, precision, "text_tokens"),
+            plugins={},
+        ),
+    )
+
+
 def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_length: int) -> Component:
     with torch.device("meta"):
         module = DenoiserStep(SanaTransformer2DModel(config))
     fuse(module)
+    _keep_parameters(module, lambda name: not is_text_parameter(name))
     latents = ("batch", config.in_channels, "height", "width")
-    dims: dict[str, tuple[int | str, ...]] = {
+    others: dict[str, tuple[int | str, ...]] = {
         "latents": latents,
         "previous": latents,
         "coefficients": (8,),
         "guidance_weights": ("guidance",),
-        "prompt_embeds": ("guidance", "batch", max_sequence_length, config.caption_channels),
         "prompt_mask": ("guidance", "batch", max_sequence_length),
         "guidance_scale": (1,),
         "noise": latents,
     }
+    inputs = {name: TensorSpec(name=name, dims=dims) for name, dims in others.items()}
+    inputs |= {tensor.name: tensor for tensor in _keys_values(config, precision, max_sequence_length)}
     return Component(
         name="denoiser",
         source="transformer",
@@ -102,7 +145,7 @@ def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_l
         module=module.to(TORCH_DTYPES[precision]),
         spec=ExportSpec(
             axes=_axes("batch", "guidance", "height", "width"),
-            inputs=tuple(TensorSpec(name=name, dims=dims[name]) for name in module.input_names),
+            inputs=tuple(inputs[name] for name in module.input_names),
             outputs=tuple(TensorSpec(name=name, dims=latents) for name in OUTPUTS),
             plugins=dict.fromkeys(
                 (gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE), config.num_layers
@@ -140,20 +183,24 @@ def profiles(component: Component, ranges: ShapeRange, *, instructed_tokens: int
     """
     guidance = 1 if embedded_guidance else 2
     cells = [side // PX_PER_LATENT for side in (ranges.min_side, ranges.opt_side, ranges.max_side)]
-    lengths = (ranges.max_sequence_length, instructed_tokens, instructed_tokens)
+    kept = ranges.max_sequence_length
+    lengths, texts = (kept, instructed_tokens, instructed_tokens), (1, kept, kept)
     sizes: list[Mapping[str, int]] = [
-        {"batch": batch, "guidance": k, "height": side, "width": side, "tokens": tokens}
-        for batch, k, side, tokens in zip((1, 1, ranges.max_batch), (1, guidance, guidance), cells, lengths, strict=True)
+        {"batch": batch, "guidance": k, "height": side, "width": side, "tokens": tokens, "text_tokens": text}
+        for batch, k, side, tokens, text in zip(
+            (1, 1, ranges.max_batch), (1, guidance, guidance), cells, lengths, texts, strict=True
+        )
     ]
     smallest, common, largest = sizes
     return {t.name: (t.shape(smallest), t.shape(common), t.shape(largest)) for t in component.spec.inputs}
 
 
 def components(checkpoint: Checkpoint, precisions: Mapping[ComponentName, Precision]) -> dict[ComponentName, Component]:
-    """All three, in the order in which a picture passes through them, without weights."""
+    """All of them, in the order in which a picture passes through them, without weights."""
     length = checkpoint.prompt.max_sequence_length
     return {
         "text_encoder": text_encoder(checkpoint.text_encoder_config, precisions["text_encoder"], length),
+        "text_projection": text_projection(checkpoint.transformer_config, precisions["text_projection"]),
         "denoiser": denoiser(checkpoint.transformer_config, precisions["denoiser"], length),
         "decoder": decoder(checkpoint.vae_config, precisions["decoder"]),
     }

@@ -29,8 +29,13 @@ from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_atte
 
 __all__ = ["Axis", "ExportSpec", "TensorSpec", "count_plugin_nodes", "export_module", "with_function_bodies"]
 
-_DTYPES = {"float32": torch.float32, "int64": torch.int64}
-_ONNX_DTYPES = {"float32": ir.DataType.FLOAT, "int64": ir.DataType.INT64}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int64": torch.int64}
+_ONNX_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+    "int64": ir.DataType.INT64,
+}
 IR_VERSION = 11  # of opset 23
 
 
@@ -46,11 +51,18 @@ class Axis:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
-    """An input or output of a graph. Each dimension is a number, or the name of an Axis."""
+    """An input or output of a graph. Each dimension is a number, or the name of an Axis.
+
+    dtype: of the typed graph; the portable one has float32 for each floating type.
+    """
 
     name: str
     dims: tuple[int | str, ...]
     dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype]
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where each axis has the size that `sizes` gives."""
@@ -78,7 +90,7 @@ def export_module(module: torch.nn.Module, spec: ExportSpec) -> ir.Model:
     `spec.outputs`. Raises BuildError if a parameter or an expected plugin node did not arrive in the graph.
     """
     dims = {axis.name: torch.export.Dim(axis.name, min=axis.minimum, max=axis.maximum) for axis in spec.axes}
-    examples = tuple(torch.empty(t.shape(spec.examples), dtype=_DTYPES[t.dtype], device="meta") for t in spec.inputs)
+    examples = tuple(torch.empty(t.shape(spec.examples), dtype=t.torch_dtype, device="meta") for t in spec.inputs)
     dynamic = tuple({i: dims[dim] for i, dim in enumerate(t.dims) if isinstance(dim, str)} for t in spec.inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporter uses its own deprecated names

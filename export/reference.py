@@ -47,11 +47,12 @@ def loaded(module: nn.Module, load: Callable[[str], Tensor], dtype: torch.dtype)
 def run_module(
     module: nn.Module, component: Component, inputs: Arrays, wide: torch.dtype | None = None
 ) -> dict[str, NDArray[np.generic]]:
-    """The outputs on the CPU, by name. wide: compute in this type; None: as the module does."""
-    arguments = [torch.from_numpy(np.ascontiguousarray(inputs[t.name])) for t in component.spec.inputs]
+    """The outputs on the CPU, by name; 16-bit ones as fp32. wide: compute in this type; None: as the module does."""
+    arguments = [torch.from_numpy(np.ascontiguousarray(inputs[t.name])).to(t.torch_dtype) for t in component.spec.inputs]
     with torch.inference_mode(), nullcontext() if wide is None else Wide(wide):
         results = module(*arguments)
     results = (results,) if isinstance(results, Tensor) else results
+    results = [result.float() if result.itemsize == 2 else result for result in results]
     return {t.name: result.numpy() for t, result in zip(component.spec.outputs, results, strict=True)}
 
 
@@ -78,7 +79,7 @@ def make_reference(
 
 
 def _errors(golden: Mapping[str, Golden], run: Callable[[Arrays], Mapping[str, NDArray[np.generic]]]) -> CaseStats:
-    """At least what storing the exact answer costs, since every boundary between components is fp32."""
+    """At least what storing the exact answer in fp32 costs, which no boundary between components exceeds."""
     stats: CaseStats = {}
     for case, example in golden.items():
         got = run(example.inputs)

@@ -3,10 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from engines.manifest import ScheduleInfo
-from engines.spec import ComponentName, ShapeRange
-from export.cases import decoder_cases, denoiser_cases, text_cases
-from export.components import Component
+from engines.spec import ComponentName, Precision, ShapeRange
+from export.cases import Arrays, decoder_cases, denoiser_cases, text_cases, text_projection_cases
+from export.components import TORCH_DTYPES, Component
+from export.reference import loaded, run_module
 from export.stages import Result, Runner, golden_of
 from runtime.prompt import PromptTokenizer
 from runtime.schedule import Schedule, make_schedule
@@ -32,33 +37,61 @@ def _schedule(checkpoint: Checkpoint) -> Schedule:
     return make_schedule(info.scheduler, info.num_inference_steps, flow_shift=info.flow_shift, timestep_scale=info.timestep_scale)
 
 
+def _keys_values(
+    runner: Runner, component: Component, embeds: Mapping[str, NDArray[np.float32]]
+) -> dict[str, dict[str, NDArray[np.floating]]]:
+    """What the text projection, in fp32, makes of each text (B, L, C), rounded to numbers that its precision holds.
+
+    In fp16 where that is a 16-bit one: such numbers are in both types, and take half the space.
+    """
+    dtype = TORCH_DTYPES[component.precision]
+    module = loaded(component.module, runner.loader(component), dtype)
+    found: dict[str, dict[str, NDArray[np.floating]]] = {}
+    for text, each in embeds.items():
+        made = run_module(module, component, {"prompt_embeds": each[None]}, torch.float32)
+        narrow = {name: torch.from_numpy(array) for name, array in made.items()}
+        if component.precision is not Precision.FP32:
+            narrow = {name: tensor.half().to(dtype).half() for name, tensor in narrow.items()}
+        found[text] = {name: tensor.numpy() for name, tensor in narrow.items()}
+    return found
+
+
 def make_references(
     runner: Runner, everything: Mapping[ComponentName, Component], wanted: Sequence[ComponentName], ranges: ShapeRange
 ) -> dict[ComponentName, Result]:
     """Run the reference of each wanted component.
 
-    The denoiser is told what the text encoder's reference says, so the text encoder's comes along with it.
+    What follows the text encoder is told what its reference says, so the text encoder's comes along with it.
     """
     checkpoint = runner.checkpoint
     found: dict[ComponentName, Result] = {}
-    if {"text_encoder", "denoiser"} & set(wanted):
+    if {"text_encoder", "text_projection", "denoiser"} & set(wanted):
         inputs, masks = text_cases(PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt), ranges.max_batch)
         depends: dict[str, Any] = {"inputs": {case: {k: v.tolist() for k, v in each.items()} for case, each in inputs.items()}}
-        found["text_encoder"] = runner.reference(everything["text_encoder"], inputs, depends)
-    if "denoiser" in wanted:
+        found["text_encoder"] = runner.reference(everything["text_encoder"], lambda: inputs, depends)
         texts = golden_of(found["text_encoder"])
+        embeds = {case: golden.outputs["prompt_embeds"].astype("float32") for case, golden in texts.items()}
+        depends = {"text": found["text_encoder"].key}
+    if "text_projection" in wanted:
+        found["text_projection"] = runner.reference(everything["text_projection"], lambda: text_projection_cases(embeds), depends)
+    if "denoiser" in wanted:
         schedule = _schedule(checkpoint)
-        cases = denoiser_cases(
-            {case: golden.outputs["prompt_embeds"].astype("float32") for case, golden in texts.items()},
-            masks,
-            channels=checkpoint.transformer_config.in_channels,
-            ranges=ranges,
-            schedule=schedule,
-            embedded_guidance=checkpoint.transformer_config.guidance_embeds,
-        )
-        depends = {"text": found["text_encoder"].key, "ranges": ranges.model_dump(), "schedule": schedule.table.tolist()}
+
+        def cases() -> dict[str, Arrays]:
+            return denoiser_cases(
+                _keys_values(runner, everything["text_projection"], embeds),
+                masks,
+                channels=checkpoint.transformer_config.in_channels,
+                ranges=ranges,
+                schedule=schedule,
+                embedded_guidance=checkpoint.transformer_config.guidance_embeds,
+            )
+
+        depends = depends | {"ranges": ranges.model_dump(), "schedule": schedule.table.tolist()}
         found["denoiser"] = runner.reference(everything["denoiser"], cases, depends)
     if "decoder" in wanted:
-        cases = decoder_cases(channels=checkpoint.vae_config.latent_channels, ranges=ranges)
-        found["decoder"] = runner.reference(everything["decoder"], cases, {"ranges": ranges.model_dump()})
+        channels = checkpoint.vae_config.latent_channels
+        found["decoder"] = runner.reference(
+            everything["decoder"], lambda: decoder_cases(channels=channels, ranges=ranges), {"ranges": ranges.model_dump()}
+        )
     return found

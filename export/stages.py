@@ -58,6 +58,7 @@ _REFERENCE_CODE = (
     "export/cases.py",
     "export/components.py",
     "export/reference.py",
+    "export/references.py",
     "export/wide.py",
     "engines/golden.py",
     "engines/parity_report.py",
@@ -70,6 +71,7 @@ _PARITY_CODE = (
     "export/parity.py",
     "engines/parity_report.py",
     "plugins/shell.py",
+    "runtime/bfloat16.py",
     "runtime/cuda.py",
     "runtime/trt_session.py",
 )
@@ -124,7 +126,8 @@ class Runner:
 
             return Result(folder=self.store.get_or_make(key, made, needed=needed), key=key)
 
-    def _loader(self, component: Component) -> Callable[[str], Tensor]:
+    def loader(self, component: Component) -> Callable[[str], Tensor]:
+        """Parameter name in the component's module -> the tensor as the checkpoint stores it."""
         source = self.checkpoint.sources[component.source]
         return lambda parameter: source.read(component.checkpoint_name(parameter))
 
@@ -136,7 +139,7 @@ class Runner:
 
         def make(folder: Path, stage: Stage) -> None:
             model = export_module(component.module, component.spec)
-            size = write_weights(model, self._loader(component), folder / DATA_NAME)
+            size = write_weights(model, self.loader(component), folder / DATA_NAME)
             for name, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
                 ir.save(with_function_bodies(graph), folder / name)
                 onnx.checker.check_model(str(folder / name), full_check=True)  # also that the data file is where it says
@@ -189,11 +192,14 @@ class Runner:
         result = self._run(title, content, make, needed=self._weights_bytes(component))
         return EngineFile(path=result.folder / name, targets=targets, key=result.key)
 
-    def reference(self, component: Component, cases: Mapping[str, Arrays], depends: dict[str, Any]) -> Result:
-        """Golden inputs and outputs, and PyTorch's own errors. depends: what decides the inputs besides the component's weights."""
+    def reference(self, component: Component, cases: Callable[[], Mapping[str, Arrays]], depends: dict[str, Any]) -> Result:
+        """Golden inputs and outputs, and PyTorch's own errors.
+
+        depends: what decides the inputs, which `cases` makes, besides the weights of the component's source.
+        """
 
         def make(folder: Path, stage: Stage) -> None:
-            golden, errors = make_reference(component, cases, self._loader(component))
+            golden, errors = make_reference(component, cases(), self.loader(component))
             save_golden(folder / GOLDEN_NAME, golden)
             (folder / _PYTORCH).write_text(errors.model_dump_json(indent=1), encoding="utf-8")
             stage.note(f"{len(golden)} cases in {'fp64' if reference_dtype(component) is torch.float64 else 'fp32'}")

@@ -18,15 +18,15 @@ _KNOWN_DTYPE_ATTRIBUTES = frozenset({("Cast", "to"), ("ConstantOfShape", "value"
 
 
 def widened(typed: ir.Model) -> ir.Model:
-    """A copy of `typed` that computes in fp32. Parameters keep their stored type and bytes; inputs and outputs are the same.
+    """A copy of `typed` that computes in fp32, inputs and outputs included. Parameters keep their stored type and bytes.
 
     Without any fp16 or bf16 the copy equals the original. Raises BuildError for a node whose type is set in a way not known here.
     """
     model = typed.clone()
     graph = model.graph
-    for value in (*graph.inputs, *graph.outputs):
+    for value in graph.inputs:
         if value.dtype in HALF:
-            raise BuildError(f"widen: {value.name} is {value.dtype}; expected fp32 or integers at the boundary of a component")
+            value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in graph.all_nodes():
         _widen_node(node)
     for value in list(graph.initializers.values()):

@@ -42,8 +42,8 @@ class OrtBackend:
         began = time.perf_counter()
         inputs = {
             "guidance_weights": job.guidance_weights,
-            "prompt_embeds": self._texts.embed_job(job),
             "prompt_mask": job.prompt_mask,
+            **self.session("text_projection").run({"prompt_embeds": self._texts.embed_job(job)}),
         }
         if job.guidance_scale is not None:
             inputs["guidance_scale"] = np.array([job.guidance_scale], np.float32)

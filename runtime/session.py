@@ -1,7 +1,8 @@
 """What stands between a request and compiled graphs.
 
 A `Session` runs one component of a bundle. A `Backend` owns the sessions of a bundle on one kind of device and turns a `Job`, one
-batch of pictures that is ready to be drawn, into pixels: text encoder once for each text, denoiser once a step, decoder once.
+batch of pictures that is ready to be drawn, into pixels: text encoder once for each text, text projection once, denoiser once a
+step, decoder once.
 
 Dimensions: B pictures, k texts a picture (2 with guidance: negative, prompt), S and L tokens read and kept, C latent channels,
 h and w latent cells, H and W px.
@@ -30,7 +31,10 @@ StepCallback = Callable[[int, F32], None]
 
 
 class Session(Protocol):
-    """One component: arrays by the graph's input names in, arrays by its output names out. docs/bundle.md lists both."""
+    """One component: arrays by the graph's input names in, arrays by its output names out. docs/bundle.md lists both.
+
+    Floats are float32 in these arrays, whatever the graph takes and gives.
+    """
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays: ...
 

@@ -1,7 +1,7 @@
 """Texts that were encoded lately. The empty negative prompt comes with almost every request, and encoding costs seconds on a CPU.
 
 Each text is encoded alone, never in a batch: its embedding then depends on nothing but itself, and a hit gives the same bits as a
-miss.
+miss. What the text projection makes of it is not kept: 54 MB a text of Sana-1.6B in 16 bits, for a twentieth of the work of a step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures from TensorRT engines. Between the first step and the pixels nothing leaves the GPU and nobody waits for it.
+"""Pictures from TensorRT engines. Between the text's projection and the pixels nothing leaves the GPU and nobody waits for it.
 
 The schedule's table is uploaded once; a step differs from the one before in addresses alone: its row of the table, and which of two
 buffers holds the latents (and the prediction) that it reads and writes.
@@ -81,13 +81,19 @@ class TensorRTBackend:
                 slot.settled()
 
     def _draw(self, job: Job, on_step: StepCallback | None, tick: Callable[[], None]) -> Drawn:
-        denoiser, decoder, schedule = self.session("denoiser"), self.session("decoder"), job.schedule
+        projection, denoiser, decoder = self.session("text_projection"), self.session("denoiser"), self.session("decoder")
+        schedule = job.schedule
         began = time.perf_counter()
         embeds = self._texts.embed_job(job)
         text_s = time.perf_counter() - began
 
         shape = job.latents.shape
-        fixed = self._upload_fixed(job, embeds)
+        embeds_address = self._slot("prompt_embeds").write(embeds)
+        text = projection.prepare({"prompt_embeds": embeds.shape})
+        text_addresses = {
+            name: self._slot(name).reserve(projection.output_size(name, text_shape)) for name, text_shape in text.items()
+        }
+        fixed = self._upload_fixed(job)
         noise = self._upload_noise(job)
         table = self._slot("table").write(_padded(schedule.table))
         state = [(self._slot(f"latents_{i}"), self._slot(f"prediction_{i}")) for i in (0, 1)]
@@ -102,11 +108,13 @@ class TensorRTBackend:
         images.reserve(decoder.output_size("images", pixels))
         shapes = {name: array.shape for name, array in fixed.items()}
         denoiser.prepare(
-            shapes | dict.fromkeys(("latents", "previous", "noise"), shape) | {"coefficients": (schedule.table.shape[1],)}
+            shapes | text | dict.fromkeys(("latents", "previous", "noise"), shape) | {"coefficients": (schedule.table.shape[1],)}
         )
-        addresses = {name: self._slot(name).address for name in fixed}
+        addresses = {name: self._slot(name).address for name in fixed} | text_addresses
 
         with Marks(self._cuda) as marks:
+            marks.add()
+            projection.launch(text_addresses | {"prompt_embeds": embeds_address})
             marks.add()
             for i in range(schedule.num_steps):
                 (latents, previous), (after, prediction) = state[i % 2], state[(i + 1) % 2]
@@ -126,12 +134,13 @@ class TensorRTBackend:
             decoder.launch({"latents": state[schedule.num_steps % 2][0].address, "images": images.address})
             marks.add()
             decoded = images.read(np.float32, pixels)  # the one wait
-            *steps_s, decode_s = marks.seconds()
+            projection_s, *steps_s, decode_s = marks.seconds()
+        text_s += projection_s
         return Drawn(images=decoded, timings=Timings(text_s=text_s, steps_s=tuple(steps_s), decode_s=decode_s))
 
-    def _upload_fixed(self, job: Job, embeds: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-        """What is the same for every step."""
-        fixed = {"guidance_weights": job.guidance_weights, "prompt_embeds": embeds, "prompt_mask": job.prompt_mask}
+    def _upload_fixed(self, job: Job) -> dict[str, NDArray[np.float32]]:
+        """What is the same for every step, besides the text's keys and values."""
+        fixed = {"guidance_weights": job.guidance_weights, "prompt_mask": job.prompt_mask}
         if job.guidance_scale is not None:
             fixed["guidance_scale"] = np.array([job.guidance_scale], np.float32)
         for name, array in fixed.items():

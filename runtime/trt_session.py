@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from engines.errors import BundleError, RequestError, SanaError
 from plugins import shell
+from runtime.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.cuda import ALIGNMENT, Cuda, Slot
 from runtime.session import Arrays
 
@@ -65,7 +66,11 @@ class TensorRTSession:
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = tuple(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
         self.outputs = tuple(name for name in names if name not in self.inputs)
-        self._dtypes = {name: np.dtype(trt.nptype(engine.get_tensor_dtype(name))) for name in names}
+        dtypes = {name: engine.get_tensor_dtype(name) for name in names}
+        self._bfloat16 = {name for name, dtype in dtypes.items() if dtype == trt.DataType.BF16}
+        self._dtypes = {  # on the device
+            name: np.dtype(np.uint16 if name in self._bfloat16 else trt.nptype(dtype)) for name, dtype in dtypes.items()
+        }
         self._shapes: dict[str, Shape] = {}
         self._needed = 0  # bytes of the arena, for those shapes
         self._memory = (0, 0)  # address and size of the arena that the context was told of
@@ -128,21 +133,32 @@ class TensorRTSession:
         return math.prod(shape) * int(self._dtypes[name].itemsize)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Arrays in, arrays out, and wait. Inputs that the engine does not have are left out."""
+        """Arrays in, arrays out, and wait. Inputs that the engine does not have are left out. float32 for every type of float."""
         self._cuda.make_current()
         shapes = self.prepare({name: array.shape for name, array in inputs.items()})
         addresses = {}
         for name in self.inputs:
-            if inputs[name].dtype != self._dtypes[name]:
-                raise SanaError(f"{self._path}, input {name!r}: got {inputs[name].dtype}; expected {self._dtypes[name]}.")
-            addresses[name] = self._slot(name).write(inputs[name])
+            addresses[name] = self._slot(name).write(self.device_array(name, inputs[name]))
         for name, shape in shapes.items():
             addresses[name] = self._slot(name).reserve(self.output_size(name, shape))
         self.launch(addresses)
-        found = {name: self._slot(name).read(self._dtypes[name], shape) for name, shape in shapes.items()}
+        found = {name: self._host_array(name, self._slot(name).read(self._dtypes[name], s)) for name, s in shapes.items()}
         for slot in self._slots.values():
             slot.settled()
         return found
+
+    def device_array(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        """An input in the engine's own type; bfloat16 as its bits. Raises SanaError for anything but float32 and integers."""
+        dtype = self._dtypes[name]
+        expected = np.dtype(np.float32) if name in self._bfloat16 or dtype == np.float16 else dtype
+        if array.dtype != expected:
+            raise SanaError(f"{self._path}, input {name!r}: got {array.dtype}; expected {expected}.")
+        return to_bfloat16(array) if name in self._bfloat16 else array.astype(dtype, copy=False)
+
+    def _host_array(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
+        if name in self._bfloat16:
+            return from_bfloat16(array)
+        return array.astype(np.float32) if array.dtype == np.float16 else array
 
     def _why(self) -> str:
         plugin = f" A plugin said: {shell.failures[-1]}" if shell.failures else ""

@@ -22,6 +22,7 @@ from runtime.schedule import Schedule, make_schedule
 from sana_ref import checkpoint as checkpoints
 from sana_ref.components import DecoderForExport, TextEncoderForExport
 from sana_ref.step import DenoiserStep, guidance_weights
+from sana_ref.text_projection import TextProjection
 
 __all__ = ["SanaReference", "TextBatch", "component_dtypes"]
 
@@ -33,7 +34,8 @@ class TextBatch:
     """What the denoiser is told. Weighted velocities of k texts are added: [unconditional, conditional], or one text."""
 
     weights: Tensor  # (k,) fp32
-    embeds: Tensor  # (k, B, L, C) fp32
+    keys: Tensor  # (blocks, k, B, H, L, head_dim), in the transformer's type
+    values: Tensor  # the same
     mask: Tensor  # (k, B, L) fp32, 1 for text and 0 for padding
 
 
@@ -62,7 +64,8 @@ class SanaReference:
         self.device = torch.device(device)
         self.tokenizer = PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt)
         self.text_encoder = TextEncoderForExport(checkpoint.text_encoder(dtypes["text_encoder"], device), length).eval()
-        self.denoiser = DenoiserStep(checkpoint.transformer(dtypes["transformer"], device)).eval()
+        transformer = checkpoint.transformer(dtypes["transformer"], device)
+        self.text_projection, self.denoiser = TextProjection(transformer).eval(), DenoiserStep(transformer).eval()
         self.decoder = DecoderForExport(checkpoint.vae(dtypes["vae"], device)).eval()
 
     @torch.inference_mode()
@@ -72,6 +75,7 @@ class SanaReference:
         ids, mask = (torch.from_numpy(array).to(self.device) for array in (tokens.ids, tokens.mask))
         return self.text_encoder(ids, mask), torch.from_numpy(tokens.selected_mask).to(self.device)
 
+    @torch.inference_mode()
     def encode_text(self, prompts: str | Sequence[str], negative_prompts: str | Sequence[str], guidance: float) -> TextBatch:
         """Everything that the denoiser is told about a batch of pictures at one guidance scale."""
         texts = check_prompts(prompts)
@@ -86,7 +90,8 @@ class SanaReference:
         if len(weights) == 2:
             encoded.insert(0, self.encode_prompts(negatives, negative=True))
         embeds, mask = (torch.stack(parts) for parts in zip(*encoded, strict=True))
-        return TextBatch(weights=weights.to(self.device), embeds=embeds, mask=mask)
+        keys, values = self.text_projection(embeds)
+        return TextBatch(weights=weights.to(self.device), keys=keys, values=values, mask=mask)
 
     @torch.inference_mode()
     def step(
@@ -108,7 +113,7 @@ class SanaReference:
             scale = torch.tensor([guidance], dtype=torch.float32, device=self.device)
             extra = (scale, torch.zeros_like(latents) if noise is None else noise)
         coefficients = torch.from_numpy(np.array(row)).to(self.device)
-        return self.denoiser(latents, previous, coefficients, text.weights, text.embeds, text.mask, *extra)
+        return self.denoiser(latents, previous, coefficients, text.weights, text.keys, text.values, text.mask, *extra)
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
@@ -157,7 +162,7 @@ class SanaReference:
         guidance = sampler.guidance_scale if guidance is None else guidance
         text = self.encode_text(prompts, negative_prompts, guidance)
         shape = (self.checkpoint.transformer_config.in_channels, *self.latent_size(width, height))
-        seeds = [check_seed(seed) + i for i in range(text.embeds.shape[1])]
+        seeds = [check_seed(seed) + i for i in range(text.mask.shape[1])]
         latents = self.sample(
             text,
             schedule,

@@ -14,7 +14,7 @@ from sana_ref.transformer import SanaTransformer2DModel
 
 __all__ = ["GUIDANCE_INPUTS", "INPUTS", "OUTPUTS", "DenoiserStep", "guidance_weights"]
 
-INPUTS = ("latents", "previous", "coefficients", "guidance_weights", "prompt_embeds", "prompt_mask")
+INPUTS = ("latents", "previous", "coefficients", "guidance_weights", "text_keys", "text_values", "prompt_mask")
 GUIDANCE_INPUTS = ("guidance_scale", "noise")  # further inputs of models with guidance_embeds (Sprint)
 OUTPUTS = ("next_latents", "prediction")
 
@@ -22,7 +22,7 @@ OUTPUTS = ("next_latents", "prediction")
 class DenoiserStep(nn.Module):
     """x, text and a row of the schedule to the next x.
 
-    v = sum over k of weights[k] * network(c_in x, timestep, text[k])
+    v = sum over k of weights[k] * network(c_in x, timestep, keys and values of text[k])
     next = c_x x + c_v v + c_previous previous [+ c_noise noise];  prediction (of the clean latents) = p_x x + p_v v
     """
 
@@ -46,29 +46,32 @@ class DenoiserStep(nn.Module):
         previous: Tensor,
         coefficients: Tensor,
         guidance_weights: Tensor,
-        prompt_embeds: Tensor,
+        text_keys: Tensor,
+        text_values: Tensor,
         prompt_mask: Tensor,
         guidance_scale: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return (next_latents, prediction), (B, C, h, w) fp32 each. All inputs are fp32.
+        """Return (next_latents, prediction), (B, C, h, w) fp32 each. All inputs but the text's keys and values are fp32.
 
         latents, previous: (B, C, h, w); `previous` is the last step's prediction (zeros at first, with c_previous 0).
         coefficients: (8,), a row of runtime.schedule: timestep, c_in, c_x, c_v, c_previous, c_noise, p_x, p_v.
         guidance_weights: (k,): [1 - g, g] for [unconditional, conditional] text, or [1] for one text.
-        prompt_embeds: (k, B, L, caption_channels). prompt_mask: (k, B, L), 1 for text and 0 for padding.
+        text_keys, text_values: (blocks, k, B, H, L, head_dim), in the type of the weights, from TextProjection.
+        prompt_mask: (k, B, L), 1 for text and 0 for padding.
         guidance_scale (1,) and noise (B, C, h, w), standard normal: only models with guidance_embeds, which need them.
         """
         config = self.transformer.config
         timestep, c_in, c_x, c_v, c_previous, c_noise, p_x, p_v = (coefficients[i] for i in range(8))
-        num_texts, batch = prompt_embeds.shape[:2]
+        num_texts, batch = prompt_mask.shape[:2]
         dtype = self.transformer.proj_out.weight.dtype
         guidance = None if guidance_scale is None else (guidance_scale * config.guidance_embeds_scale).expand(num_texts * batch)
 
         network_input = (c_in * latents).to(dtype)
-        velocities = self.transformer(
+        keys, values = ([block.flatten(0, 2) for block in tensor.split(1)] for tensor in (text_keys, text_values))
+        velocities = self.transformer.denoise(
             network_input[None].expand(num_texts, -1, -1, -1, -1).flatten(0, 1),
-            prompt_embeds.to(dtype).flatten(0, 1),
+            list(zip(keys, values, strict=True)),
             timestep.expand(num_texts * batch),
             prompt_mask.flatten(0, 1),
             guidance,

@@ -16,12 +16,14 @@ import numpy as np
 import onnxruntime
 
 from engines.bundle import Bundle
+from runtime.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.cuda import GpuMemoryError
 from runtime.trt_backend import TensorRTBackend
 from runtime.trt_session import TensorRT
 
 POISON = 0xFF  # float32 of these bytes is NaN
 INT64_INPUTS = ("input_ids", "attention_mask")
+KEYS_VALUES = ("text_keys", "text_values")
 
 
 class FakeCuda:
@@ -121,6 +123,7 @@ MODULE = SimpleNamespace(
     TensorIOMode=SimpleNamespace(INPUT="input", OUTPUT="output"),
     ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user", STATIC="static"),
     DynamicShapesKernelSpecializationStrategy=SimpleNamespace(EAGER="eager", LAZY="lazy"),
+    DataType=SimpleNamespace(BF16="bf16"),
     nptype=lambda dtype: dtype,
 )
 
@@ -144,6 +147,7 @@ class FakeEngine:
         self.ranks = {each.name: len(each.shape) for each in self.session.get_inputs()}
         self.num_io_tensors = len(self.names)
         self.contexts: list[FakeContext] = []
+        self.narrow: Any = None  # type of the text's keys and values: np.float16 or "bf16"; None: float32
 
     def get_tensor_name(self, index: int) -> str:
         return self.names[index]
@@ -152,7 +156,18 @@ class FakeEngine:
         return "input" if name in self.inputs else "output"
 
     def get_tensor_dtype(self, name: str) -> Any:
+        if self.narrow is not None and name in KEYS_VALUES:
+            return self.narrow
         return np.int64 if name in INT64_INPUTS else np.float32
+
+    def to_device_type(self, name: str, array: np.ndarray) -> np.ndarray:
+        dtype = self.get_tensor_dtype(name)
+        return to_bfloat16(array) if dtype == "bf16" else array.astype(dtype)
+
+    def from_device_type(self, name: str, address: int, shape: tuple[int, ...]) -> np.ndarray:
+        dtype = self.get_tensor_dtype(name)
+        array = _array(address, np.uint16 if dtype == "bf16" else dtype, shape)
+        return from_bfloat16(array) if dtype == "bf16" else array.astype(np.int64 if dtype == np.int64 else np.float32)
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         return [(1,) * self.ranks[name], (2,) * self.ranks[name], (16,) * self.ranks[name]]
@@ -191,7 +206,7 @@ class FakeContext:
         return address % 256 == 0 and address != 0
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        zeros = {key: np.zeros(shape, self.engine.get_tensor_dtype(key)) for key, shape in self.shapes.items()}
+        zeros = {key: np.zeros(shape, np.int64 if key in INT64_INPUTS else np.float32) for key, shape in self.shapes.items()}
         return self.engine.session.run([name], zeros)[0].shape
 
     def execute_async_v3(self, stream: int) -> bool:
@@ -204,29 +219,34 @@ class FakeContext:
             self.cuda.check(*memory)
             feeds = {}
             for name, shape in shapes.items():
-                self.cuda.check(addresses[name], int(np.prod(shape)) * 4)
-                feeds[name] = _array(addresses[name], self.engine.get_tensor_dtype(name), shape).copy()
+                feeds[name] = self.engine.from_device_type(name, addresses[name], shape)
+                self.cuda.check(addresses[name], self.engine.to_device_type(name, feeds[name]).nbytes)
             outputs = [name for name in self.engine.names if name not in self.engine.inputs]
             ctypes.memset(memory[0], 0xAA, self.engine.activations)  # scratch: whoever keeps something there loses it
             for name, value in zip(outputs, self.engine.session.run(outputs, feeds), strict=True):
-                self.cuda.check(addresses[name], value.nbytes)
-                _array(addresses[name], value.dtype, value.shape)[...] = value
+                stored = self.engine.to_device_type(name, value)
+                self.cuda.check(addresses[name], stored.nbytes)
+                _array(addresses[name], stored.dtype, stored.shape)[...] = stored
 
         self.cuda.enqueue(work)
         return not self.fails
 
 
-ACTIVATIONS = {"text_encoder": 5000, "denoiser": 70_000, "decoder": 30_000}  # bytes
+ACTIVATIONS = {"text_encoder": 5000, "text_projection": 6000, "denoiser": 70_000, "decoder": 30_000}  # bytes
 
 
-def fake_backend(bundle: Bundle, *, cuda: FakeCuda | None = None, sm: str = "sm89") -> TensorRTBackend:
-    """A TensorRT backend whose engines are the bundle's portable graphs. `.engines` holds those that were loaded."""
+def fake_backend(bundle: Bundle, *, cuda: FakeCuda | None = None, sm: str = "sm89", narrow: Any = None) -> TensorRTBackend:
+    """A TensorRT backend whose engines are the bundle's portable graphs. `.engines` holds those that were loaded.
+
+    narrow: type of the text's keys and values on the device: np.float16 or "bf16".
+    """
     cuda = cuda or FakeCuda()
     engines: dict[str, FakeEngine] = {}
 
     def load(path: Path) -> FakeEngine:
         component = path.parent.name
         engines[component] = FakeEngine(path.parent / "model.onnx", cuda, activations=ACTIVATIONS[component])
+        engines[component].narrow = narrow
         return engines[component]
 
     library = TensorRT(module=MODULE, load=load, why=lambda: " TensorRT says: no.")

@@ -1,6 +1,6 @@
 """A tiny bundle with trivial graphs: the interfaces of a real one, and numbers that mean nothing.
 
-Its graphs obey the inputs and outputs of the three components, keep their weights in `model.onnx.data` at each component's
+Its graphs obey the inputs and outputs of the components, keep their weights in `model.onnx.data` at each component's
 precision, and run in ONNX Runtime in well under a millisecond: tests of the bundle, the runtime and the apps need no trained model.
 With the default seed the numbers of a fake are within the bounds of its own parity.json.
 """
@@ -49,16 +49,29 @@ GRAPHS: dict[ComponentName, tuple[str, dict[str, tuple[int, ...]]]] = {
         }}""",
         {"embedding": (VOCABULARY, CHANNELS)},
     ),
+    "text_projection": (
+        f"""(float[k, B, T, {CHANNELS}] prompt_embeds)
+            => (float[1, k, B, 1, T, {CHANNELS}] text_keys, float[1, k, B, 1, T, {CHANNELS}] text_values) {{
+            keys = MatMul (prompt_embeds, to_keys)
+            text_keys = Unsqueeze (keys, zero_three)
+            values = MatMul (prompt_embeds, to_values)
+            text_values = Unsqueeze (values, zero_three)
+        }}""",
+        {"to_keys": (CHANNELS, CHANNELS), "to_values": (CHANNELS, CHANNELS)},
+    ),
     "denoiser": (
         f"""(float[B, {LATENT_CHANNELS}, h, w] latents, float[B, {LATENT_CHANNELS}, h, w] previous, float[8] coefficients,
-             float[k] guidance_weights, float[k, B, {LENGTH}, {CHANNELS}] prompt_embeds, float[k, B, {LENGTH}] prompt_mask)
+             float[k] guidance_weights, float[1, k, B, 1, {LENGTH}, {CHANNELS}] text_keys,
+             float[1, k, B, 1, {LENGTH}, {CHANNELS}] text_values, float[k, B, {LENGTH}] prompt_mask)
             => (float[B, {LATENT_CHANNELS}, h, w] next_latents, float[B, {LATENT_CHANNELS}, h, w] prediction) {{
             t, c_in, c_x, c_v, c_previous, c_noise, p_x, p_v = Split <num_outputs = 8> (coefficients)
             x = Mul (latents, c_in)
             y = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, mix)
             image = Tanh (y)
             mask4 = Unsqueeze (prompt_mask, three)
-            kept = Mul (prompt_embeds, mask4)
+            both = Add (text_keys, text_values)
+            both4 = Squeeze (both, zero_three)
+            kept = Mul (both4, mask4)
             text_sum = ReduceSum <keepdims = 0> (kept, two)
             text = MatMul (text_sum, project)
             text5 = Unsqueeze (text, three_four)
@@ -91,7 +104,14 @@ GRAPHS: dict[ComponentName, tuple[str, dict[str, tuple[int, ...]]]] = {
         {"to_rgb": (3, LATENT_CHANNELS, 1, 1)},
     ),
 }
-AXES = {"zero": [0], "two": [2], "three": [3], "three_four": [3, 4], "one_to_four": [1, 2, 3, 4]}  # shared constants
+AXES = {  # shared constants
+    "zero": [0],
+    "two": [2],
+    "three": [3],
+    "zero_three": [0, 3],
+    "three_four": [3, 4],
+    "one_to_four": [1, 2, 3, 4],
+}
 
 
 def fake_weights(seed: int = 0) -> dict[str, np.ndarray]:
@@ -130,12 +150,16 @@ def fake_inputs(
     if component == "text_encoder":
         ids = rng.integers(1, VOCABULARY, (batch, LENGTH + 3))
         return {"input_ids": ids.astype(np.int64), "attention_mask": np.ones_like(ids, dtype=np.int64)}
+    if component == "text_projection":
+        return {"prompt_embeds": rng.standard_normal((2, batch, LENGTH, CHANNELS)).astype(np.float32)}
+    text = (1, 2, batch, 1, LENGTH, CHANNELS)
     return {
         "latents": latents,
         "previous": rng.standard_normal(latents.shape).astype(np.float32),
         "coefficients": np.array([500, 1, 1, -0.05, 0.1, 0, 1, -0.5], np.float32),
         "guidance_weights": np.array([-3.5, 4.5], np.float32),
-        "prompt_embeds": rng.standard_normal((2, batch, LENGTH, CHANNELS)).astype(np.float32),
+        "text_keys": rng.standard_normal(text).astype(np.float32),
+        "text_values": rng.standard_normal(text).astype(np.float32),
         "prompt_mask": (np.arange(LENGTH) < LENGTH - 2).astype(np.float32) * np.ones((2, batch, 1), np.float32),
     }
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from tiny_checkpoint import TEXT_ENCODER, TRANSFORMER, VAE, write_checkpoint
 
-from engines.spec import Precision, ShapeRange
+from engines.spec import COMPONENTS, Precision, ShapeRange
 from engines.store import Store
 from export.components import Component, components
 from export.progress import Progress
@@ -75,4 +75,4 @@ def runner(checkpoint: Checkpoint | None = None, progress: Progress | None = Non
 
 def component(name: str, precision: Precision, checkpoint: Checkpoint | None = None) -> Component:
     checkpoint = checkpoint or load(tiny())
-    return components(checkpoint, dict.fromkeys(("text_encoder", "denoiser", "decoder"), precision))[name]  # type: ignore[index, arg-type]
+    return components(checkpoint, dict.fromkeys(COMPONENTS, precision))[name]  # type: ignore[index]

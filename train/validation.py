@@ -31,6 +31,7 @@ from sana_ref import checkpoint as checkpoints
 from sana_ref.build import empty
 from sana_ref.components import DecoderForExport, TextEncoderForExport
 from sana_ref.step import DenoiserStep, guidance_weights
+from sana_ref.text_projection import TextProjection
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 from train.grid import grid
 from train.schema import ExperimentSettings, ValidationSettings
@@ -174,7 +175,7 @@ class Validation:
         transformer = empty(lambda: SanaTransformer2DModel(self._config))
         own = {name: tensor.detach().to(self._device, self._dtype) for name, tensor in weights.items()}
         transformer.load_state_dict(own, assign=True)  # detached: a weight of training must not become one of this model
-        step = DenoiserStep(transformer).eval()
+        project, step = TextProjection(transformer).eval(), DenoiserStep(transformer).eval()
         guidance = self.settings.guidance_scale
         scales = guidance_weights(guidance, embedded=self._config.guidance_embeds).to(self._device)
         cells = self.side // self._checkpoint.vae_config.px_per_latent
@@ -183,10 +184,11 @@ class Validation:
         for rows in torch.arange(len(self.captions)).split(at_once):
             kinds = [rows + 1] if len(scales) == 1 else [torch.zeros_like(rows), rows + 1]
             embeds, mask = (torch.stack([part[kind] for kind in kinds]).to(self._device) for part in texts)
+            keys, values = project(embeds.float())
             latents = torch.from_numpy(normal_batch([self.settings.seed + int(row) for row in rows], shape)).to(self._device)
             latents, previous = latents * self.schedule.initial_scale, torch.zeros_like(latents)
             for row in torch.from_numpy(self.schedule.table.copy()).to(self._device):
-                latents, previous = step(latents, previous, row, scales, embeds.float(), mask)
+                latents, previous = step(latents, previous, row, scales, keys, values, mask)
             found.append(latents.cpu())
         return torch.cat(found)
 

@@ -67,12 +67,14 @@ def test_every_architecture_has_names():
 def test_verify_a_good_bundle(bundle, capsys):
     assert main(["verify", str(bundle), "--backend", "onnxruntime"]) == 0
     printed = capsys.readouterr().out
-    assert "14 files have the digests of the manifest" in printed
+    assert "18 files have the digests of the manifest" in printed
     assert "all within their bounds" in printed
-    assert printed.count(" ok ") == 8  # each output of the one case, and of all cases together
+    assert printed.count(" ok ") == 12  # each output of the one case, and of all cases together
 
 
-@pytest.mark.parametrize(("weight", "component"), [("mix", "denoiser"), ("project", "denoiser"), ("to_rgb", "decoder")])
+@pytest.mark.parametrize(
+    ("weight", "component"), [("to_keys", "text_projection"), ("mix", "denoiser"), ("project", "denoiser"), ("to_rgb", "decoder")]
+)
 def test_verify_sees_one_channel_that_is_five_percent_off(tmp_path, weight, component, capsys):
     bundle = write_fake_bundle(tmp_path / "b", wrong_weight=weight).path
     assert main(["verify", str(bundle)]) == 1

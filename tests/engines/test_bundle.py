@@ -43,7 +43,7 @@ def edit_manifest(folder: Path, **changes: object) -> None:
 def test_a_good_bundle_opens(pristine):
     done = []
     bundle = Bundle.open(pristine, progress=lambda num_bytes, total: done.append((num_bytes, total)))
-    assert bundle.manifest.components == ("text_encoder", "denoiser", "decoder")
+    assert bundle.manifest.components == ("text_encoder", "text_projection", "denoiser", "decoder")
     assert bundle.onnx_path("denoiser").read_bytes()
     assert bundle.engine_path("denoiser", "sm89").name == "sm80-sm89.engine"
     assert bundle.engine_path("denoiser", "sm8") is None
@@ -118,8 +118,18 @@ def test_a_truncated_manifest(folder):
 
 
 def test_a_newer_schema(folder):
-    edit_manifest(folder, schema_version=2, something_new=1)
-    with pytest.raises(SchemaVersionError, match="got schema 2, this program reads 1: upgrade"):
+    edit_manifest(folder, schema_version=3, something_new=1)
+    with pytest.raises(SchemaVersionError, match="got schema 3, this program reads 2: upgrade"):
+        Bundle.open(folder)
+
+
+def test_an_older_schema(folder):
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for key in ("precision", "plugins"):
+        del manifest[key]["text_projection"]
+    files = {name: entry for name, entry in manifest["files"].items() if "text_projection" not in name}
+    edit_manifest(folder, schema_version=1, precision=manifest["precision"], plugins=manifest["plugins"], files=files)
+    with pytest.raises(SchemaVersionError, match="got schema 1, this program reads 2: rebuild the bundle"):
         Bundle.open(folder)
 
 

@@ -15,7 +15,8 @@ from engines.strict import MAX_JSON_BYTES, loads
 HOSTILE = Path(__file__).parents[1] / "data" / "hostile"
 
 MANIFESTS = {  # name: error, and words of its message
-    "newer_schema": (SchemaVersionError, "got schema 2, this program reads 1: upgrade"),
+    "newer_schema": (SchemaVersionError, "got schema 3, this program reads 2: upgrade"),
+    "older_schema": (SchemaVersionError, "got schema 1, this program reads 2: rebuild the bundle"),
     "schema_zero": (ManifestError, "schema_version: got 0"),
     "schema_true": (ManifestError, "schema_version: got True"),
     "unknown_key": (ManifestError, "licens: unknown key; did you mean 'licence'?"),

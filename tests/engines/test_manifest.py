@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from engines.bundle import parse_manifest
 from engines.errors import BundleError, ManifestError
 from engines.manifest import FileEntry, Manifest, PromptInfo, ScheduleInfo, engine_targets
-from engines.spec import COMPONENTS, Target
+from engines.spec import COMPONENTS, Precision, Target
 
 positive = st.floats(min_value=1e-6, max_value=1e6)
 schedules = st.builds(
@@ -109,8 +109,11 @@ def test_any_value_in_any_place(data):
 
 
 def test_manifest_is_checked_when_it_is_built_too():
-    with pytest.raises(ValidationError, match="expected text_encoder, denoiser, decoder"):
+    with pytest.raises(ValidationError, match="expected text_encoder, text_projection, denoiser, decoder"):
         Manifest(**dict(fake_info(plugins={})), files=VALID.files)
+    unlike = {**VALID.precision, "text_projection": Precision.BF16}
+    with pytest.raises(ValidationError, match="got bf16 for text_projection and fp16 for denoiser; expected one for both"):
+        Manifest(**dict(fake_info(precision=unlike)), files=VALID.files)
     with pytest.raises(ValidationError, match="expected both or neither"):
         fake_info(tensorrt=None, targets=(Target.SM80,))
     with pytest.raises(ValidationError, match="expected the same"):

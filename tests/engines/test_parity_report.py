@@ -104,6 +104,14 @@ def test_golden_files_round_trip(tmp_path):
                 np.testing.assert_array_equal(want[key], got[key])
 
 
+def test_golden_inputs_in_fp16_are_fp32_again(tmp_path):
+    x = np.array([1.5, -65504, 6e-8], np.float16)
+    save_golden(tmp_path / "g", {"a": Golden(inputs={"x": x}, outputs={"y": x})})
+    golden = load_golden(tmp_path / "g")["a"]
+    assert (golden.inputs["x"].dtype, golden.outputs["y"].dtype) == (np.float32, np.float16)
+    np.testing.assert_array_equal(golden.inputs["x"], x)
+
+
 def test_bad_golden_files(tmp_path):
     from safetensors.numpy import save_file
 

@@ -7,8 +7,13 @@ from engines.spec import Precision, ShapeRange, Target, component_precision, par
 RANGE = {"min_side": 256, "opt_side": 512, "max_side": 1024, "max_batch": 2, "max_sequence_length": 300}
 
 
-def test_fp16_is_the_denoisers_alone():
-    assert component_precision(Precision.FP16) == {"text_encoder": "bf16", "denoiser": "fp16", "decoder": "bf16"}
+def test_fp16_is_for_the_transformer_alone():
+    assert component_precision(Precision.FP16) == {
+        "text_encoder": "bf16",
+        "text_projection": "fp16",
+        "denoiser": "fp16",
+        "decoder": "bf16",
+    }
     assert set(component_precision(Precision.BF16).values()) == {"bf16"}
     assert set(component_precision(Precision.FP32).values()) == {"fp32"}
 

@@ -23,9 +23,15 @@ def built(tmp_path_factory) -> Path:
 
 def test_the_manifest_says_what_the_checkpoint_is(built):
     manifest = Bundle.open(built).manifest
-    assert manifest.precision == {"text_encoder": "bf16", "denoiser": "fp16", "decoder": "bf16"}
+    assert manifest.precision == {
+        "text_encoder": "bf16",
+        "text_projection": "fp16",
+        "denoiser": "fp16",
+        "decoder": "bf16",
+    }
     assert manifest.plugins == {
         "text_encoder": {},
+        "text_projection": {},
         "denoiser": {"GatedDepthwiseConv": 1, "LinearAttentionApply": 1, "LinearAttentionState": 1},
         "decoder": {"ReluLinearAttention": 1},
     }
@@ -40,7 +46,7 @@ def test_the_manifest_says_what_the_checkpoint_is(built):
 def test_parity_is_reported_and_holds(built):
     report = json.loads((built / "parity.json").read_text())
     assert report["reference"] == "fp64 PyTorch"
-    for component in ("text_encoder", "denoiser", "decoder"):
+    for component in COMPONENTS:
         for output in report["components"][component]["outputs"].values():
             assert output["onnxruntime"]["rms"] <= output["portable_bound"]["rms"] < output["bound"]["rms"] / 20
             assert output["tensorrt"] is None
@@ -101,7 +107,8 @@ def test_only_what_depends_on_a_change_is_done_again(built, changed, tmp_path):
     progress = quiet()
     build(request(tmp_path / "bundle", model=changed), progress)
     done = {stage.name for stage in progress.stages if not stage.cached}
-    assert done == {"read checkpoint", "export denoiser", "reference denoiser", "parity denoiser", "picture grid", "write bundle"}
+    parts = {f"{stage} {part}" for stage in ("export", "reference", "parity") for part in ("text_projection", "denoiser")}
+    assert done == {"read checkpoint", *parts, "picture grid", "write bundle"}
 
 
 def again(monkeypatch, stage: str) -> None:

@@ -95,7 +95,7 @@ def test_a_build_prints_plain_lines_when_nobody_watches(tmp_path, capsys):
     assert [line.split("  ")[0] for line in lines if not line.startswith("  ")][:3] == [
         "read checkpoint",
         "export text_encoder",
-        "export denoiser",
+        "export text_projection",
     ]
     assert any("fp16 is the denoiser's alone" in line for line in lines)
     assert "b: done, " in lines[-1]

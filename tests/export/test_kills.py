@@ -43,7 +43,7 @@ class Killing:
 progress.Progress.stage = lambda self, name: Killing(real(self, name))
 sys.exit(main(sys.argv[3:]))
 """
-STAGES = 12  # read; export, reference, parity of three; grid; write
+STAGES = 15  # read; export, reference, parity of four; grid; write
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def check(out: Path, old: str, new: str, model: Path, cache: Path) -> str:
     return found
 
 
-BOUNDARIES = [("begin", STAGES - 1), ("end", STAGES - 1), ("begin", 1), ("begin", 4), ("begin", 5), ("begin", 7), ("end", 10)]
+BOUNDARIES = [("begin", STAGES - 1), ("end", STAGES - 1), ("begin", 1), ("begin", 5), ("begin", 6), ("begin", 9), ("end", 13)]
 
 
 @pytest.mark.parametrize(("which", "at"), BOUNDARIES)

@@ -1,14 +1,15 @@
 import onnx
 import pytest
-from tiny_build import RANGES, component, quiet, request, runner, said
+from tiny_build import RANGES, component, quiet, request, runner, said, tiny
 
 from engines.bundle import Bundle
 from engines.errors import BuildError, PluginMissingError
-from engines.spec import Precision, Target
+from engines.spec import COMPONENTS, Precision, Target
 from export.build import build
 from export.components import profiles
 from export.plugin_nodes import add_cubins
 from export.stages import engine_groups
+from sana_ref.checkpoint import load
 
 AHEAD = (Target.SM80, Target.SM89, Target.SM120)
 
@@ -22,12 +23,24 @@ def test_what_is_compiled_ahead_of_time_shares_an_engine():
 def test_profiles_serve_the_range():
     found = profiles(component("denoiser", Precision.FP16), RANGES, instructed_tokens=60, embedded_guidance=False)
     assert found["latents"] == ((1, 32, 2, 2), (1, 32, 4, 4), (4, 32, 8, 8))
-    assert found["prompt_embeds"] == ((1, 1, 24, 48), (2, 1, 24, 48), (2, 4, 24, 48))
+    assert found["text_keys"] == found["text_values"] == tuple((1, k, batch, 4, 24, 16) for k, batch in ((1, 1), (2, 1), (2, 4)))
     assert found["coefficients"] == ((8,), (8,), (8,))
+    found = profiles(component("text_projection", Precision.FP16), RANGES, instructed_tokens=60, embedded_guidance=False)
+    assert found == {"prompt_embeds": ((1, 1, 1, 48), (2, 1, 24, 48), (2, 4, 24, 48))}
     found = profiles(component("text_encoder", Precision.BF16), RANGES, instructed_tokens=60, embedded_guidance=False)
     assert found["input_ids"] == ((1, 24), (1, 60), (4, 60))
     found = profiles(component("denoiser", Precision.FP16), RANGES, instructed_tokens=60, embedded_guidance=True)
     assert found["guidance_weights"] == ((1,), (1,), (1,))
+
+
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16, Precision.FP32])
+def test_each_weight_of_the_transformer_is_in_one_graph(precision):
+    text, step = component("text_projection", precision), component("denoiser", precision)
+    parts = [{part.checkpoint_name(name) for name, _ in part.module.named_parameters()} for part in (text, step)]
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == set(load(tiny()).sources["transformer"].shapes)
+    kinds = [{tensor.name: tensor.dtype for tensor in tensors} for tensors in (text.spec.outputs, step.spec.inputs)]
+    assert kinds[0].items() <= kinds[1].items()
 
 
 @pytest.mark.slow
@@ -36,7 +49,7 @@ def test_a_build_with_engines(tmp_path):
     bundle = build(request(tmp_path / "bundle", targets=AHEAD), progress).bundle
     assert bundle.manifest.targets == AHEAD
     assert bundle.manifest.tensorrt is not None
-    for name in ("text_encoder", "denoiser", "decoder"):
+    for name in COMPONENTS:
         for sm in ("sm80", "sm89", "sm120"):
             path = bundle.engine_path(name, sm)
             assert path is not None

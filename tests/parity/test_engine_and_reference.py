@@ -17,12 +17,13 @@ from sana_ref.pipeline import SanaReference
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")]
 BOUND = 1e-5  # of the largest latent: float32 sums in another order, carried through all steps
+SANA_TINY = Path(__file__).parents[2] / "models" / "sana-tiny"
 SPRINT = replace(TRANSFORMER, guidance_embeds=True, qk_norm="rms_norm_across_heads")
 
 
-def drawn_apart(folder: Path, requests: list[dict]) -> None:
-    reference = SanaReference(folder / "checkpoint")
-    with SanaEngine(folder / "bundle", backend="onnxruntime") as engine:
+def drawn_apart(checkpoint: Path, bundle: Path, requests: list[dict], bound: float = BOUND) -> None:
+    reference = SanaReference(checkpoint)
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
         for request in requests:
             theirs: list[np.ndarray] = []
             expected = reference.generate(
@@ -35,31 +36,36 @@ def drawn_apart(folder: Path, requests: list[dict]) -> None:
                 )[0]
                 for step, (got, wanted) in enumerate(zip(ours, theirs, strict=True)):
                     error = np.abs(got[0] - wanted[number]).max() / np.abs(wanted[number]).max()
-                    assert error <= BOUND, f"{request}, {prompt!r}, step {step}: {error:.1e}"
+                    assert error <= bound, f"{request}, {prompt!r}, step {step}: {error:.1e}"
                 assert np.abs(np.asarray(picture).astype(int) - np.asarray(expected[number])).max() <= 1
 
 
-def make(folder: Path, **checkpoint: object) -> None:
-    write_checkpoint(folder / "checkpoint", **checkpoint)  # type: ignore[arg-type]
+def make(checkpoint: Path, folder: Path, side: int = 128) -> Path:
+    """The bundle."""
     request = BuildRequest(
-        model=str(folder / "checkpoint"),
+        model=str(checkpoint),
         out=folder / "bundle",
         precision=Precision.FP32,
         targets=(),
-        opt_side=128,
+        opt_side=side,
         cache=folder / "cache",
     )
-    build(request, Progress())
+    return build(request, Progress()).bundle.path
 
 
 def test_sana(tmp_path: Path) -> None:
-    make(tmp_path, scheduler=DPM_SOLVER)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", scheduler=DPM_SOLVER)
     size = {"width": 128, "height": 64}
     requests: list[dict] = [{"steps": 20}, {"scheduler": "flow_euler", "steps": 5, "negative_prompts": "blue"}]
     requests += [{"steps": 3, "guidance": 1.0}, {"scheduler": make_schedule("flow_dpm_solver", 6, 2.0, "karras")}]
-    drawn_apart(tmp_path, [size | request for request in requests])
+    drawn_apart(checkpoint, make(checkpoint, tmp_path), [size | request for request in requests])
 
 
 def test_sprint(tmp_path: Path) -> None:
-    make(tmp_path, scheduler=SCM, transformer=SPRINT)
-    drawn_apart(tmp_path, [{"width": 64, "height": 128, "steps": steps} for steps in (1, 2, 4)])
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", scheduler=SCM, transformer=SPRINT)
+    drawn_apart(checkpoint, make(checkpoint, tmp_path), [{"width": 64, "height": 128, "steps": steps} for steps in (1, 2, 4)])
+
+
+def test_sana_tiny(tmp_path: Path) -> None:
+    """Trained weights: eight blocks, each with its own keys and values. Errors of four times as many blocks add up to twice."""
+    drawn_apart(SANA_TINY, make(SANA_TINY, tmp_path, side=512), [{"width": 256, "height": 384, "steps": 4}], bound=2 * BOUND)

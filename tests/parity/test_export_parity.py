@@ -17,7 +17,7 @@ from tiny_build import RANGES, runner, shared, tiny
 from engines.errors import ParityError
 from engines.golden import Golden
 from engines.parity_report import OutputParity, bound_from, check, measure
-from engines.spec import ComponentName, Precision, component_precision
+from engines.spec import COMPONENTS, ComponentName, Precision, component_precision
 from export.components import TORCH_DTYPES, Component, components
 from export.parity import bounds, measured, run_onnxruntime
 from export.reference import loaded, run_module
@@ -98,7 +98,7 @@ def changed_graph(subject: Subject, change: Callable[[onnx.ModelProto], None], o
     return out
 
 
-@pytest.mark.parametrize("name", ["text_encoder", "denoiser", "decoder"])
+@pytest.mark.parametrize("name", COMPONENTS)
 def test_what_was_exported_passes(name):
     subject(name).hold(subject(name).folder)
 
@@ -120,7 +120,9 @@ def swap_heads(weight: np.ndarray) -> None:
     ("name", "parameter", "change"),
     [
         ("denoiser", "transformer.transformer_blocks.0.attn1.to_v.weight", scale_one_channel),
-        ("denoiser", "transformer.transformer_blocks.0.attn2.to_v.weight", scale_one_channel),
+        ("denoiser", "transformer.transformer_blocks.0.attn2.to_out.0.weight", scale_one_channel),
+        ("text_projection", "transformer.transformer_blocks.0.attn2.to_v.weight", scale_one_channel),
+        ("text_projection", "transformer.caption_projection.linear_1.weight", scale_one_channel),
         ("denoiser", "transformer.transformer_blocks.0.attn1.to_v.weight", swap_heads),
         ("decoder", "decoder.conv_out.conv.weight", scale_one_channel),
         ("decoder", "decoder.conv_in.weight", scale_one_channel),

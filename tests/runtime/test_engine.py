@@ -64,6 +64,8 @@ def test_equals_the_components_run_by_hand(engine: SanaEngine) -> None:
     x = normal(11, (LATENT_CHANNELS, 2, 3))[None]
     previous = np.zeros_like(x)
     schedule = make_schedule("flow_dpm_solver", 5)
+    with engine.session("text_projection") as projection:
+        text = projection.run({"prompt_embeds": np.stack(embeds)})
     with engine.session("denoiser") as denoiser:
         for row in schedule.table:
             outputs = denoiser.run(
@@ -72,7 +74,7 @@ def test_equals_the_components_run_by_hand(engine: SanaEngine) -> None:
                     "previous": previous,
                     "coefficients": row,
                     "guidance_weights": np.array([-1.0, 2.0], np.float32),
-                    "prompt_embeds": np.stack(embeds),
+                    **text,
                     "prompt_mask": np.stack([each.selected_mask for each in reversed(tokens)]),
                 }
             )
@@ -301,7 +303,10 @@ def test_unknown_backend(bundle: Path) -> None:
 
 @pytest.mark.parametrize("session", ["text_encodr", "", "vae"])
 def test_unknown_component(engine: SanaEngine, session: str) -> None:
-    with pytest.raises(RequestError, match="expected one of text_encoder, denoiser, decoder"), engine.session(session):
+    with (
+        pytest.raises(RequestError, match="expected one of text_encoder, text_projection, denoiser, decoder"),
+        engine.session(session),
+    ):
         pass
 
 

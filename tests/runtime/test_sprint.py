@@ -68,6 +68,8 @@ def test_both_backends_draw_what_the_table_says(bundle: Bundle, monkeypatch: pyt
         with engine.session("text_encoder") as encoder:
             embeds = encoder.run({"input_ids": text[0].ids[None], "attention_mask": text[0].mask[None]})["prompt_embeds"]
         x, previous = normal(4, shape)[None], np.zeros((1, *shape), np.float32)
+        with engine.session("text_projection") as projection:
+            keys_values = projection.run({"prompt_embeds": embeds[None]})
         with engine.session("denoiser") as denoiser:
             for i, row in enumerate(schedule.table):
                 inputs = {
@@ -77,7 +79,7 @@ def test_both_backends_draw_what_the_table_says(bundle: Bundle, monkeypatch: pyt
                     "guidance_weights": np.ones(1, np.float32),
                     "guidance_scale": np.array([4.5], np.float32),
                     "noise": normal(4, shape, stream=i + 1)[None],  # the last row multiplies it with 0
-                    "prompt_embeds": embeds[None],
+                    **keys_values,
                     "prompt_mask": text[0].selected_mask[None, None],
                 }
                 outputs = denoiser.run(inputs)

@@ -15,7 +15,7 @@ from fakes import fake_inputs, write_fake_bundle
 import runtime.trt_backend
 from engines.bundle import Bundle
 from engines.errors import ArchitectureError, NoGpuError, RequestError, SanaError, TensorRTVersionError
-from engines.spec import Target
+from engines.spec import COMPONENTS, Target
 from plugins import shell
 from runtime import SanaEngine
 from runtime.cuda import ALIGNMENT, Cuda
@@ -88,8 +88,44 @@ def test_steps_differ_in_addresses_alone(engine: SanaEngine) -> None:
     assert np.diff(rows).tolist() == [ALIGNMENT] * 4
     for before, after in pairwise(launches):
         assert (after["latents"], after["previous"]) == (before["next_latents"], before["prediction"])
-    for name in ("guidance_weights", "prompt_embeds", "prompt_mask"):
+    for name in ("guidance_weights", "text_keys", "text_values", "prompt_mask"):
         assert len({launch[name] for launch in launches}) == 1
+
+
+def test_the_text_is_projected_once_and_stays_on_the_gpu(engine: SanaEngine) -> None:
+    engine.generate("a cat", **REQUEST)
+    (projected,) = graphs(engine)["text_projection"].contexts[0].launches
+    for launch in graphs(engine)["denoiser"].contexts[0].launches:
+        assert {name: launch[name] for name in ("text_keys", "text_values")} == {
+            name: projected[name] for name in ("text_keys", "text_values")
+        }
+
+
+@pytest.mark.parametrize(("narrow", "error"), [(np.float16, 2**-11), ("bf16", 2**-8)])
+def test_keys_and_values_of_16_bits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, narrow: object, error: float) -> None:
+    """A session by hand takes and gives float32, and what is on the device is half as large."""
+    cuda = FakeCuda()
+    monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", lambda bundle: fake_backend(bundle, cuda=cuda, narrow=narrow))
+    with SanaEngine(bundle, backend="tensorrt") as engine, SanaEngine(bundle, backend="onnxruntime") as other:
+        inputs = fake_inputs("text_projection")
+        with engine.session("text_projection") as ours, other.session("text_projection") as theirs:
+            got, expected = ours.run(inputs), theirs.run(inputs)
+        for name, array in got.items():
+            assert array.dtype == np.float32
+            assert 0 < np.abs(array - expected[name]).max() <= error * np.abs(expected[name]).max()
+        inputs = fake_inputs("denoiser") | got
+        with engine.session("denoiser") as ours, other.session("denoiser") as theirs:
+            for name, array in ours.run(inputs).items():  # 16 bits already: nothing is rounded on the way
+                np.testing.assert_array_equal(array, theirs.run(inputs)[name])
+            with pytest.raises(SanaError, match="input 'text_keys': got float16; expected float32"):
+                ours.run(inputs | {"text_keys": inputs["text_keys"].astype(np.float16)})
+        latents: list[np.ndarray] = []
+        for each in (engine, other):
+            each.generate("a cat", on_step=lambda step, total, x: latents.append(x), **REQUEST)
+        ours_, theirs_ = np.split(np.stack(latents), 2)
+        assert np.abs(ours_ - theirs_).max() <= 10 * error * np.abs(theirs_).max()
+        text_keys = engine._backend._slots["text_keys"]  # type: ignore[union-attr]
+        assert text_keys._size == 2 * got["text_keys"].size
 
 
 def test_the_second_picture_allocates_nothing(engine: SanaEngine, cuda: FakeCuda) -> None:
@@ -173,7 +209,7 @@ def test_close_frees_everything(engine: SanaEngine, cuda: FakeCuda) -> None:
 
 def test_a_session_by_hand(engine: SanaEngine, bundle: Bundle) -> None:
     with SanaEngine(bundle, backend="onnxruntime") as other:
-        for component in ("text_encoder", "denoiser", "decoder"):
+        for component in COMPONENTS:
             inputs = fake_inputs(component, batch=3)
             with engine.session(component) as ours, other.session(component) as theirs:
                 got, expected = ours.run(inputs), theirs.run(inputs)

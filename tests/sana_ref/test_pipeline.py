@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_checkpoint import EULER, INSTRUCTION, MAX_SEQUENCE_LENGTH, SCM, TEXT_CHANNELS, TRANSFORMER, write_checkpoint
+from tiny_checkpoint import EULER, INSTRUCTION, MAX_SEQUENCE_LENGTH, SCM, TRANSFORMER, write_checkpoint
 
 from engines.errors import RequestError
 from runtime.schedule import make_schedule
@@ -46,7 +46,8 @@ def test_steps_are_reported(reference):
 
 def test_text_has_the_shape_of_the_boundary(reference):
     text = reference.encode_text(["a", "b c"], "", 4.5)
-    assert text.embeds.shape == (2, 2, MAX_SEQUENCE_LENGTH, TEXT_CHANNELS)
+    heads = (TRANSFORMER.num_cross_attention_heads, MAX_SEQUENCE_LENGTH, TRANSFORMER.cross_attention_head_dim)
+    assert text.keys.shape == text.values.shape == (TRANSFORMER.num_layers, 2, 2, *heads)
     assert text.mask.sum(-1).tolist() == [[1, 1], [3, 5]]  # <bos>; <bos>, the instruction's last token, and the prompt's
     assert text.weights.tolist() == [-3.5, 4.5]
     assert reference.encode_text("a", "", 1.0).weights.tolist() == [1.0]

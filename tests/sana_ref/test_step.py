@@ -15,6 +15,7 @@ from sana_ref.autoencoder import AutoencoderDC, average_channels, repeat_channel
 from sana_ref.components import DecoderForExport, TextEncoderForExport, select_tokens
 from sana_ref.step import GUIDANCE_INPUTS, INPUTS, DenoiserStep, guidance_weights
 from sana_ref.text_encoder import Gemma2Encoder
+from sana_ref.text_projection import TextProjection, is_text_parameter
 from sana_ref.transformer import SanaTransformer2DModel
 
 SPRINT = replace(TRANSFORMER, guidance_embeds=True, qk_norm="rms_norm_across_heads")
@@ -27,7 +28,9 @@ def step_of(config, dtype=torch.float32):
     return DenoiserStep(randomised(SanaTransformer2DModel(config), 0).to(dtype)).eval()
 
 
-def arguments(step, num_texts, seed=1):
+@torch.no_grad()
+def embedded_arguments(step, num_texts, seed=1):
+    """Of a step, with the prompt's embeddings in place of the keys and values."""
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     out = [normal(BATCH, 32, 3, 4), normal(BATCH, 32, 3, 4), torch.tensor([500.0, 1, 0.9, -0.1, 0.2, 0.3, 1, -0.5])]
@@ -41,12 +44,18 @@ def arguments(step, num_texts, seed=1):
 
 
 @torch.no_grad()
+def arguments(step, num_texts, seed=1):
+    given_ = embedded_arguments(step, num_texts, seed)
+    return [*given_[:4], *TextProjection(step.transformer)(given_[4]), *given_[5:]]
+
+
+@torch.no_grad()
 def test_guidance_is_classifier_free():
     step = step_of(TRANSFORMER)
-    latents, previous, row, weights, embeds, mask = arguments(step, 2)
+    latents, previous, row, _, embeds, mask = embedded_arguments(step, 2)
     uncond, cond = (step.transformer(latents, embeds[k], row[:1].expand(BATCH), mask[k]) for k in (0, 1))
     velocity = uncond + 4.5 * (cond - uncond)
-    got = step(latents, previous, row, weights, embeds, mask)
+    got = step(*arguments(step, 2))
     torch.testing.assert_close(got, apply_row(row.numpy(), latents, velocity, previous, 0 * latents), atol=1e-5, rtol=1e-5)
 
 
@@ -54,19 +63,55 @@ def test_guidance_is_classifier_free():
 def test_embedded_guidance_is_scaled_and_noise_is_added():
     step = step_of(SPRINT)
     assert step.input_names == INPUTS + GUIDANCE_INPUTS
-    latents, previous, row, weights, embeds, mask, scale, noise = arguments(step, 1)
+    latents, previous, row, _, embeds, mask, _, noise = embedded_arguments(step, 1)
     velocity = step.transformer(latents, embeds[0], row[:1].expand(BATCH), mask[0], torch.full((BATCH,), 0.45))
-    got = step(latents, previous, row, weights, embeds, mask, scale, noise)
+    got = step(*arguments(step, 1))
     torch.testing.assert_close(got, apply_row(row.numpy(), latents, velocity, previous, noise), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", [TRANSFORMER, SPRINT], ids=["sana", "sprint"])
+@torch.no_grad()
+def test_keys_and_values_made_once_change_no_bit(config, dtype):
+    """Of the transformer: forward makes them in each block."""
+    step = step_of(config, dtype)
+    _, _, row, _, embeds, mask, *_ = embedded_arguments(step, 1)
+    latents = torch.randn(BATCH, 32, 3, 4, generator=torch.Generator().manual_seed(2)).to(dtype)
+    keys, values = TextProjection(step.transformer)(embeds)
+    heads = (config.num_cross_attention_heads, LENGTH, config.cross_attention_head_dim)
+    assert keys.shape == values.shape == (config.num_layers, 1, BATCH, *heads)
+    assert keys.dtype == values.dtype == dtype
+    assert keys.is_contiguous()
+    assert values.is_contiguous()
+    texts = list(zip(keys[:, 0], values[:, 0], strict=True))
+    guidance = torch.full((BATCH,), 0.45) if config.guidance_embeds else None
+    got = step.transformer.denoise(latents, texts, row[:1].expand(BATCH), mask[0], guidance)
+    expected = step.transformer(latents, embeds[0].to(dtype), row[:1].expand(BATCH), mask[0], guidance)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_each_parameter_is_read_by_one_of_both_parts():
+    step = step_of(SPRINT)
+
+    def read(*outputs):
+        """What their gradient reaches."""
+        step.zero_grad(set_to_none=True)
+        torch.stack([output.sum() for output in outputs]).sum().backward()
+        return {name for name, parameter in step.named_parameters() if parameter.grad is not None}
+
+    names = {name for name, _ in step.named_parameters()}
+    text = {name for name in names if is_text_parameter(name)}
+    assert read(*TextProjection(step.transformer)(embedded_arguments(step, 1)[4])) == text
+    assert read(*step(*arguments(step, 1))) == names - text
 
 
 @pytest.mark.parametrize("scheduler", ["flow_euler", "flow_dpm_solver"])
 @torch.no_grad()
 def test_last_step_returns_its_prediction(scheduler):
     step = step_of(TRANSFORMER)
-    latents, previous, _, weights, embeds, mask = arguments(step, 2)
+    latents, previous, _, *others = arguments(step, 2)
     row = torch.from_numpy(make_schedule(scheduler, 5).table[-1].copy())
-    after, prediction = step(latents, previous, row, weights, embeds, mask)
+    after, prediction = step(latents, previous, row, *others)
     torch.testing.assert_close(after, prediction, atol=1e-5, rtol=1e-5)
 
 
@@ -74,9 +119,9 @@ def test_last_step_returns_its_prediction(scheduler):
 @torch.no_grad()
 def test_only_the_network_is_narrow(dtype):
     step = step_of(TRANSFORMER, dtype)
-    latents, previous, _, weights, embeds, mask = arguments(step, 2)
+    latents, previous, _, *others = arguments(step, 2)
     still = torch.tensor([500.0, 1, 1, 0, 0, 0, 1, 0])  # keep x and ignore the velocity: nothing may be rounded on the way
-    after, prediction = step(latents, previous, still, weights, embeds, mask)
+    after, prediction = step(latents, previous, still, *others)
     assert after.dtype == prediction.dtype == torch.float32
     torch.testing.assert_close(after, latents, rtol=0, atol=0)
     torch.testing.assert_close(prediction, latents, rtol=0, atol=0)
@@ -126,7 +171,7 @@ def test_text_needs_two_tokens():
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("sprint", "decoder")]
 
 
-@pytest.mark.parametrize("kind", ["denoiser", "text_encoder", *SLOW])
+@pytest.mark.parametrize("kind", ["denoiser", "text_encoder", "text_projection", *SLOW])
 @torch.no_grad()
 def test_exported_graph_never_waits_for_the_host(kind):
     batch, height, width = Dim("batch", max=64), Dim("height", max=128), Dim("width", max=128)
@@ -134,7 +179,10 @@ def test_exported_graph_never_waits_for_the_host(kind):
     if kind in ("denoiser", "sprint"):
         module = step_of(SPRINT if kind == "sprint" else TRANSFORMER)
         given_ = tuple(arguments(module, 1 if kind == "sprint" else 2))
-        shapes = (picture, picture, None, None, {1: batch}, {1: batch}, None, picture)[: len(given_)]
+        shapes = (picture, picture, None, None, {2: batch}, {2: batch}, {1: batch}, None, picture)[: len(given_)]
+    elif kind == "text_projection":
+        step = step_of(TRANSFORMER)
+        module, given_, shapes = TextProjection(step.transformer), (embedded_arguments(step, 2)[4],), ({1: batch},)
     elif kind == "text_encoder":
         module = TextEncoderForExport(Gemma2Encoder(TEXT_ENCODER), LENGTH).eval()
         given_ = (torch.zeros(2, 9, dtype=torch.long), torch.ones(2, 9, dtype=torch.long))

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 SHA = "0" * 64
 VALID: dict[str, Any] = {
-    "schema_version": 1,
+    "schema_version": 2,
     "model": "hostile",
     "model_digest": SHA,
     "variant": "custom",
@@ -39,7 +39,8 @@ def with_file(name: str) -> dict[str, Any]:
 def manifests() -> dict[str, bytes]:
     text = json.dumps(VALID, indent=1)
     documents: dict[str, Any] = {
-        "newer_schema": {**VALID, "schema_version": 2, "a_key_of_the_future": True},
+        "newer_schema": {**VALID, "schema_version": 3, "a_key_of_the_future": True},
+        "older_schema": {**VALID, "schema_version": 1},
         "schema_zero": {**VALID, "schema_version": 0},
         "schema_true": {**VALID, "schema_version": True},
         "unknown_key": {**VALID, "licens": "none"},
