@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from benchmarks.latency_history import Kernel, Kernels
-from benchmarks.latency_work import Arrays, Work, component_inputs
+from benchmarks.latency_work import Arrays, Work, graph_inputs
 from benchmarks.latency_yardstick import CPU_GEMM, GPU_GEMM, copy_rate, gemm_rate
 from engines.spec import ComponentName
 
@@ -50,7 +50,7 @@ class Profiler:
         """None for a picture, which is more than one component."""
         if work.component == "picture":
             return None
-        inputs = component_inputs(engine, work)
+        inputs = graph_inputs(engine, work)
         if engine.backend == "onnxruntime":
             found = ort_kernels(engine.bundle.onnx_path(cast(ComponentName, work.component)), inputs, num_threads=self.num_threads)
             why = "nodes, by ONNX Runtime's profiler"

@@ -54,6 +54,7 @@ def _graph_output(component: ComponentName, checkpoint: Checkpoint, inputs: Arra
     x = _tensors(inputs, device, dtype)
     if component == "denoiser":
         step = DenoiserStep(checkpoint.transformer(dtype, device))
+        x |= {name: x[name].to(dtype) for name in ("text_keys", "text_values")}
         return step(*(x[name] for name in step.input_names))[0]
     return network_output(component, checkpoint, inputs, dtype, device)
 

@@ -16,7 +16,7 @@ from benchmarks.latency_check import Limits, Verdict, compare
 from benchmarks.latency_figures import record_figures
 from benchmarks.latency_history import History, Record
 from benchmarks.latency_run import Bench, Plan, measure
-from benchmarks.latency_work import Work, component_inputs
+from benchmarks.latency_work import Work, graph_inputs
 from engines.errors import NoGpuError, RequestError
 from engines.gpu import device_info
 from engines.spec import ComponentName
@@ -64,7 +64,7 @@ def complaints(
         return wrong, found
     for width, height in dict.fromkeys(sizes):
         for component in CHECKED:
-            inputs = component_inputs(engine, Work(component=component, width=width, height=height, batch=1))
+            inputs = graph_inputs(engine, Work(component=component, width=width, height=height, batch=1))
             errors = engine_errors(engine, component, checkpoint, inputs)
             found.setdefault(component, errors)
             wrong += [

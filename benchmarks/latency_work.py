@@ -26,9 +26,10 @@ from runtime.noise import normal, normal_batch
 from runtime.prompt import PromptTemplate, PromptTokenizer
 from runtime.schedule import make_schedule
 
-__all__ = ["WORKS", "Arrays", "Work", "component_inputs", "open_task", "step_inputs"]
+__all__ = ["WORKS", "Arrays", "Work", "component_inputs", "graph_inputs", "open_task", "step_inputs"]
 
-WORKS = (*get_args(ComponentName), "picture")
+# The text projection is a part of a picture: by itself it has no peer.
+WORKS = (*(name for name in get_args(ComponentName) if name != "text_projection"), "picture")
 PROMPT = "a lighthouse on a cliff at dusk"  # of the figures
 TEXT = "a lighthouse at dusk"
 Arrays = dict[str, NDArray[Any]]
@@ -60,8 +61,9 @@ class Work:
 
 
 def step_inputs(engine: SanaEngine, width: int, height: int, batch: int = 1) -> Arrays:
-    """One step in the middle of a schedule, as the denoiser's graph takes it: with guidance, by two texts (k = 2) or, where the
-    model embeds its scale, one. The text is noise of unit variance. docs/bundle.md has the shapes.
+    """One step in the middle of a schedule: with guidance, by two texts (k = 2) or, where the model embeds its scale, one.
+
+    The text is noise of unit variance. docs/bundle.md has the shapes, of text projection and denoiser.
     """
     manifest = engine.manifest
     channels, length = manifest.latents.channels, manifest.prompt.max_sequence_length
@@ -89,7 +91,7 @@ def step_inputs(engine: SanaEngine, width: int, height: int, batch: int = 1) -> 
 
 
 def component_inputs(engine: SanaEngine, work: Work) -> Arrays:
-    """By the names of the component's graph."""
+    """By the names of the component's graph; the denoiser's text as a peer takes it, before its projection."""
     manifest = engine.manifest
     if work.component == "text_encoder":
         prompt = manifest.prompt
@@ -106,6 +108,15 @@ def component_inputs(engine: SanaEngine, work: Work) -> Arrays:
     return step_inputs(engine, work.width, work.height, work.batch)
 
 
+def graph_inputs(engine: SanaEngine, work: Work) -> Arrays:
+    """As the component's graph takes them. Other requests to the engine wait meanwhile."""
+    inputs = component_inputs(engine, work)
+    if work.component == "denoiser":
+        with engine.session("text_projection") as session:
+            inputs |= session.run(inputs)
+    return inputs
+
+
 @contextmanager
 def open_task(engine: SanaEngine, work: Work) -> Iterator[Task]:
     """The work, ready to be called again and again. Other requests to the engine wait, unless it is a picture.
@@ -118,7 +129,7 @@ def open_task(engine: SanaEngine, work: Work) -> Iterator[Task]:
             draw = _Draw(engine, work, Path(folder) / "picture.png")
             yield Task("picture", draw, draw.watch)
         return
-    inputs = component_inputs(engine, work)
+    inputs = graph_inputs(engine, work)
     with engine.session(work.component) as session:
         if engine.backend == "onnxruntime":
             yield Task(work.component, lambda: session.run(inputs), cpu_clock)
@@ -135,7 +146,7 @@ def _on_gpu(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Iterator[Task]:
     slots = {name: Slot(cuda) for name in (*session.inputs, *session.outputs)}
     try:
         shapes = session.prepare({name: inputs[name].shape for name in session.inputs})
-        addresses = {name: slots[name].write(inputs[name]) for name in session.inputs}
+        addresses = {name: slots[name].write(session.device_array(name, inputs[name])) for name in session.inputs}
         for name, shape in shapes.items():
             addresses[name] = slots[name].reserve(session.output_size(name, shape))
         cuda.synchronize()

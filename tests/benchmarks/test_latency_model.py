@@ -19,7 +19,7 @@ from benchmarks.latency_figures import record_figures
 from benchmarks.latency_history import History
 from benchmarks.latency_parity import engine_errors
 from benchmarks.latency_peers import PEERS
-from benchmarks.latency_work import Work, component_inputs
+from benchmarks.latency_work import Work, graph_inputs
 from engines.gpu import current_target
 from engines.parity_report import ErrorStats, bound_from, check_size
 from engines.spec import Precision, Target
@@ -54,7 +54,7 @@ def test_portable_graphs_beside_diffusers(tmp_path: Path, monkeypatch: pytest.Mo
     assert "diffusers_eager" in report.read_text()
     with SanaEngine(bundle.path, backend="onnxruntime") as engine:
         for component in ("denoiser", "decoder"):
-            inputs = component_inputs(engine, Work(component=component, width=64, height=64, batch=2))
+            inputs = graph_inputs(engine, Work(component=component, width=64, height=64, batch=2))
             errors = engine_errors(engine, component, load(tiny()), inputs, device="cpu")
             assert not check_size(errors["engine"], bound_from(errors["pytorch"]))
 
