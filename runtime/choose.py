@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import get_args
 
@@ -15,7 +16,9 @@ __all__ = ["make_backend"]
 _WORDS = ("auto", *get_args(BackendName))
 
 
-def make_backend(bundle: Bundle, wanted: str, *, num_threads: int | None = None) -> tuple[Backend, str]:
+def make_backend(
+    bundle: Bundle, wanted: str, *, num_threads: int | None = None, cuda_graphs: bool = False, low_memory: bool = False
+) -> tuple[Backend, str]:
     """The backend and the reason for it, which also goes to the logger "runtime".
 
     wanted: "tensorrt", "onnxruntime", or "auto": TensorRT where there is a GPU that the bundle has engines for, else ONNX Runtime.
@@ -24,31 +27,33 @@ def make_backend(bundle: Bundle, wanted: str, *, num_threads: int | None = None)
     if wanted not in _WORDS:
         raise RequestError(f"backend: got {wanted!r}; {nearest(str(wanted), _WORDS)}.")
     level = logging.INFO
+    gpu = functools.partial(_tensorrt, bundle, cuda_graphs=cuda_graphs, low_memory=low_memory)
+    cpu = functools.partial(_onnxruntime, bundle, num_threads=num_threads, low_memory=low_memory)
     if wanted != "auto":
-        backend = _tensorrt(bundle) if wanted == "tensorrt" else _onnxruntime(bundle, num_threads)
+        backend = gpu() if wanted == "tensorrt" else cpu()
         reason = "it was asked for"
     elif not bundle.manifest.targets:
-        backend, reason = _onnxruntime(bundle, num_threads), "the bundle has portable graphs only"
+        backend, reason = cpu(), "the bundle has portable graphs only"
     else:
         try:
-            backend = _tensorrt(bundle)
+            backend = gpu()
             reason = "the bundle has engines for this GPU"
         except NoGpuError as error:
-            backend, reason = _onnxruntime(bundle, num_threads), f"TensorRT has nothing to run on: {error}"
+            backend, reason = cpu(), f"TensorRT has nothing to run on: {error}"
         except (ArchitectureError, TensorRTVersionError) as error:
             level = logging.WARNING  # there is a GPU, and it stays idle
-            backend, reason = _onnxruntime(bundle, num_threads), f"TensorRT cannot run this bundle here: {error}"
+            backend, reason = cpu(), f"TensorRT cannot run this bundle here: {error}"
     logging.getLogger("runtime").log(level, "backend: %s on %s, because %s", backend.name, backend.device, reason)
     return backend, reason
 
 
-def _onnxruntime(bundle: Bundle, num_threads: int | None) -> Backend:
+def _onnxruntime(bundle: Bundle, *, num_threads: int | None, low_memory: bool) -> Backend:
     from runtime.ort_backend import OrtBackend
 
-    return OrtBackend(bundle, num_threads=num_threads)
+    return OrtBackend(bundle, num_threads=num_threads, low_memory=low_memory)
 
 
-def _tensorrt(bundle: Bundle) -> Backend:
+def _tensorrt(bundle: Bundle, *, cuda_graphs: bool, low_memory: bool) -> Backend:
     from runtime.trt_backend import open_tensorrt
 
-    return open_tensorrt(bundle)
+    return open_tensorrt(bundle, cuda_graphs=cuda_graphs, low_memory=low_memory)

@@ -8,6 +8,7 @@ nothing.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from itertools import pairwise
 from types import TracebackType
 from typing import Any
@@ -92,10 +93,22 @@ class Cuda:
         """Wait until the stream is empty."""
         self._call("cuStreamSynchronize", self._stream)
 
-    def mark(self) -> Any:
-        """An event at this point of the stream. Marks gives it back."""
+    def idle(self) -> bool:
+        """Whether the stream is empty. Does not wait."""
+        (status,) = self._driver.cuStreamQuery(self._stream)
+        if status == self._driver.CUresult.CUDA_ERROR_NOT_READY:
+            return False
+        self._check("cuStreamQuery", status)
+        return True
+
+    def mark(self, *, captured: bool = False) -> Any:
+        """An event at this point of the stream. Marks gives it back. captured: each launch of the graph records it again."""
         event = self._call("cuEventCreate", int(self._driver.CUevent_flags.CU_EVENT_DEFAULT))
-        self._call("cuEventRecord", event, self._stream)
+        if captured:
+            external = int(self._driver.CUevent_record_flags.CU_EVENT_RECORD_EXTERNAL)
+            self._call("cuEventRecordWithFlags", event, self._stream, external)
+        else:
+            self._call("cuEventRecord", event, self._stream)
         return event
 
     def seconds(self, first: Any, second: Any) -> float:
@@ -105,6 +118,32 @@ class Cuda:
     def destroy(self, event: Any) -> None:
         self._call("cuEventDestroy", event)
 
+    def capture(self, work: Callable[[], None]) -> Any:
+        """What `work` queues on the stream, as a graph that can be launched again and again; it does not run now.
+
+        Raises what `work` raises, and SanaError for work that CUDA cannot capture.
+        """
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuStreamBeginCapture", self._stream, mode)
+        try:
+            work()
+        except BaseException:
+            _, graph = self._driver.cuStreamEndCapture(self._stream)  # the stream must be a usual one again
+            if graph is not None and int(graph):
+                self._call("cuGraphDestroy", graph)
+            raise
+        graph = self._call("cuStreamEndCapture", self._stream)
+        try:
+            return self._call("cuGraphInstantiate", graph, 0)
+        finally:
+            self._call("cuGraphDestroy", graph)
+
+    def launch_graph(self, graph: Any) -> None:
+        self._call("cuGraphLaunch", graph, self._stream)
+
+    def destroy_graph(self, graph: Any) -> None:
+        self._call("cuGraphExecDestroy", graph)
+
     def close(self) -> None:
         self._call("cuStreamDestroy", self._stream)
         self._call("cuDevicePrimaryCtxRelease", self._device)
@@ -113,23 +152,28 @@ class Cuda:
 class Marks:
     """Points of the stream, to measure between: `with Marks(cuda) as marks: marks.add()`."""
 
-    def __init__(self, cuda: Cuda) -> None:
-        self._cuda = cuda
+    def __init__(self, cuda: Cuda, *, captured: bool = False) -> None:
+        """captured: they are added while work is captured, and tell the times of the graph's latest run."""
+        self._cuda, self._captured = cuda, captured
         self._events: list[Any] = []
 
     def __enter__(self) -> Marks:
         return self
 
     def add(self) -> None:
-        self._events.append(self._cuda.mark())
+        self._events.append(self._cuda.mark(captured=self._captured))
 
     def seconds(self) -> list[float]:
         """Between neighbouring marks, all of which have passed."""
         return [self._cuda.seconds(a, b) for a, b in pairwise(self._events)]
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         for event in self._events:
             self._cuda.destroy(event)
+        self._events.clear()
 
 
 class Slot:

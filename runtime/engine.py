@@ -56,12 +56,16 @@ class SanaEngine:
         backend: str = "auto",
         verify: bool = True,
         num_threads: int | None = None,
+        cuda_graphs: bool = False,
+        low_memory: bool = False,
         progress: bool | None = None,
     ) -> None:
         """bundle: a folder, or a Bundle that is open already.
 
         backend: "tensorrt", "onnxruntime", or "auto" (TensorRT where there is a GPU that the bundle has engines for).
         verify: compare the SHA-256 of every file first. num_threads: of ONNX Runtime; all that this process may use unless given.
+        cuda_graphs: with TensorRT, all of a picture's steps and its decoding are one launch, from the second picture of a size on.
+            Off, for it was not run on a GPU yet. low_memory: the text encoder is unloaded after use, and loaded for the next text.
         progress: a bar on stderr for what lasts over a second; None means if stderr is a terminal.
         Raises BundleError for a bad bundle, and what runtime.choose.make_backend raises.
         """
@@ -74,7 +78,9 @@ class SanaEngine:
             lowercase=prompt.lowercase,
         )
         self._tokenizer = PromptTokenizer(self.bundle.file("tokenizer/tokenizer.json"), template)
-        made, self.backend_reason = make_backend(self.bundle, backend, num_threads=num_threads)
+        made, self.backend_reason = make_backend(
+            self.bundle, backend, num_threads=num_threads, cuda_graphs=cuda_graphs, low_memory=low_memory
+        )
         self._backend: Backend | None = made
         self.backend: BackendName = made.name
         self.device = made.device

@@ -17,13 +17,13 @@ __all__ = ["OrtBackend"]
 
 
 class OrtBackend:
-    """The sessions load when they are first used, and stay."""
+    """The sessions load when they are first used, and stay; with low_memory the text encoder goes after each use."""
 
     name: BackendName = "onnxruntime"
     max_batch = 1  # a larger one is no faster on a CPU, and would let the size of the batch decide the last bits
 
-    def __init__(self, bundle: Bundle, *, num_threads: int | None = None) -> None:
-        self.device = cpu_name()
+    def __init__(self, bundle: Bundle, *, num_threads: int | None = None, low_memory: bool = False) -> None:
+        self.device, self._low_memory = cpu_name(), low_memory
         self._bundle, self._num_threads = bundle, num_threads
         self._sessions: dict[ComponentName, OrtSession] = {}
         self._texts = TextCache(
@@ -45,6 +45,8 @@ class OrtBackend:
             "prompt_mask": job.prompt_mask,
             **self.session("text_projection").run({"prompt_embeds": self._texts.embed_job(job)}),
         }
+        if self._low_memory and (encoder := self._sessions.pop("text_encoder", None)):
+            encoder.close()
         if job.guidance_scale is not None:
             inputs["guidance_scale"] = np.array([job.guidance_scale], np.float32)
         text_s = time.perf_counter() - began

@@ -6,6 +6,7 @@ buffers holds the latents (and the prediction) that it reads and writes.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 
@@ -15,16 +16,18 @@ from numpy.typing import NDArray
 from engines.bundle import Bundle
 from engines.spec import COMPONENTS, ComponentName
 from runtime.cuda import ALIGNMENT, Cuda, GpuMemoryError, Marks, Slot
+from runtime.graphs import Loops
 from runtime.session import BackendName, Drawn, Job, StepCallback, Timings
 from runtime.text_cache import TextCache
 from runtime.trt_session import Arena, TensorRT, TensorRTSession
 
 __all__ = ["TensorRTBackend", "open_tensorrt"]
 
+_POLL_S = 2e-4  # a step takes some milliseconds
 _ROW = ALIGNMENT // 4  # float32s from one row of the table to the next on the device, so that every row is aligned
 
 
-def open_tensorrt(bundle: Bundle) -> TensorRTBackend:
+def open_tensorrt(bundle: Bundle, *, cuda_graphs: bool = False, low_memory: bool = False) -> TensorRTBackend:
     """The backend for the GPU that is here. Cheapest check first; nothing of TensorRT loads before all have passed.
 
     Raises NoGpuError, ArchitectureError if the bundle has no engine for this GPU, TensorRTVersionError.
@@ -41,21 +44,38 @@ def open_tensorrt(bundle: Bundle) -> TensorRTBackend:
         load=lambda path: tensorrt.deserialize(path, register_plugins=shell.register),
         why=tensorrt_library.why,
     )
-    return TensorRTBackend(bundle, tensorrt=library, cuda=Cuda(), sm=info.sm, device=info.name)
+    options = {"cuda_graphs": cuda_graphs, "low_memory": low_memory}
+    return TensorRTBackend(bundle, tensorrt=library, cuda=Cuda(), sm=info.sm, device=info.name, **options)
 
 
 class TensorRTBackend:
-    """Engines load when they are first used, and stay."""
+    """Engines load when they are first used, and stay; with low_memory the text encoder goes after each use."""
 
     name: BackendName = "tensorrt"
 
-    def __init__(self, bundle: Bundle, *, tensorrt: TensorRT, cuda: Cuda, sm: str, device: str) -> None:
-        """sm: the device's architecture, "sm89". Raises ArchitectureError if a component has no engine for it."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        tensorrt: TensorRT,
+        cuda: Cuda,
+        sm: str,
+        device: str,
+        cuda_graphs: bool = False,
+        low_memory: bool = False,
+    ) -> None:
+        """sm: the device's architecture, "sm89". cuda_graphs: launch a picture's work as one graph from its second time on.
+
+        Raises ArchitectureError if a component has no engine for it.
+        """
         self.device, self.max_batch = device, bundle.manifest.ranges.max_batch
         self._paths = {component: bundle.require_engine(component, sm) for component in COMPONENTS}
         self._tensorrt, self._cuda, self._arena = tensorrt, cuda, Arena(cuda)
         self._sessions: dict[ComponentName, TensorRTSession] = {}
         self._slots: dict[str, Slot] = {}
+        self._cuda_graphs, self._low_memory = cuda_graphs, low_memory
+        self._loops = Loops(cuda)
+        self._steps_done = cuda.allocate_pinned(4)  # a float32 that a graph counts in
         self._texts = TextCache(
             lambda ids, mask: self.session("text_encoder").run({"input_ids": ids, "attention_mask": mask})["prompt_embeds"]
         )
@@ -85,6 +105,8 @@ class TensorRTBackend:
         schedule = job.schedule
         began = time.perf_counter()
         embeds = self._texts.embed_job(job)
+        if self._low_memory and (encoder := self._sessions.pop("text_encoder", None)):
+            encoder.close()
         text_s = time.perf_counter() - began
 
         shape = job.latents.shape
@@ -112,7 +134,8 @@ class TensorRTBackend:
         )
         addresses = {name: self._slot(name).address for name in fixed} | text_addresses
 
-        with Marks(self._cuda) as marks:
+        def queue(marks: Marks, after_step: Callable[[int], None] | None = None) -> None:
+            """All of a picture's work after its text; without after_step the steps that are done are counted for `_follow`."""
             marks.add()
             projection.launch(text_addresses | {"prompt_embeds": embeds_address})
             marks.add()
@@ -128,15 +151,48 @@ class TensorRTBackend:
                 }
                 denoiser.launch(addresses | step)
                 marks.add()
-                tick()
-                if on_step is not None:
-                    on_step(i + 1, after.read(np.float32, shape))
+                if after_step is None:
+                    self._cuda.to_host(self._steps_done, table + (i + 1) * ALIGNMENT - 4, 4)
+                else:
+                    after_step(i)
             decoder.launch({"latents": state[schedule.num_steps % 2][0].address, "images": images.address})
             marks.add()
-            decoded = images.read(np.float32, pixels)  # the one wait
-            projection_s, *steps_s, decode_s = marks.seconds()
+
+        def after_step(i: int) -> None:
+            tick()
+            if on_step is not None:
+                on_step(i + 1, state[(i + 1) % 2][0].read(np.float32, shape))
+
+        slots = [slot.address for pair in state for slot in pair]
+        memory = (*addresses.values(), embeds_address, table, *noise, *slots, images.address, self._arena.address, self._arena.size)
+        shaped = (shape, embeds.shape, *text.values(), schedule.num_steps)
+        loop = self._loops.get((shaped, memory), queue) if self._cuda_graphs and on_step is None else None
+        if loop is None:
+            with Marks(self._cuda) as marks:
+                queue(marks, after_step)
+                decoded = images.read(np.float32, pixels)  # the one wait
+                projection_s, *steps_s, decode_s = marks.seconds()
+        else:
+            ctypes.c_float.from_address(self._steps_done).value = 0
+            loop.launch()
+            self._follow(schedule.num_steps, tick)
+            decoded = images.read(np.float32, pixels)
+            projection_s, *steps_s, decode_s = loop.marks.seconds()
         text_s += projection_s
         return Drawn(images=decoded, timings=Timings(text_s=text_s, steps_s=tuple(steps_s), decode_s=decode_s))
+
+    def _follow(self, num_steps: int, tick: Callable[[], None]) -> None:
+        """Tick for each step of a graph that runs, until all are done. It can be interrupted, unlike a wait of CUDA's."""
+        counter = ctypes.c_float.from_address(self._steps_done)
+        done = 0
+        while done < num_steps:
+            idle = self._cuda.idle()  # before the counter is read: what it says then is all
+            for _ in range(int(counter.value) - done):
+                tick()
+                done += 1
+            if idle:
+                break
+            time.sleep(_POLL_S)
 
     def _upload_fixed(self, job: Job) -> dict[str, NDArray[np.float32]]:
         """What is the same for every step, besides the text's keys and values."""
@@ -163,6 +219,8 @@ class TensorRTBackend:
         return self._slots.setdefault(name, Slot(self._cuda))
 
     def _free_buffers(self) -> None:
+        self._cuda.synchronize()
+        self._loops.clear()  # which name the buffers
         for session in self._sessions.values():
             session.free_buffers()
         for slot in self._slots.values():
@@ -173,6 +231,7 @@ class TensorRTBackend:
     def close(self) -> None:
         self._cuda.make_current()
         self._free_buffers()
+        self._cuda.free_pinned(self._steps_done)
         for session in self._sessions.values():
             session.close()
         self._sessions.clear()
@@ -180,6 +239,8 @@ class TensorRTBackend:
 
 
 def _padded(table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A row's last number is that of the step, from 1: `_follow` reads it."""
     padded = np.zeros((len(table), _ROW), np.float32)
     padded[:, : table.shape[1]] = table
+    padded[:, -1] = np.arange(1, len(table) + 1)
     return padded

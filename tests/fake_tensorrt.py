@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,6 +27,13 @@ INT64_INPUTS = ("input_ids", "attention_mask")
 KEYS_VALUES = ("text_keys", "text_values")
 
 
+@dataclass
+class Graph:
+    work: list[Callable[[], None]]
+    launches: int = 0
+    destroyed: bool = False
+
+
 class FakeCuda:
     """The interface of runtime.cuda.Cuda."""
 
@@ -39,10 +47,12 @@ class FakeCuda:
         self.largest = 0  # bytes held at once
         self.closed = False
         self._queue: list[Callable[[], None]] = []
+        self._captured: list[Callable[[], None]] | None = None
+        self.graphs: list[Graph] = []
         self._clock = 0
 
     def enqueue(self, work: Callable[[], None]) -> None:
-        self._queue.append(work)
+        (self._queue if self._captured is None else self._captured).append(work)
 
     def make_current(self) -> None:
         assert not self.closed
@@ -82,13 +92,40 @@ class FakeCuda:
         self.enqueue(lambda: ctypes.memset(device, 0, size))
 
     def synchronize(self) -> None:
+        assert self._captured is None, "a capture does not wait"
         self.waits += 1
         while self._queue:
             self._queue.pop(0)()
 
-    def mark(self) -> int:
+    def idle(self) -> bool:
+        """One piece of work is done whenever somebody asks."""
+        if self._queue:
+            self._queue.pop(0)()
+        return not self._queue
+
+    def mark(self, *, captured: bool = False) -> int:
+        assert captured == (self._captured is not None)
         self._clock += 1
         return self._clock
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        self._captured = []
+        try:
+            work()
+            graph = Graph(self._captured)
+        finally:
+            self._captured = None
+        self.graphs.append(graph)
+        return graph
+
+    def launch_graph(self, graph: Any) -> None:
+        assert not graph.destroyed
+        graph.launches += 1
+        self._queue.extend(graph.work)
+
+    def destroy_graph(self, graph: Any) -> None:
+        assert not graph.destroyed
+        graph.destroyed = True
 
     def seconds(self, first: int, second: int) -> float:
         return (second - first) * 0.001
@@ -103,7 +140,8 @@ class FakeCuda:
         """Inside memory that is held."""
         assert any(start <= address and address + size <= start + held for start, (_, held) in self.allocations.items())
 
-    def idle(self) -> bool:
+    @property
+    def settled(self) -> bool:
         return not self._queue
 
 
@@ -235,7 +273,9 @@ class FakeContext:
 ACTIVATIONS = {"text_encoder": 5000, "text_projection": 6000, "denoiser": 70_000, "decoder": 30_000}  # bytes
 
 
-def fake_backend(bundle: Bundle, *, cuda: FakeCuda | None = None, sm: str = "sm89", narrow: Any = None) -> TensorRTBackend:
+def fake_backend(
+    bundle: Bundle, *, cuda: FakeCuda | None = None, sm: str = "sm89", narrow: Any = None, **options: bool
+) -> TensorRTBackend:
     """A TensorRT backend whose engines are the bundle's portable graphs. `.engines` holds those that were loaded.
 
     narrow: type of the text's keys and values on the device: np.float16 or "bf16".
@@ -250,6 +290,6 @@ def fake_backend(bundle: Bundle, *, cuda: FakeCuda | None = None, sm: str = "sm8
         return engines[component]
 
     library = TensorRT(module=MODULE, load=load, why=lambda: " TensorRT says: no.")
-    backend = TensorRTBackend(bundle, tensorrt=library, cuda=cuda, sm=sm, device="a fake GPU")  # type: ignore[arg-type]
+    backend = TensorRTBackend(bundle, tensorrt=library, cuda=cuda, sm=sm, device="a fake GPU", **options)  # type: ignore[arg-type]
     backend.engines = engines  # type: ignore[attr-defined]
     return backend

@@ -194,7 +194,7 @@ def test_on_a_gpu_by_its_events(gpu_engine: tuple[SanaEngine, FakeCuda], compone
             sample = replace(task, calls=1 if component == "picture" else 2).sample()
         # The fake's events are a millisecond apart: one between the marks of two calls; three steps, a decode, and the text's time.
         assert sample.ms >= 4 if component == "picture" else sample.ms == pytest.approx(0.5)
-        assert cuda.idle()
+        assert cuda.settled
         held.append(len(cuda.allocations))
     assert held[0] == held[1]  # what was taken for the second is given back
 

@@ -1,5 +1,6 @@
 """Sana-Sprint's way through both backends: one text, the guidance scale as an input, fresh noise between steps."""
 
+import functools
 from pathlib import Path
 
 import fakes
@@ -52,7 +53,7 @@ def bundle(tmp_path_factory) -> Bundle:
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_both_backends_draw_what_the_table_says(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     cuda = FakeCuda()
-    monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", lambda bundle: fake_backend(bundle, cuda=cuda))
+    monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", functools.partial(fake_backend, cuda=cuda))
     pictures, seen = [], []
     for backend in ("onnxruntime", "tensorrt"):
         with SanaEngine(bundle, backend=backend) as engine:

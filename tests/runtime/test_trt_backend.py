@@ -1,5 +1,6 @@
 """The TensorRT backend on a GPU that is not there (tests/fake_tensorrt.py): what goes where, when anybody waits, what is shared."""
 
+import functools
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -35,10 +36,10 @@ def cuda() -> FakeCuda:
 
 @pytest.fixture
 def engine(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[SanaEngine]:
-    monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", lambda bundle: fake_backend(bundle, cuda=cuda))
+    monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", functools.partial(fake_backend, cuda=cuda))
     with SanaEngine(bundle, backend="tensorrt") as made:
         yield made
-        assert cuda.idle() or made._backend is None
+        assert cuda.settled or made._backend is None
 
 
 def sha(image) -> str:
@@ -105,7 +106,9 @@ def test_the_text_is_projected_once_and_stays_on_the_gpu(engine: SanaEngine) -> 
 def test_keys_and_values_of_16_bits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, narrow: object, error: float) -> None:
     """A session by hand takes and gives float32, and what is on the device is half as large."""
     cuda = FakeCuda()
-    monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", lambda bundle: fake_backend(bundle, cuda=cuda, narrow=narrow))
+    monkeypatch.setattr(
+        runtime.trt_backend, "open_tensorrt", lambda bundle, **options: fake_backend(bundle, cuda=cuda, narrow=narrow, **options)
+    )
     with SanaEngine(bundle, backend="tensorrt") as engine, SanaEngine(bundle, backend="onnxruntime") as other:
         inputs = fake_inputs("text_projection")
         with engine.session("text_projection") as ours, other.session("text_projection") as theirs:
@@ -186,7 +189,7 @@ def test_cancelling_leaves_nothing_behind(engine: SanaEngine, cuda: FakeCuda) ->
 
     with pytest.raises(RuntimeError, match="enough"):
         engine.generate("a dog", on_step=cancel)
-    assert cuda.idle()
+    assert cuda.settled
     assert sha(engine.generate("a cat", **REQUEST)[0]) == expected
 
 
@@ -242,7 +245,7 @@ def test_a_failing_engine_says_why(engine: SanaEngine, monkeypatch: pytest.Monke
 
 def test_out_of_memory_comes_out_and_the_next_request_works(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = FakeCuda(memory=250_000)
-    monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", lambda bundle: fake_backend(bundle, cuda=cuda))
+    monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", functools.partial(fake_backend, cuda=cuda))
     with SanaEngine(bundle, backend="tensorrt") as engine:
         with pytest.raises(SanaError, match="GPU memory"):
             engine.generate("a cat", width=128, height=128)
@@ -275,7 +278,7 @@ def test_memory_message() -> None:
 def test_auto_says_why_it_took_onnxruntime(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: SanaError, level: int
 ) -> None:
-    def fail(bundle: Bundle) -> None:
+    def fail(bundle: Bundle, **options: bool) -> None:
         raise error
 
     monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", fail)
@@ -295,7 +298,7 @@ def test_auto_takes_the_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_other_errors_are_not_hidden_by_auto(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(bundle: Bundle) -> None:
+    def fail(bundle: Bundle, **options: bool) -> None:
         raise SanaError("CUDA: unspecified launch failure")
 
     monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", fail)
