@@ -199,6 +199,8 @@ def launch(
     batch, heads, tokens, head_dim = q.shape
     dtype = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}.get(q.dtype, str(q.dtype))
     tile = tile or plan(batch=batch, heads=heads, tokens=tokens, head_dim=head_dim, dtype=dtype)
+    if tile.n_split % tile.block_n:
+        raise ValueError(f"{OP}: got {tile}; expected n_split to be a multiple of block_n")
     if q.numel() == 0:
         return
     grid = (batch * heads, tile.num_splits)

@@ -59,7 +59,7 @@ CASES = {
     "small": Case((2, HEADS, 70, 32), "fp32", scale=3e-9),  # q z is then of the order of eps
     "no eps": Case((2, HEADS, 70, 32), "fp32", eps=0.0),
     "one program": Case((1, 2, 300, 32), "fp32", split=320),
-    "five programs": Case((1, 2, 300, 32), "bf16", "rows", split=64),
+    "five programs": Case((1, 2, 600, 32), "bf16", "rows", split=128),
     "D=16": Case((1, 2, 70, 16), "bf16"),
     "D=64": Case((1, 2, 70, 64), "fp16"),
     "D=64 bf16": Case((1, 2, 70, 64), "bf16", "rows"),
@@ -173,13 +173,17 @@ def test_plan():
 
 
 def test_bad_arguments():
-    from plugins.relu_linear_attention_backward import launch
+    from plugins.relu_linear_attention_backward import Plan, launch
 
     x = torch.ones(1, 2, 8, 24)
     with pytest.raises(ValueError, match=r"got head_dim 24; expected one of \(16, 32, 64\)"):
         launch(x, (x, x, x), (x, x, x), ops.EPS)
     with pytest.raises(ValueError, match=r"expected one shape \(B, H, N, D\), dtype and device"):
         launch(x.half(), (x, x, x), (x, x, x), ops.EPS)
+    x = torch.ones(1, 2, 8, 32)
+    tile = Plan(num_splits=1, n_split=96, block_n=64, num_warps=4, num_stages=1)
+    with pytest.raises(ValueError, match="expected n_split to be a multiple of block_n"):
+        launch(x, (x, x, x), (x, x, x), ops.EPS, tile)
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
