@@ -162,7 +162,7 @@ def test_function_body(dtype):
             assert_parity(got * 1.02, same=plain(*given), exact=exact, name="2 % too much")
 
 
-@pytest.mark.parametrize("target", ["sm80", "sm89", "sm90", "sm120"])
+@pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm120"))])
 def test_cubins(target):
     """The launch that the plugin computes from the JSON covers every pixel and channel, and no program is in vain."""
     batch, height, width, inner = 3, 33, 18, 5600

@@ -173,7 +173,7 @@ def test_parts(tokens):
 
 
 @pytest.mark.parametrize("name", [op.STATE, op.APPLY])
-@pytest.mark.parametrize("target", ["sm80", "sm89", "sm120"])
+@pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm120"))])
 def test_cubins(target, name):
     for dtype in DTYPES:
         attributes = op.compile_cubins(name, [target], dtype, 2, 32)
