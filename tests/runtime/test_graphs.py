@@ -6,26 +6,14 @@ from collections.abc import Callable
 
 import pytest
 from fake_tensorrt import FakeCuda, fake_backend
-from fakes import write_fake_bundle
 
 import runtime.trt_backend
 from engines.bundle import Bundle
-from engines.spec import Target
 from runtime import SanaEngine
 from runtime.cuda import GpuMemoryError
 from runtime.graphs import Loops
 
 REQUEST = {"seed": 3, "steps": 4, "width": 96, "negative_prompts": "blue"}
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Bundle:
-    return write_fake_bundle(tmp_path_factory.mktemp("bundle") / "fake", targets=[Target.SM89])
-
-
-@pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
 
 
 @pytest.fixture

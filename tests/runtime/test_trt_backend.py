@@ -16,22 +16,12 @@ from fakes import fake_inputs, write_fake_bundle
 import runtime.trt_backend
 from engines.bundle import Bundle
 from engines.errors import ArchitectureError, NoGpuError, RequestError, SanaError, TensorRTVersionError
-from engines.spec import COMPONENTS, Target
+from engines.spec import COMPONENTS
 from plugins import shell
 from runtime import SanaEngine
 from runtime.cuda import ALIGNMENT, Cuda
 from runtime.image import INFO_KEY
 from runtime.picture_info import parse_picture_info
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory) -> Bundle:
-    return write_fake_bundle(tmp_path_factory.mktemp("bundle") / "fake", targets=[Target.SM89])
-
-
-@pytest.fixture
-def cuda() -> FakeCuda:
-    return FakeCuda()
 
 
 @pytest.fixture

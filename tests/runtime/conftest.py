@@ -1,0 +1,18 @@
+"""For tests of the runtime on a GPU that is not there. A file's own fixture of the same name goes first."""
+
+import pytest
+from fake_tensorrt import FakeCuda
+from fakes import write_fake_bundle
+
+from engines.bundle import Bundle
+from engines.spec import Target
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_fake_bundle(tmp_path_factory.mktemp("bundle") / "fake", targets=[Target.SM89])
+
+
+@pytest.fixture
+def cuda() -> FakeCuda:
+    return FakeCuda()
