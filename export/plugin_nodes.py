@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from engines.errors import BuildError
 from engines.spec import Target
 from export.translation import SANA_DOMAIN
-from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
+from plugins import gated_depthwise_conv, linear, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["add_cubins"]
 
@@ -56,7 +56,7 @@ def add_cubins(model: onnx.ModelProto, targets: Iterable[Target]) -> int:
     type_of = {value.name: value.type.tensor_type for value in values}
     count = 0
     for node in model.graph.node:
-        if node.domain != SANA_DOMAIN:
+        if node.domain != SANA_DOMAIN or node.op_type == linear.OP:  # which has no kernels
             continue
         if node.op_type not in _ATTRIBUTES:
             raise BuildError(f"node {node.name!r}: got the op {node.op_type}; expected one of {', '.join(_ATTRIBUTES)}")

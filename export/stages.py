@@ -29,6 +29,7 @@ from export.cases import Arrays
 from export.components import Component, Profile
 from export.fingerprint import code, versions
 from export.grid import draw_grid
+from export.linear_nodes import use_linear_plugins, wants_linear_plugins
 from export.onnx_export import export_module, with_function_bodies
 from export.parity import bounds, measured, run_onnxruntime, run_tensorrt, summary
 from export.plugin_nodes import add_cubins
@@ -36,7 +37,7 @@ from export.progress import Progress, Stage
 from export.reference import PyTorchErrors, make_reference, reference_dtype
 from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
 from export.widen import widened
-from plugins import shell
+from plugins import linear, shell
 from sana_ref.checkpoint import Checkpoint
 
 __all__ = ["GOLDEN_NAME", "GRID_NAME", "EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of", "pytorch_of"]
@@ -52,7 +53,13 @@ _EXPORT_CODE = (
     "export/weights.py",
     "export/widen.py",
 )
-_ENGINE_CODE = ("plugins/*.py", "engines/tensorrt.py", "engines/tensorrt_library.py", "export/plugin_nodes.py")
+_ENGINE_CODE = (
+    "plugins/*.py",
+    "engines/tensorrt.py",
+    "engines/tensorrt_library.py",
+    "export/linear_nodes.py",
+    "export/plugin_nodes.py",
+)
 _REFERENCE_CODE = (
     "sana_ref/*.py",
     "export/cases.py",
@@ -162,6 +169,7 @@ class Runner:
 
         def make(folder: Path, stage: Stage) -> None:
             model = onnx.load(graphs.folder / TYPED_NAME, load_external_data=False)
+            linears = use_linear_plugins(model) if wants_linear_plugins(targets, tensorrt.flavor()) else 0
             add_cubins(model, targets)
             onnx.save(model, folder / TYPED_NAME)
             log: list[str] = []
@@ -171,7 +179,7 @@ class Runner:
                     file,
                     profiles=profile,
                     targets=targets,
-                    expected_plugins=component.spec.plugins,
+                    expected_plugins={**component.spec.plugins, linear.OP: linears},
                     register_plugins=shell.register,
                     log=log.append,
                 )

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 OP = "GatedDepthwiseConv"
 DOMAIN = "sana"
 COLUMNS = 4  # of a strip: written out below
-ROWS = 32  # that a program walks down at most; two more are read
-ENGINE_ROWS = 8  # in an engine, whose batches are small: more programs hide more latency. Not measured: reasoned
+ROWS = 32  # that a program walks down at most; two more are read. Measured on an H200, as is the next line
+LEAST_ROWS = 16  # small pictures need more programs: a quarter of the height, but no less
 BLOCK_C, NUM_WARPS = 128, 2  # channels and warps of a program: two channels a thread, the fastest of those tried on an H200
 
 
@@ -193,8 +193,9 @@ def gate_kernel(x, weight, bias, dy, out, height, width, inner, rows, C: tl.cons
 def plan(*, batch: int, height: int, width: int, channels: int) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
     """For a kernel that walks over (batch, height, width, channels): programs of channels, of strips in a picture and of pictures;
     and its options."""
-    programs = (-(-channels // BLOCK_C), -(-width // COLUMNS) * -(-height // ROWS), batch)
-    return programs, {"rows": ROWS, "C": BLOCK_C, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    rows = min(ROWS, max(LEAST_ROWS, height // 4))
+    programs = (-(-channels // BLOCK_C), -(-width // COLUMNS) * -(-height // rows), batch)
+    return programs, {"rows": rows, "C": BLOCK_C, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
 def check(*tensors: "torch.Tensor") -> None:
@@ -243,7 +244,8 @@ def compile_cubins(targets: Iterable[str], dtype: str, channels: int) -> dict[st
         raise ValueError(f"{OP}: got {channels} channels; expected an even number: values, then gates")
     inner = channels // 2
     batch, height, width = (["dim", 0, axis] for axis in range(3))
-    strips = ["mul", ["ceildiv", width, COLUMNS], ["ceildiv", height, ENGINE_ROWS]]
+    rows = ["min", ROWS, ["max", LEAST_ROWS, ["floordiv", height, 4]]]
+    strips = ["mul", ["ceildiv", width, COLUMNS], ["ceildiv", height, rows]]
     found = cubin.attributes(
         OP,
         targets,
@@ -254,7 +256,7 @@ def compile_cubins(targets: Iterable[str], dtype: str, channels: int) -> dict[st
         args=[
             *(["in", index] for index in (0, 1, 2, 0)),
             ["out", 0],
-            *(["i32", number] for number in (height, width, inner, ENGINE_ROWS)),
+            *(["i32", number] for number in (height, width, inner, rows)),
         ],
     )
     return found | {"channels": channels}

@@ -7,9 +7,9 @@ Shapes are small integer expressions in prefix form, so that neither Python nor 
     expression   7 | ["dim", INPUT, AXIS] | [OPERATION, expression, expression]
     OPERATION    add  sub  mul  floordiv  ceildiv  min  max      (the operations that TensorRT has on dimensions)
 
-Fields of format 1, every one required, no others allowed:
+Fields of format 2, every one required, no others allowed:
 
-    format    1
+    format    2
     op        the op's name, for messages
     inputs    [TYPE, ...]                                  TYPE is one of TYPES
     outputs   [{"type": TYPE, "shape": [expression, ...]}, ...]
@@ -17,6 +17,8 @@ Fields of format 1, every one required, no others allowed:
     args      [["in", i] | ["out", i] | ["i32", expression] | ["f32", number] | ["null"], ...]   in the kernel's order;
               "null" is a pointer that is 0 (Triton kernels end with two, for scratch memory that ours do not use)
     kernels   {"sm89": {"entry", "warps", "shared" (bytes), "offset", "size" (bytes, in cubins), "sha256"}, ...}
+    product   null; or {"rows", "columns", "depth"}, expressions each: no kernel is launched, but cuBLASLt multiplies the inputs
+              x (rows, depth), weight (columns, depth) and, if there is a third, adds bias (columns,); grid and args are unused
 
 Why not one plugin class per op, or a launch function in C++: an op would then exist twice, and an engine would only run where that
 code is installed. Needs the standard library only.
@@ -29,10 +31,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["FORMAT", "TYPES", "Expression", "Kernel", "Launch", "LaunchError", "Output", "evaluate"]
+__all__ = ["FORMAT", "TYPES", "Expression", "Kernel", "Launch", "LaunchError", "Output", "Product", "evaluate"]
 
-FORMAT = 1
+FORMAT = 2
 TYPES = ("fp32", "fp16", "bf16", "int32", "int64", "int8", "uint8", "bool")
+PRODUCT_TYPES = frozenset({"fp32", "fp16", "bf16"})
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
@@ -71,6 +74,15 @@ class Output:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Product:
+    """Sizes of out (rows, columns) = x (rows, depth) times weight (columns, depth), transposed."""
+
+    rows: Expression
+    columns: Expression
+    depth: Expression
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Launch:
     """The `launch` attribute; the module's docstring explains each field. Checked when built."""
 
@@ -80,6 +92,7 @@ class Launch:
     grid: list[Expression]
     args: list[list[Any]]
     kernels: dict[str, Kernel]
+    product: Product | None = None
 
     def __post_init__(self) -> None:
         for kind in (*self.inputs, *(output.type for output in self.outputs)):
@@ -91,6 +104,8 @@ class Launch:
             _check(expression, len(self.inputs), self.op)
         for arg in self.args:
             self._check_arg(arg)
+        if self.product is not None:
+            self._check_product(self.product)
         for sm, kernel in self.kernels.items():
             counts = (kernel.warps, kernel.shared, kernel.offset, kernel.size)
             whole = all(type(count) is int and 0 <= count < 2**31 for count in counts)
@@ -112,6 +127,22 @@ class Launch:
                     f'{self.op}: got kernel argument {arg!r}; expected ["in"|"out", index], ["i32", …], ["f32", …] or ["null"]'
                 )
 
+    def _check_product(self, product: Product) -> None:
+        for expression in (product.rows, product.columns, product.depth):
+            _check(expression, len(self.inputs), self.op)
+        kinds = {*self.inputs, *(output.type for output in self.outputs)}
+        if (
+            len(kinds) != 1
+            or not kinds <= PRODUCT_TYPES
+            or len(self.inputs) not in (2, 3)
+            or len(self.outputs) != 1
+            or self.kernels
+        ):
+            raise LaunchError(
+                f"{self.op}: got a product of {self.inputs} to {[output.type for output in self.outputs]} and {len(self.kernels)} "
+                f"kernels; expected two or three inputs and an output of one type of {', '.join(sorted(PRODUCT_TYPES))}, and none"
+            )
+
     def to_json(self) -> bytes:
         """Canonical: the same launch gives the same bytes."""
         return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True, separators=(",", ":")).encode()
@@ -126,6 +157,7 @@ class Launch:
                 raise LaunchError(f"got launch format {found!r}; expected {FORMAT}. Build the engine again with this version")
             fields["outputs"] = [Output(**output) for output in fields["outputs"]]
             fields["kernels"] = {sm: Kernel(**kernel) for sm, kernel in fields["kernels"].items()}
+            fields["product"] = Product(**fields["product"]) if fields["product"] is not None else None
             return cls(**fields)
         except LaunchError:
             raise

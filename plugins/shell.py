@@ -3,6 +3,8 @@
 A node's `launch` attribute (plugins/launch.py) says how its `cubins` are launched, so a new op needs a name here and no code. The
 plugin is TensorRT's IPluginV3, in Python; it needs numpy and cuda-bindings, never Triton or PyTorch.
 
+A node is a kernel of its own (`cubins`), or a product that cuBLASLt computes (plugins/cublas_lt.py).
+
 When which part runs:
     build     the ONNX parser makes the plugin from the node; shapes and types come from the description; both attributes go into
               the engine. No GPU is needed.
@@ -23,12 +25,14 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from plugins.launch import Expression, Launch, LaunchError, evaluate
+from plugins import cublas_lt
+from plugins.launch import Expression, Launch, LaunchError, Product, evaluate
 
 __all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
 
-OPS = ("GatedDepthwiseConv", "LinearAttentionApply", "LinearAttentionState", "ReluLinearAttention")
+OPS = ("GatedDepthwiseConv", "Linear", "LinearAttentionApply", "LinearAttentionState", "ReluLinearAttention")
 FIELDS = ("launch", "cubins")
+NOTHING = b"\0"  # the cubins of a node without kernels: TensorRT drops an empty field
 VERSION, NAMESPACE = "1", ""
 WARP = 32  # threads
 ALIGNMENT = 16  # bytes: the kernels load this much at once
@@ -131,6 +135,67 @@ class Arguments:
             raise LaunchError(f"{self._op}: got tensors at {found}; expected addresses that are multiples of {ALIGNMENT} bytes")
 
 
+class KernelWork:
+    """A node's kernel, loaded for the current CUDA context's device, with its arguments."""
+
+    workspace = 0  # bytes
+
+    def __init__(self, launch: Launch, cubins: bytes) -> None:
+        """Raises as _load."""
+        self._launch, self._arguments = launch, Arguments(launch)
+        self._kernel = _load(launch, cubins)
+        self._grid: tuple[int, ...] = (0, 0, 0)
+
+    def prepare(self, dims: list[tuple[int, ...]]) -> None:
+        grid = tuple(evaluate(expression, dims) for expression in self._launch.grid)
+        if any(not 0 <= size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):
+            raise LaunchError(f"{self._launch.op}: got shapes {dims}, a grid of {grid}; expected at most {MAX_GRID}")
+        self._arguments.set_shapes(dims)
+        self._grid = grid
+
+    def queue(self, inputs: list[int], outputs: list[int], workspace: int, stream: int) -> None:
+        if 0 in self._grid:
+            return  # an empty tensor; CUDA refuses an empty grid
+        function, threads, shared = self._kernel
+        self._arguments.set_addresses(inputs, outputs)
+        result = _launch_kernel()(function, *self._grid, threads, 1, 1, shared, stream, self._arguments.at, 0)
+        if int(result[0]):
+            _ok(result, f"{self._launch.op}: cuLaunchKernel, grid {self._grid}, {threads} threads, {shared} bytes shared")
+
+
+class ProductWork:
+    """A node's matrix product through cuBLASLt."""
+
+    workspace = cublas_lt.WORKSPACE
+
+    def __init__(self, launch: Launch, product: Product) -> None:
+        """Raises cublas_lt.CublasError if it is not installed."""
+        from cuda.bindings import driver
+
+        context = _ok(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
+        self._op, self._sizes, self._biased, self._empty = launch.op, product, len(launch.inputs) == 3, True
+        self._product = cublas_lt.Product(
+            launch.inputs[0], bias=self._biased, context_id=_ok(driver.cuCtxGetId(context), "cuCtxGetId")
+        )
+
+    def prepare(self, dims: list[tuple[int, ...]]) -> None:
+        rows, columns, depth = (evaluate(size, dims) for size in (self._sizes.rows, self._sizes.columns, self._sizes.depth))
+        bias = dims[2] if self._biased else (columns,)
+        if dims[0][-1] != depth or dims[1] != (columns, depth) or bias != (columns,):
+            raise LaunchError(f"{self._op}: got shapes {dims}; expected (…, {depth}), ({columns}, {depth}) and a bias of {columns}")
+        self._empty = 0 in (rows, columns, depth)
+        if not self._empty:
+            self._product.prepare(rows, columns, depth)
+
+    def queue(self, inputs: list[int], outputs: list[int], workspace: int, stream: int) -> None:
+        x, weight, *rest = inputs
+        bias = rest[0] if rest else 0
+        if any(address % ALIGNMENT for address in (*inputs, *outputs)):
+            raise LaunchError(f"{self._op}: got {[*map(hex, (*inputs, *outputs))]}; expected multiples of {ALIGNMENT} bytes")
+        if not self._empty:
+            self._product.run(x, weight, bias, outputs[0], workspace, stream)
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -190,10 +255,8 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             self.plugin_name, self.plugin_namespace, self.plugin_version = launch.op, NAMESPACE, VERSION
             self.num_outputs = len(launch.outputs)
             self._launch, self._cubins = launch, cubins
-            self._arguments = Arguments(launch)
-            self._kernel: tuple[Any, int, int] | None = None
-            self._dims: list[tuple[int, ...]] = []  # that grid and arguments are prepared for
-            self._grid: tuple[int, ...] = (0, 0, 0)
+            self._work: KernelWork | ProductWork | None = None
+            self._dims: list[tuple[int, ...]] = []  # that the work is prepared for
             self._fields: tuple[Any, ...] = ()
 
         def get_capability_interface(self, kind: Any) -> Any:
@@ -201,8 +264,13 @@ def _classes(trt: Any) -> tuple[Any, Any]:
 
         def clone(self) -> Any:
             copy = Plugin(self._launch, self._cubins)
-            copy._kernel = self._kernel
+            if self._work is not None:
+                copy._attach()
             return copy
+
+        def _attach(self) -> None:
+            product = self._launch.product
+            self._work = KernelWork(self._launch, self._cubins) if product is None else ProductWork(self._launch, product)
 
         # Build
 
@@ -228,11 +296,11 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             return []
 
         def get_workspace_size(self, inputs: Any, outputs: Any) -> int:
-            return 0
+            return KernelWork.workspace if self._launch.product is None else ProductWork.workspace
 
         def get_fields_to_serialize(self) -> Any:
             # TensorRT reads the arrays after this returns, so they live as long as the plugin.
-            self._fields = tuple(np.frombuffer(data, np.int8) for data in (self._launch.to_json(), self._cubins))
+            self._fields = tuple(np.frombuffer(data, np.int8) for data in (self._launch.to_json(), self._cubins or NOTHING))
             kind = trt.PluginFieldType.CHAR
             return trt.PluginFieldCollection([trt.PluginField(n, d, kind) for n, d in zip(FIELDS, self._fields, strict=True)])
 
@@ -241,7 +309,7 @@ def _classes(trt: Any) -> tuple[Any, Any]:
         @_keeps_failures
         def attach_to_context(self, context: Any) -> Any:
             attached = self.clone()
-            attached._kernel = _load(self._launch, self._cubins)
+            attached._attach()
             return attached
 
         def set_tactic(self, tactic: int) -> None:
@@ -249,29 +317,22 @@ def _classes(trt: Any) -> tuple[Any, Any]:
 
         @_keeps_failures
         def on_shape_change(self, inputs: Any, outputs: Any) -> None:
-            self._prepare([tuple(desc.dims) for desc in inputs])
+            if self._work is not None:
+                self._prepare(self._work, [tuple(desc.dims) for desc in inputs])
 
-        def _prepare(self, dims: list[tuple[int, ...]]) -> None:
-            grid = tuple(evaluate(expression, dims) for expression in self._launch.grid)
-            if any(not 0 <= size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):
-                raise LaunchError(f"{self._launch.op}: got shapes {dims}, a grid of {grid}; expected at most {MAX_GRID}")
-            self._arguments.set_shapes(dims)
-            self._dims, self._grid = dims, grid
+        def _prepare(self, work: KernelWork | ProductWork, dims: list[tuple[int, ...]]) -> None:
+            if dims != self._dims:
+                self._dims = []
+                work.prepare(dims)
+                self._dims = dims
 
         @_keeps_failures
         def enqueue(self, input_desc: Any, output_desc: Any, inputs: Any, outputs: Any, workspace: int, stream: int) -> None:
-            if self._kernel is None:
+            if self._work is None:
                 raise LaunchError(f"{self._launch.op}: enqueued without a kernel; expected attach_to_context before")
-            dims = [tuple(desc.dims) for desc in input_desc]
-            if dims != self._dims:  # on_shape_change should have been told; a wrong grid would write beyond the tensors
-                self._prepare(dims)
-            if 0 in self._grid:
-                return  # an empty tensor; CUDA refuses an empty grid
-            function, threads, shared = self._kernel
-            self._arguments.set_addresses(inputs, outputs)
-            result = _launch_kernel()(function, *self._grid, threads, 1, 1, shared, stream, self._arguments.at, 0)
-            if int(result[0]):
-                _ok(result, f"{self._launch.op}: cuLaunchKernel, grid {self._grid}, {threads} threads, {shared} bytes shared")
+            # on_shape_change should have been told of the shapes; a wrong grid would write beyond the tensors
+            self._prepare(self._work, [tuple(desc.dims) for desc in input_desc])
+            self._work.queue(inputs, outputs, workspace, stream)
 
     class Creator(trt.IPluginCreatorV3One):  # type: ignore[misc]
         def __init__(self, op: str) -> None:

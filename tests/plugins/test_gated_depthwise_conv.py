@@ -173,11 +173,12 @@ def test_cubins(target):
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, height, width, inner]
     channels, strips, pictures = (evaluate(size, dims) for size in launch.grid)
     assert (channels - 1) * op.BLOCK_C < inner <= channels * op.BLOCK_C
-    across, down = -(-width // op.COLUMNS), -(-height // op.ENGINE_ROWS)
+    rows = min(op.ROWS, max(op.LEAST_ROWS, height // 4))
+    across, down = -(-width // op.COLUMNS), -(-height // rows)
     assert (strips, pictures) == (across * down, batch)
     arguments = json.loads(launch.to_json())["args"]
     assert arguments[:5] == [["in", 0], ["in", 1], ["in", 2], ["in", 0], ["out", 0]]
-    assert [evaluate(number, dims) for kind, number in arguments[5:9] if kind == "i32"] == [height, width, inner, op.ENGINE_ROWS]
+    assert [evaluate(number, dims) for kind, number in arguments[5:9] if kind == "i32"] == [height, width, inner, rows]
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def test_parts(tokens):
     assert state == [2, 70, op.num_parts(tokens), 33, 32]
     assert [evaluate(size, dims) for size in launches[op.STATE].grid] == [140, op.num_parts(tokens), 1]
     *_, n_part = numbers(launches[op.STATE], dims)
-    assert n_part % op.BLOCK_N == 0
+    assert n_part % op.PLANS[op.STATE][0] == 0
     assert n_part * op.num_parts(tokens) >= tokens
     dims.append(tuple(state))
     assert numbers(launches[op.APPLY], dims) == [70, tokens, op.TILE, op.num_parts(tokens)]

@@ -1,0 +1,139 @@
+"""Linear layers of a graph for TensorRT as plugins, for the one GPU architecture where that is worth it.
+
+TensorRT for RTX has no kernels for the tensor cores of compute capability 9.0: a product that sums in fp32 takes it up to 2.8
+times as long as cuBLASLt (plugins/cublas_lt.py has the numbers). Elsewhere its own kernels, which fuse what comes behind, stay.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import onnx
+from onnx import TensorProto, helper
+
+from engines.spec import Target
+from plugins import linear
+
+__all__ = ["use_linear_plugins", "wants_linear_plugins"]
+
+_NARROW = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+_OF_CONSTANTS = frozenset({"Cast", "Concat", "Reshape", "Transpose"})  # what may lie between a weight and its product
+
+
+def wants_linear_plugins(targets: tuple[Target, ...], flavor: str) -> bool:
+    return flavor == "rtx" and targets == (Target.SM90,)
+
+
+def use_linear_plugins(model: onnx.ModelProto) -> int:
+    """Rewrite, in place, each half-precision product of activations with a weight, the casts around it (export/accumulation.py) and
+    the bias behind it as one node `sana::Linear`. Returns how many there are."""
+    graph = _Graph(model.graph)
+    count = 0
+    for node in list(model.graph.node):
+        if node.op_type in ("MatMul", "Gemm") and node.domain == "":
+            count += graph.replace(node)
+    graph.sweep()
+    if count and linear.DOMAIN not in {each.domain for each in model.opset_import}:
+        model.opset_import.append(helper.make_opsetid(linear.DOMAIN, 1))
+    return count
+
+
+class _Graph:
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.maker = {name: node for node in graph.node for name in node.output}
+        self.uses = Counter(name for node in graph.node for name in node.input)
+        self.uses.update(output.name for output in graph.output)
+        values = (*graph.value_info, *graph.input, *graph.output)
+        self.types: Mapping[str, Any] = {value.name: value.type.tensor_type for value in values}
+
+    def users(self, name: str) -> Iterator[onnx.NodeProto]:
+        return (node for node in self.graph.node if name in node.input)
+
+    def is_constant(self, name: str) -> bool:
+        node = self.maker.get(name)
+        if node is None:
+            return name in self.constants
+        return node.op_type in _OF_CONSTANTS and all(self.is_constant(each) for each in node.input)
+
+    def uncast(self, name: str) -> str:
+        """What a cast to fp32 was made of, or the name itself."""
+        node = self.maker.get(name)
+        if node is not None and node.op_type == "Cast" and helper.get_node_attr_value(node, "to") == TensorProto.FLOAT:
+            return str(node.input[0])
+        return name
+
+    def weight(self, node: onnx.NodeProto) -> str | None:
+        """The name of the constant (columns, depth), if that is what the product's second input is a view of."""
+        name = self.uncast(node.input[1])
+        if not self.is_constant(name):
+            return None
+        if node.op_type == "Gemm":
+            wanted = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+            given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+            return name if {**{"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0}, **given} == wanted else None
+        made = self.maker.get(name)
+        if made is None or made.op_type != "Transpose" or list(helper.get_node_attr_value(made, "perm")) != [1, 0]:
+            return None
+        return str(made.input[0])
+
+    def replace(self, node: onnx.NodeProto) -> int:
+        """1 if the product is now a plugin, else 0."""
+        x, weight = self.uncast(node.input[0]), self.weight(node)
+        kind = self.types.get(x)
+        if weight is None or kind is None or kind.elem_type not in _NARROW:
+            return 0
+        last = node
+        if x != node.input[0]:  # an fp16 product in fp32: its cast back belongs to it
+            cast = self.only_user(node, "Cast")
+            if cast is None or helper.get_node_attr_value(cast, "to") != kind.elem_type:
+                return 0
+            last = cast
+        inputs = [x, weight]
+        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
+            inputs.append(self.uncast(node.input[2]))
+        elif added := self.only_user(last, "Add"):
+            bias = next((each for each in added.input if each in self.constants and len(self.constants[each].dims) == 1), None)
+            if bias is not None:
+                inputs.append(bias)
+                last = added
+        columns, depth = self.sizes(weight)
+        out = last.output[0]
+        attributes: dict[str, Any] = linear.attributes(
+            _NARROW[kind.elem_type], len(kind.shape.dim), columns, depth, bias=len(inputs) == 3
+        )
+        made = helper.make_node(linear.OP, inputs, [out], name=f"{node.name}_linear", domain=linear.DOMAIN, **attributes)
+        last.output[0] = f"{out}_unused"
+        place = next(
+            index for index, each in enumerate(self.graph.node) if each.name == last.name and each.output[0] == last.output[0]
+        )
+        self.graph.node.insert(place, made)
+        return 1
+
+    def only_user(self, node: onnx.NodeProto, op: str) -> onnx.NodeProto | None:
+        name = node.output[0]
+        if self.uses[name] != 1:
+            return None
+        return next((user for user in self.users(name) if user.op_type == op), None)
+
+    def sizes(self, name: str) -> tuple[int, int]:
+        """(columns, depth) of a constant."""
+        if name in self.constants:
+            columns, depth = self.constants[name].dims
+        else:
+            columns, depth = (dim.dim_value for dim in self.types[name].shape.dim)
+        return int(columns), int(depth)
+
+    def sweep(self) -> None:
+        """Remove nodes that nothing uses any more, from the end."""
+        used = Counter(name for node in self.graph.node for name in node.input)
+        used.update(output.name for output in self.graph.output)
+        kept = []
+        for node in reversed(self.graph.node):
+            if any(used[name] for name in node.output):
+                kept.append(node)
+            else:
+                used.subtract(node.input)
+        del self.graph.node[:]
+        self.graph.node.extend(reversed(kept))

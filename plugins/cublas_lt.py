@@ -1,0 +1,160 @@
+"""Matrix products through cuBLASLt, NVIDIA's library, for GPUs whose tensor cores neither Triton nor TensorRT for RTX reaches.
+
+On compute capability 9.0 TensorRT for RTX has no kernels for Hopper's tensor cores. Measured on an H200, fp16 with fp32 sums, 2048
+tokens of Sana-1.6B (columns x depth 11200 x 2240): TensorRT for RTX 1.6.1 0.415 ms, Triton 3.6 0.188, cuBLASLt 13 0.148.
+
+The library is looked for when an engine first needs it: the one that is loaded or on the search path, or the package
+nvidia-cublas. Sums are fp32. The algorithm is the heuristic's first answer, never a measured one, so that the same library on the
+same GPU gives the same bits. Needs the standard library only. Numbers: cublasLt.h of CUDA 13.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from pathlib import Path
+from typing import Any
+
+__all__ = ["WORKSPACE", "CublasError", "Product"]
+
+WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for compute capability 9.0
+ALIGNMENT = 16  # bytes, of every tensor
+VERSIONS = (13, 12)
+TYPES = {"fp32": 0, "fp16": 2, "bf16": 14}  # cudaDataType
+_COMPUTE_32F, _SCALE_32F = 68, 0
+_TRANSPOSE_A, _EPILOGUE, _BIAS_POINTER = 3, 7, 8  # attributes of a product
+_TRANSPOSED, _WITH_BIAS = 1, 4
+_MAX_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # preferences
+
+
+class CublasError(RuntimeError):
+    """cuBLASLt is not installed, or refused a call."""
+
+
+class _Heuristic(ctypes.Structure):
+    _fields_ = (
+        ("algo", c_uint64 * 8),
+        ("workspace", c_size_t),
+        ("state", c_int),
+        ("waves", c_float),
+        ("reserved", c_int * 4),
+    )
+
+
+def _paths() -> list[str]:
+    """Where the library may be, in the order of trying."""
+    found = []
+    for version in VERSIONS:
+        name = f"libcublasLt.so.{version}"
+        found.append(name)
+        for package in (f"nvidia.cu{version}", "nvidia.cublas"):
+            try:
+                spec = importlib.util.find_spec(package)
+            except ModuleNotFoundError:  # there is no package `nvidia` at all
+                continue
+            found += [str(Path(folder) / "lib" / name) for folder in (spec.submodule_search_locations or ())] if spec else []
+    return found
+
+
+@functools.cache
+def _library() -> Any:
+    """Raises CublasError if there is none."""
+    tried = []
+    for path in _paths():
+        try:
+            return ctypes.CDLL(path)
+        except OSError as error:
+            tried.append(str(error))
+    raise CublasError(
+        f"got no cuBLASLt ({'; '.join(tried)}); expected CUDA's, which engines for this GPU run their matrix products with. "
+        "Install it: pip install 'nvidia-cublas>=13,<14'"
+    )
+
+
+def _call(name: str, *arguments: Any) -> None:
+    status = getattr(_library(), name)(*arguments)
+    if status:
+        raise CublasError(f"{name}: got status {status} (CUBLAS_STATUS_…, cublas_api.h); expected 0")
+
+
+@functools.cache
+def _handle(context_id: int) -> c_void_p:
+    """One for each CUDA context, which must be the current one; never destroyed."""
+    handle = c_void_p()
+    _call("cublasLtCreate", byref(handle))
+    return handle
+
+
+class Product:
+    """out = x w^T (+ bias) in one call: x (rows, depth), w (columns, depth), bias (columns,), out (rows, columns), all of one type.
+
+    For one thread at a time. prepare() before run(); run() neither allocates nor waits, so that a CUDA graph can capture it.
+    """
+
+    def __init__(self, dtype: str, *, bias: bool, context_id: int) -> None:
+        """dtype: one of TYPES. context_id: of the current CUDA context. Raises CublasError without the library."""
+        self._type, self._lt = TYPES[dtype], _handle(context_id)
+        self._run = _library().cublasLtMatmul
+        self._alpha, self._beta = c_float(1.0), c_float(0.0)
+        self._description = c_void_p()
+        _call("cublasLtMatmulDescCreate", byref(self._description), _COMPUTE_32F, _SCALE_32F)
+        # Column by column, as cuBLAS sees memory: out^T (columns, rows) = w, transposed, times x^T.
+        self._describe(_TRANSPOSE_A, c_int32(_TRANSPOSED))
+        if bias:
+            self._describe(_EPILOGUE, c_int32(_WITH_BIAS))
+        self._bias = bias
+        self._layouts: list[c_void_p] = []
+        self._algorithm = _Heuristic()
+
+    def _describe(self, attribute: int, value: Any) -> None:
+        _call("cublasLtMatmulDescSetAttribute", self._description, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
+
+    def prepare(self, rows: int, columns: int, depth: int) -> None:
+        """Choose the algorithm for this size. Raises CublasError if there is none."""
+        self._free_layouts()
+        for height, width in ((depth, columns), (depth, rows), (columns, rows)):
+            layout = c_void_p()
+            _call("cublasLtMatrixLayoutCreate", byref(layout), self._type, c_uint64(height), c_uint64(width), c_int64(height))
+            self._layouts.append(layout)
+        w, x, out = self._layouts
+        preference, found = c_void_p(), c_int()
+        _call("cublasLtMatmulPreferenceCreate", byref(preference))
+        try:
+            for attribute, value in (
+                (_MAX_WORKSPACE, c_uint64(WORKSPACE)),
+                *((each, ctypes.c_uint32(ALIGNMENT)) for each in _ALIGNMENTS),
+            ):
+                _call("cublasLtMatmulPreferenceSetAttribute", preference, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
+            if self._bias:
+                self._describe(_BIAS_POINTER, c_void_p(ALIGNMENT))  # any: that there is one decides which algorithms fit
+            _call(
+                "cublasLtMatmulAlgoGetHeuristic", self._lt, self._description, w, x, out, out, preference, 1,
+                byref(self._algorithm), byref(found),
+            )  # fmt: skip
+        finally:
+            _call("cublasLtMatmulPreferenceDestroy", preference)
+        if not found.value:
+            raise CublasError(f"got no algorithm for {rows} x {columns} x {depth}; expected one")
+
+    def run(self, x: int, w: int, bias: int, out: int, workspace: int, stream: int) -> None:
+        """Queue the product. Device addresses, multiples of ALIGNMENT; workspace: WORKSPACE bytes; bias: 0 if there is none."""
+        if self._bias:
+            self._describe(_BIAS_POINTER, c_void_p(bias))
+        w_layout, x_layout, out_layout = self._layouts
+        status = self._run(
+            self._lt, self._description, byref(self._alpha), c_void_p(w), w_layout, c_void_p(x), x_layout, byref(self._beta),
+            c_void_p(out), out_layout, c_void_p(out), out_layout, byref(self._algorithm), c_void_p(workspace),
+            c_size_t(WORKSPACE), c_void_p(stream),
+        )  # fmt: skip
+        if status:
+            raise CublasError(f"cublasLtMatmul: got status {status} (CUBLAS_STATUS_…, cublas_api.h); expected 0")
+
+    def _free_layouts(self) -> None:
+        while self._layouts:
+            _call("cublasLtMatrixLayoutDestroy", self._layouts.pop())
+
+    def close(self) -> None:
+        self._free_layouts()
+        if self._description:
+            _call("cublasLtMatmulDescDestroy", self._description)
+            self._description = c_void_p()
