@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from plugins.launch import Kernel, Launch, LaunchError, Output, evaluate
+from plugins.launch import Kernel, Launch, LaunchError, Output, Product, evaluate
 
 CUBINS = b"first" + b"second"
 KERNELS = {
@@ -85,6 +85,10 @@ BAD = {
     "unknown type": {"inputs": ["float", "int32"]},
     "no warps": {"kernels": {"sm80": replace(KERNELS["sm80"], warps=0)}},
     "negative offset": {"kernels": {"sm80": replace(KERNELS["sm80"], offset=-5)}},
+    "product of two types": {"product": Product(rows=1, columns=1, depth=1), "kernels": {}},
+    "product of one input": {"product": Product(rows=1, columns=1, depth=1), "kernels": {}, "inputs": ["fp16"]},
+    "product with kernels": {"product": Product(rows=1, columns=1, depth=1), "inputs": ["fp16"] * 2},
+    "product of no size": {"product": Product(rows=["dim", 9, 0], columns=1, depth=1), "inputs": ["fp16"] * 2, "kernels": {}},
     "empty cubin": {"kernels": {"sm80": replace(KERNELS["sm80"], size=0)}},
 }
 

@@ -6,6 +6,7 @@ import struct
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from onnx import TensorProto, helper
 
 from engines import tensorrt
 from engines.tensorrt_library import logger
-from plugins import shell
+from plugins import cublas_lt, linear, shell
 from plugins.launch import Kernel, Launch, LaunchError, Output
 
 CUBINS = {"sm80": b"for 80", "sm89": b"for 89!"}
@@ -312,3 +313,57 @@ def test_supported_types(trt, plugin):
         assert [plugin.supports_format_combination(position, tensors, 2) for position in range(3)] == [ok] * 3
     raises(LaunchError, "got 3 inputs; expected 2", plugin.supports_format_combination, 0, [None] * 4, 3)
     assert plugin.get_output_data_types([]) == [trt.DataType.HALF]
+
+
+class Products:
+    """In place of cuBLASLt."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, dtype, *, bias, context_id):
+        self.calls = [(dtype, bias, context_id)]
+        self.made.append(self)
+
+    def prepare(self, *sizes):
+        self.calls.append(sizes)
+
+    def run(self, *addresses):
+        self.calls.append(addresses)
+
+
+@pytest.fixture
+def linear_plugin(driver, trt, monkeypatch):
+    monkeypatch.setattr(shell.cublas_lt, "Product", Products)
+    Products.made.clear()
+    launch = Launch.from_json(linear.attributes("fp16", 3, 6, 8, bias=True)["launch"])
+    return shell._classes(trt)[0](launch, b"")
+
+
+def test_product(linear_plugin):
+    """Sizes when they change, addresses at each launch; nothing for an empty tensor."""
+    assert linear_plugin.get_workspace_size([], []) == cublas_lt.WORKSPACE
+    attached = linear_plugin.attach_to_context(None)
+    for batch in (2, 2, 0):
+        attached.enqueue(descs((batch, 5, 8), (6, 8), (6,)), descs((batch, 5, 6)), [16, 32, 48], [64], 80, 7)
+    assert Products.made[-1].calls == [("fp16", True, 1), (10, 6, 8), (16, 32, 48, 64, 80, 7), (16, 32, 48, 64, 80, 7)]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "addresses", "message"),
+    [
+        (((2, 5, 9), (6, 8), (6,)), [16, 32, 48], r"got shapes .*; expected \(…, 8\), \(6, 8\) and a bias of 6"),
+        (((2, 5, 8), (6, 8), (5,)), [16, 32, 48], "and a bias of 6"),
+        (((2, 5, 8), (6, 8), (6,)), [16, 36, 48], "expected multiples of 16 bytes"),
+    ],
+)
+def test_product_refused(linear_plugin, shapes, addresses, message):
+    attached = linear_plugin.attach_to_context(None)
+    with pytest.raises(LaunchError, match=message):
+        attached.enqueue(descs(*shapes), [], addresses, [64], 80, 7)
+
+
+def test_product_survives_its_engine(trt, linear_plugin):
+    """Its fields, made into a plugin again."""
+    fields = linear_plugin.get_fields_to_serialize()
+    made = shell._classes(trt)[1]("Linear").create_plugin("linear", fields, trt.TensorRTPhase.RUNTIME)
+    assert made._launch == linear_plugin._launch
