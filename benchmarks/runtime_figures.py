@@ -1,0 +1,196 @@
+"""What the runtime adds to its engines: start, memory, launches, and the host's time; of a bundle through TensorRT.
+
+    python benchmarks/runtime_figures.py out/sana --name 1600m --record
+
+- start_<name>_s: from SanaEngine(bundle) to the first picture, in a new process, engines in the page cache (the second of two).
+- peak_<name>_<px>px_{fp16,low_memory}_gb: most GPU memory in use while pictures are drawn, beyond what was in use before.
+- host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU: pictures of N and of N / 2 steps.
+- launches_per_picture: graph launches, and engine launches beside them, for a text that is known; the note says it for a new one.
+- kernels_per_step: kernel nodes in a CUDA graph of one denoiser step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.figures import record
+from benchmarks.latency_figures import UNSUPPORTED
+from benchmarks.latency_run import gpu_memory_used
+from benchmarks.latency_work import PROMPT, Work, open_task
+from engines import tensorrt
+from engines.errors import RequestError, SanaError
+from engines.gpu import device_info
+from runtime import SanaEngine
+from runtime.cuda import Cuda
+from runtime.trt_session import TensorRTSession
+
+ROUNDS = 7
+SAMPLE_S = 0.002  # between two looks at the GPU's memory
+
+
+def in_new_process(mode: str, options: argparse.Namespace) -> dict[str, float]:
+    """What `child` prints there. Raises SanaError if it fails."""
+    command = [sys.executable, __file__, str(options.bundle), "--steps", str(options.steps), "--side", str(options.side)]
+    found = subprocess.run([*command, "--child", mode], capture_output=True, text=True)
+    if found.returncode:
+        raise SanaError(f"{mode}: the process ended with {found.returncode}. It said: {found.stderr[-2000:]}")
+    answer: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
+    return answer
+
+
+def child(mode: str, options: argparse.Namespace) -> dict[str, float]:
+    """ "start", "memory" or "low_memory", in a process of its own."""
+    sizes = {"steps": options.steps, "width": options.side, "height": options.side}
+    if mode == "start":
+        began = time.perf_counter()
+        with SanaEngine(options.bundle, backend="tensorrt", progress=False) as engine:
+            opened = time.perf_counter()
+            engine.generate(PROMPT, **sizes)
+            return {"open_s": opened - began, "start_s": time.perf_counter() - began}
+    import torch
+
+    torch.cuda.init()
+    before = gpu_memory_used()
+    peak, done = before, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(SAMPLE_S):
+            free, total = torch.cuda.mem_get_info()
+            peak = max(peak, total - free)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with SanaEngine(options.bundle, backend="tensorrt", progress=False, low_memory=mode == "low_memory") as engine:
+            for prompt in (PROMPT, PROMPT, f"{PROMPT}, in the rain"):  # the second is captured as a graph
+                engine.generate(prompt, **sizes)
+    finally:
+        done.set()
+        watcher.join()
+    return {"peak_gb": (peak - before) / 1e9}
+
+
+def host_per_step(engine: SanaEngine, options: argparse.Namespace) -> float:
+    """ms"""
+    beyond = []
+    for steps in (options.steps // 2, options.steps):
+        rows = []
+        for number in range(ROUNDS + 2):
+            began = time.perf_counter()
+            engine.generate(PROMPT, steps=steps, width=options.side, height=options.side)
+            wall = time.perf_counter() - began
+            if number >= 2:
+                rows.append(wall - sum(timings.total_s - timings.text_s for timings in engine.last_timings))
+        beyond.append(statistics.median(rows))
+    return 1000 * (beyond[1] - beyond[0]) / (options.steps - options.steps // 2)
+
+
+def launches(engine: SanaEngine, options: argparse.Namespace, prompt: str) -> tuple[int, int]:
+    """Graphs, and engines outside of them, for a picture that was drawn twice before."""
+    counts = {"graphs": 0, "engines": 0}
+
+    def counted(kind: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: Any) -> Any:
+            counts[kind] += 1
+            return call(*arguments)
+
+        return counting
+
+    kept = Cuda.launch_graph, TensorRTSession.launch
+    Cuda.launch_graph, TensorRTSession.launch = counted("graphs", kept[0]), counted("engines", kept[1])  # type: ignore[method-assign]
+    try:
+        engine.generate(prompt, steps=options.steps, width=options.side, height=options.side)
+    finally:
+        Cuda.launch_graph, TensorRTSession.launch = kept  # type: ignore[method-assign]
+    return counts["graphs"], counts["engines"]
+
+
+def kernels_per_step(engine: SanaEngine, side: int) -> int:
+    from cuda.bindings import driver
+
+    def checked(result: tuple[Any, ...]) -> Any:
+        if int(result[0]):
+            raise SanaError(f"CUDA: got {result[0]}; expected success")
+        return result[1:]
+
+    with engine.session("denoiser") as session:
+        stream = session._cuda.stream  # type: ignore[attr-defined]
+    with open_task(engine, Work(component="denoiser", width=side, height=side, batch=1)) as task:
+        task.call()
+        checked(driver.cuStreamSynchronize(stream))
+        checked(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
+        try:
+            task.call()
+        finally:
+            (graph,) = checked(driver.cuStreamEndCapture(stream))
+    _, count = checked(driver.cuGraphGetNodes(graph))
+    nodes, _ = checked(driver.cuGraphGetNodes(graph, count))
+    kernel = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_KERNEL
+    found = sum(checked(driver.cuGraphNodeGetType(node))[0] == kernel for node in nodes[:count])
+    checked(driver.cuGraphDestroy(graph))
+    return found
+
+
+def measure(options: argparse.Namespace) -> dict[str, tuple[float, str, str]]:
+    """value, unit and note by the figure's name."""
+    name, px = options.name, f"{options.side}px"
+    in_new_process("start", options)  # engines come into the page cache
+    start = in_new_process("start", options)
+    found = {f"start_{name}_s": (start["start_s"], "s", f"{options.steps} steps, {px}; opened after {start['open_s']:.2f} s")}
+    for mode, word in (("memory", "fp16"), ("low_memory", "low_memory")):
+        found[f"peak_{name}_{px}_{word}_gb"] = (
+            in_new_process(mode, options)["peak_gb"],
+            "GB",
+            "beyond CUDA's own context",
+        )
+    with SanaEngine(options.bundle, backend="tensorrt", progress=False) as engine:
+        found["host_per_step_ms"] = (host_per_step(engine, options), "ms", f"{name}, {px}")
+        graphs, engines = launches(engine, options, PROMPT)
+        more = launches(engine, options, f"{PROMPT}, in the snow")
+        note = f"{name}, {px}: of a text that is known, {engines} engines beside; of a new one {more[0]} and {more[1]}"
+        found["launches_per_picture"] = (graphs, "launches", note)
+        found["kernels_per_step"] = (kernels_per_step(engine, options.side), "kernels", f"{name}, {px}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--name", default="1600m", help="of the model, in the figures' names")
+    parser.add_argument("--side", type=int, default=1024, help="px")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--note", default="")
+    parser.add_argument("--record", action="store_true", help="append to benchmarks/results/figures.jsonl")
+    parser.add_argument("--child", choices=("start", "memory", "low_memory"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    try:
+        if options.steps < 2:
+            raise RequestError(f"--steps: got {options.steps}; expected at least 2, half of which is a picture too.")
+        if options.child:
+            print(json.dumps(child(options.child, options)))
+            return 0
+        unsupported = UNSUPPORTED if device_info().capability == (9, 0) else ""
+        versions = {"tensorrt": f"{tensorrt.flavor()} {tensorrt.version()}"}
+        for name, (value, unit, note) in measure(options).items():
+            print(f"{name}: {value:.4g} {unit} ({note})", flush=True)
+            if options.record:
+                note = "; ".join(filter(None, (note, options.note, unsupported)))
+                record(name, value, unit, note=note, extra_versions=versions)
+    except SanaError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
