@@ -27,7 +27,14 @@ from plugins.launch import Expression, Launch, LaunchError, evaluate
 
 __all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
 
-OPS = ("GatedDepthwiseConv", "LinearAttentionApply", "LinearAttentionState", "ReluLinearAttention")
+OPS = (
+    "GatedDepthwiseConv",
+    "GatedModulatedNorm",
+    "LinearAttentionApply",
+    "LinearAttentionState",
+    "ModulatedNorm",
+    "ReluLinearAttention",
+)
 FIELDS = ("launch", "cubins")
 VERSION, NAMESPACE = "1", ""
 WARP = 32  # threads
