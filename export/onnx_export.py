@@ -25,7 +25,7 @@ from engines.errors import BuildError
 from export.accumulation import accumulate_in_fp32
 from export.scalars import keep_scalars_exact
 from export.translation import OPSET, SANA_DOMAIN, translation_table
-from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
+from plugins import gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["Axis", "ExportSpec", "TensorSpec", "count_plugin_nodes", "export_module", "with_function_bodies"]
 
@@ -214,6 +214,8 @@ def with_function_bodies(model: ir.Model) -> ir.Model:
     """Attach the body of every custom op that the graph uses, so that the model means something anywhere."""
     bodies: dict[str, Callable[[int], onnx.FunctionProto]] = {
         gated_depthwise_conv.OP: gated_depthwise_conv.function_body,
+        modulated_norm.GATED: functools.partial(modulated_norm.function_body, modulated_norm.GATED),
+        modulated_norm.PLAIN: functools.partial(modulated_norm.function_body, modulated_norm.PLAIN),
         qkv_linear_attention.APPLY: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.APPLY),
         qkv_linear_attention.STATE: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.STATE),
         relu_linear_attention.OP: relu_linear_attention.function_body,

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from engines.errors import BuildError
 from engines.spec import Target
 from export.translation import SANA_DOMAIN
-from plugins import gated_depthwise_conv, linear, qkv_linear_attention, relu_linear_attention
+from plugins import gated_depthwise_conv, linear, modulated_norm, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["add_cubins"]
 
@@ -39,8 +39,25 @@ def _qkv_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targ
     return qkv_linear_attention.compile_cubins(node.op_type, targets, _TYPE_NAMES[qkv.elem_type], heads, head_dim, eps)
 
 
+def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    x = type_of[node.input[0]]
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    dim = x.shape.dim[-1].dim_value
+    widths = [type_of[name].shape.dim[-1].dim_value for name in (node.input[2], node.input[-2])]  # of time and gate_time
+    variant = modulated_norm.Variant(
+        dim=dim,
+        rows=tuple(given["rows"]),
+        time_rows=widths[0] // dim,
+        gate_time_rows=widths[1] // dim,
+        rms=bool(given["rms"]),
+    )
+    return modulated_norm.compile_cubins(targets, _TYPE_NAMES[x.elem_type], variant, given["eps"])
+
+
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     gated_depthwise_conv.OP: _gated_depthwise_conv,
+    modulated_norm.GATED: _modulated_norm,
+    modulated_norm.PLAIN: _modulated_norm,
     qkv_linear_attention.APPLY: _qkv_linear_attention,
     qkv_linear_attention.STATE: _qkv_linear_attention,
     relu_linear_attention.OP: _relu_linear_attention,

@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnxscript import values
 from onnxscript.onnx_opset import opset23 as op
 
-from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
+from plugins import gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["OPSET", "SANA_DOMAIN", "translation_table"]
 
@@ -31,15 +31,15 @@ def _type(tensor: str) -> str:
     return "tensor(float)" if tensor == "state" else "T"
 
 
-def _sana_op(name: str, inputs: tuple[str, ...], attributes: dict[str, OpSchema.AttrType], output: str = "out") -> values.Op:
-    """An operator of domain `sana` with one output, all tensors of one floating type but `state`, which is fp32."""
+def _sana_op(name: str, inputs: tuple[str, ...], attributes: dict[str, OpSchema.AttrType], *outputs: str) -> values.Op:
+    """An operator of domain `sana`, with one output unless named; all tensors of one floating type but `state`, which is fp32."""
     schema = OpSchema(
         name,
         SANA_DOMAIN,
         1,
         type_constraints=[("T", _FLOATS, "floating point")],
         inputs=[OpSchema.FormalParameter(each, _type(each)) for each in inputs],
-        outputs=[OpSchema.FormalParameter(output, _type(output))],
+        outputs=[OpSchema.FormalParameter(each, _type(each)) for each in outputs or ("out",)],
         attributes=[OpSchema.Attribute(each, kind, "") for each, kind in attributes.items()],
     )
     return values.Op(values.Opset(SANA_DOMAIN, 1), name, schema)
@@ -68,6 +68,19 @@ def _qkv_linear_attention(qkv: Any, num_heads: int, eps: float = 1e-15) -> Any:
     split = [0, 0, 3, num_heads, qkv.shape[-1] // (3 * num_heads)]
     state: Any = _STATE(qkv, split=split)
     return _APPLY(qkv, state, split=split, eps=eps)
+
+
+_NORM_ATTRIBUTES = {"rows": OpSchema.AttrType.INTS, "rms": OpSchema.AttrType.INT, "eps": OpSchema.AttrType.FLOAT}
+_NORMS = {name: _sana_op(name, inputs, _NORM_ATTRIBUTES, "hidden", "normed") for name, inputs in modulated_norm.INPUTS.items()}
+
+
+def _modulated_norm(
+    x: Any, branch: Any, time: Any, table: Any, gate_time: Any, gate_table: Any, rows: Any, rms: bool, eps: float
+) -> Any:
+    attributes = {"rows": list(rows), "rms": int(rms), "eps": eps}
+    if gate_time is None:
+        return _NORMS[modulated_norm.PLAIN](x, branch, time, table, **attributes)
+    return _NORMS[modulated_norm.GATED](x, branch, time, table, gate_time, gate_table, **attributes)
 
 
 def _scaled_dot_product_attention(
@@ -118,6 +131,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     assert onnx.defs.onnx_opset_version() >= OPSET
     return {
         torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
+        torch.ops.sana.modulated_norm.default: _modulated_norm,
         torch.ops.sana.qkv_linear_attention.default: _qkv_linear_attention,
         torch.ops.sana.relu_linear_attention.default: _relu_linear_attention,
         torch.ops.aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,

@@ -30,7 +30,15 @@ from plugins.launch import Expression, Launch, LaunchError, Product, evaluate
 
 __all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
 
-OPS = ("GatedDepthwiseConv", "Linear", "LinearAttentionApply", "LinearAttentionState", "ReluLinearAttention")
+OPS = (
+    "GatedDepthwiseConv",
+    "GatedModulatedNorm",
+    "Linear",
+    "LinearAttentionApply",
+    "LinearAttentionState",
+    "ModulatedNorm",
+    "ReluLinearAttention",
+)
 FIELDS = ("launch", "cubins")
 NOTHING = b"\0"  # the cubins of a node without kernels: TensorRT drops an empty field
 VERSION, NAMESPACE = "1", ""

@@ -5,9 +5,10 @@ ONNX function body, the TensorRT plugin) is judged against them. The registered 
 on a CUDA GPU; float64, which only tests use, runs the truth everywhere.
 
 Dimensions of attention: B images, H heads, N tokens, D channels per head; of the convolution: B pictures, H x W pixels, E channels
-of a half.
+of a half; of the norm: B images, N tokens, D channels, R rows of a table.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,11 +19,15 @@ __all__ = [
     "EPS",
     "gated_depthwise_conv",
     "gated_depthwise_conv_truth",
+    "modulated_norm",
+    "modulated_norm_truth",
     "qkv_linear_attention",
     "qkv_linear_attention_truth",
     "relu_linear_attention",
     "relu_linear_attention_truth",
 ]
+
+Modulation = tuple[Tensor, Tensor]  # time (B, R D), or (B, D) for all rows alike, and the table (R, D) that it is added to
 
 EPS = 1e-15  # as the published diffusers models; must stay representable in fp32, where the division happens
 
@@ -326,3 +331,91 @@ def gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     y: Tensor = torch.ops.sana.gated_depthwise_conv(x, weight, bias)
     return y
+
+
+def _modulation_row(modulation: Modulation, row: int, wide: torch.dtype) -> Tensor:
+    """(B, 1, D)."""
+    time, table = modulation
+    return (table.to(wide) + time.to(wide).unflatten(1, (-1, table.shape[1])))[:, row : row + 1]
+
+
+def modulated_norm_truth(
+    x: Tensor, branch: Tensor, modulation: Modulation, gate: Modulation | None, rows: Sequence[int], *, rms: bool, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(hidden, normed), where hidden = x + g branch and normed = norm(hidden) (1 + scale) + shift.
+
+    x, branch, hidden, normed: (B, N, D), results in x's dtype, computed in fp32 or wider; the norm is that of hidden before it is
+    rounded: a LayerNorm over D without parameters, or an RMSNorm if `rms`. rows: which rows of the modulation shift and scale are,
+    and, where there is a gate, which of its own g is; without one g is 1.
+    Source: adaLN-single as in PixArt-alpha, arXiv:2310.00426, section 2.3.
+    """
+    with _without_autocast(x.device):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        branch = branch.to(wide) if gate is None else _modulation_row(gate, rows[2], wide) * branch.to(wide)
+        hidden = x.to(wide) + branch
+        normed = (F.rms_norm if rms else F.layer_norm)(hidden, hidden.shape[-1:], eps=eps)
+        normed = normed * (1 + _modulation_row(modulation, rows[1], wide)) + _modulation_row(modulation, rows[0], wide)
+        return hidden.to(x.dtype).contiguous(), normed.to(x.dtype).contiguous()
+
+
+def _check_norm(x: Tensor, branch: Tensor, modulation: Modulation, gate: Modulation | None, rows: Sequence[int]) -> None:
+    def fits(modulation: Modulation, rows: Sequence[int]) -> bool:
+        time, table = modulation
+        shaped = (
+            table.ndim == 2 and table.shape[1] == x.shape[-1] and time.shape in [(len(x), table.numel()), (len(x), x.shape[-1])]
+        )
+        return shaped and all(0 <= row < len(table) for row in rows)
+
+    good = x.ndim == 3 and x.shape == branch.shape and x.dtype == branch.dtype and len(rows) == (2 if gate is None else 3)
+    if not good or not fits(modulation, rows[:2]) or not (gate is None or fits(gate, rows[2:])):
+        shapes = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (x, branch, *modulation, *(gate or ())))
+        raise ValueError(
+            f"modulated_norm: got {shapes}, rows {list(rows)}; expected x and branch (B, N, D) of one dtype, time (B, R D) or "
+            "(B, D), table (R, D), both again for a gate, and rows of the tables for shift, scale and gate"
+        )
+
+
+@torch.library.custom_op("sana::modulated_norm", mutates_args=())
+def _modulated_norm(
+    x: Tensor,
+    branch: Tensor,
+    time: Tensor,
+    table: Tensor,
+    gate_time: Tensor | None,
+    gate_table: Tensor | None,
+    rows: Sequence[int],
+    rms: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    gate = None if gate_time is None or gate_table is None else (gate_time, gate_table)
+    _check_norm(x, branch, (time, table), gate, rows)
+    if x.device.type != "cuda" or x.dtype == torch.float64:
+        return modulated_norm_truth(x, branch, (time, table), gate, rows, rms=rms, eps=eps)
+    from plugins import modulated_norm as kernel  # Triton loads when a GPU first needs it
+
+    outputs = (x.new_empty(x.shape), x.new_empty(x.shape))
+    kernel.launch(x.contiguous(), branch.contiguous(), (time, table), gate, outputs, rows=tuple(rows), rms=rms, eps=eps)
+    return outputs
+
+
+@_modulated_norm.register_fake
+def _modulated_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def modulated_norm(
+    x: Tensor,
+    branch: Tensor,
+    modulation: Modulation,
+    gate: Modulation | None,
+    rows: Sequence[int],
+    *,
+    rms: bool = False,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`modulated_norm_truth` as the op `sana::modulated_norm`, for engines: it is not differentiable.
+
+    x and branch: (B, N, D), one dtype of fp16, bf16, fp32 or fp64; results are contiguous. Raises ValueError for other shapes.
+    """
+    outputs: tuple[Tensor, Tensor] = torch.ops.sana.modulated_norm(x, branch, *modulation, *(gate or (None, None)), rows, rms, eps)
+    return outputs

@@ -26,6 +26,9 @@ MASKED = -10000.0  # added to the scores of padding; fits fp16, and exp of it is
 FP16_MAX = 65504.0
 QK_NORMS = (None, "rms_norm_across_heads")
 
+# Rows of a block's table and of the time. The model's own table has a shift and a scale at its end, in the first two.
+SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_FF, SCALE_FF, GATE_FF = range(6)
+
 KeysValues = tuple[Tensor, Tensor]  # of a text, for one block: (B, H, L, D / H) each
 
 
@@ -186,9 +189,39 @@ class SanaTransformerBlock(nn.Module):
         picture = modulate(self.norm2(hidden), shift_ff, scale_ff).unflatten(1, (height, width))
         return hidden + gate_ff * self.ff.channels_last(picture).flatten(1, 2)
 
+    def branches(
+        self,
+        hidden: Tensor,
+        normed: Tensor,
+        text: Tensor | KeysValues,
+        text_bias: Tensor | None,
+        time6: Tensor,
+        size: tuple[int, int],
+    ) -> tuple[Tensor, Tensor]:
+        """As forward, without its first norm and its last sum, which join in one op between two blocks.
+
+        normed: of that first norm, modulated. size: height, width. Returns hidden and the feed-forward's result, without its gate.
+        """
+        gate = self.scale_shift_table[GATE_ATTN] + time6.unflatten(1, (6, -1))[:, GATE_ATTN, None]
+        hidden = hidden + gate * self.attn1(normed)
+        hidden, normed = ops.modulated_norm(
+            hidden,
+            self.attn2(hidden, text, text_bias),
+            (time6, self.scale_shift_table),
+            None,
+            (SHIFT_FF, SCALE_FF),
+            eps=self.norm2.eps,
+        )
+        return hidden, self.ff.channels_last(normed.unflatten(1, size)).flatten(1, 2)
+
 
 class SanaTransformer2DModel(nn.Module):
-    """Predicts the flow velocity noise - image of a latent."""
+    """Predicts the flow velocity noise - image of a latent.
+
+    `fused`: a norm takes the sum before it along, the op `sana::modulated_norm`, as an engine is fastest; the same parameters.
+    """
+
+    fused = False
 
     def __init__(self, config: SanaTransformerConfig) -> None:
         super().__init__()
@@ -246,13 +279,37 @@ class SanaTransformer2DModel(nn.Module):
         if encoder_attention_mask is not None:
             text_bias = ((1 - encoder_attention_mask.to(hidden.dtype)) * MASKED)[:, None, None]
 
-        for block, text in zip(self.transformer_blocks, texts, strict=True):
-            hidden = block(hidden, text, text_bias, time6, height, width)
-
-        shift, scale = (self.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)
-        pixels = self.proj_out(modulate(self.norm_out(hidden), shift, scale))  # (B, N, p p C)
+        if self.fused:
+            normed = self._normed(hidden, texts, text_bias, time6, time, (height, width))
+        else:
+            for block, text in zip(self.transformer_blocks, texts, strict=True):
+                hidden = block(hidden, text, text_bias, time6, height, width)
+            shift, scale = (self.scale_shift_table[None] + time[:, None]).chunk(2, dim=1)
+            normed = modulate(self.norm_out(hidden), shift, scale)
+        pixels = self.proj_out(normed)  # (B, N, p p C)
         pixels = pixels.unflatten(2, (patch, patch, -1)).unflatten(1, (height, width))  # (B, h, w, p, q, C)
         return pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _normed(
+        self,
+        hidden: Tensor,
+        texts: Sequence[Tensor | KeysValues],
+        text_bias: Tensor | None,
+        time6: Tensor,
+        time: Tensor,
+        size: tuple[int, int],
+    ) -> Tensor:
+        """All blocks and the last norm, fused: each block's last sum is part of the norm after it."""
+        first, *others = self.transformer_blocks
+        shift, scale, *_ = (first.scale_shift_table[None] + time6.unflatten(1, (6, -1))).chunk(6, dim=1)
+        normed = modulate(first.norm1(hidden), shift, scale)
+        after = [(block.norm1.eps, (time6, block.scale_shift_table)) for block in others]
+        after.append((self.norm_out.eps, (time, self.scale_shift_table)))
+        for block, text, (eps, modulation) in zip(self.transformer_blocks, texts, after, strict=True):
+            hidden, branch = block.branches(hidden, normed, text, text_bias, time6, size)
+            gate = (time6, block.scale_shift_table)
+            hidden, normed = ops.modulated_norm(hidden, branch, modulation, gate, (SHIFT_ATTN, SCALE_ATTN, GATE_FF), eps=eps)
+        return normed
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -270,8 +327,14 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def fuse(model: nn.Module) -> None:
-    """Let linear attention and mix-FFNs be computed as an engine is fastest, in place. The meaning and the parameters stay."""
+    """Let linear attention, mix-FFNs and modulated norms be computed as an engine is fastest, in place.
+
+    The meaning and the parameters stay. Norms with parameters (norm_elementwise_affine) stay as they are, and so do all others of
+    such a model: no published one has them.
+    """
     fuse_feed_forward(model)
     for module in model.modules():
         if isinstance(module, LinearAttention):
             module.fused = True
+        elif isinstance(module, SanaTransformer2DModel):
+            module.fused = not module.config.norm_elementwise_affine

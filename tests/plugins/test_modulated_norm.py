@@ -1,0 +1,214 @@
+"""The kernel (interpreted on a CPU, or on a GPU), ONNX function bodies and cubins of modulated_norm."""
+
+import json
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from attention_graph import DTYPES, ONNX_TYPES
+from onnx import helper
+from parity.bound import assert_parity
+from parity.interpreter import interpret
+
+from plugins import modulated_norm as op
+from plugins.launch import Launch, evaluate
+from sana_ref import ops
+
+INTERPRETED = ("fp16", "fp32")  # not bf16, on a GPU only: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
+EPS = 1e-6
+FIRST = (0, 1, 5)  # rows of a block's first norm: shift, scale, and the gate of the feed-forward before
+SECOND = (3, 4)  # of its second norm
+# (B, N, D), rows, R of the modulation's time, RMSNorm?: published widths, odd ones, one token, one channel, one time for all rows
+CASES = [
+    ((2, 3, 2240), FIRST, 6, False),
+    ((3, 7, 1152), SECOND, 6, False),
+    ((2, 5, 70), (0, 1, 5), 1, False),
+    ((2, 5, 33), FIRST, 6, True),
+    ((1, 1, 16), SECOND, 6, True),
+    ((2, 2, 1), (1, 0), 1, False),
+]
+
+
+def tensors(case, dtype):
+    """x, branch, time, table and, for a gate, gate_time, gate_table. Means are not zero, so that a norm without one would show."""
+    (batch, tokens, dim), rows, time_rows, _ = case
+    generator = torch.Generator().manual_seed(dim)
+    sizes = [(batch, tokens, dim)] * 2 + [(batch, time_rows * dim), (6, dim)] + [(batch, 6 * dim), (6, dim)] * (len(rows) - 2)
+    return [(torch.randn(size, generator=generator) + 0.5 * (i == 0)).to(DTYPES[dtype]) for i, size in enumerate(sizes)]
+
+
+def call(function, case, given):
+    x, branch, time, table, *gate = given
+    return function(x, branch, (time, table), tuple(gate) or None, case[1], rms=case[3], eps=EPS)
+
+
+def check(got, case, given, name):
+    same, exact = call(ops.modulated_norm_truth, case, given), call(ops.modulated_norm_truth, case, [t.double() for t in given])
+    for part, one, peer, answer in zip(("hidden", "normed"), got, same, exact, strict=True):
+        assert one.dtype == peer.dtype
+        assert_parity(one.cpu(), same=peer.cpu(), exact=answer.cpu(), name=f"{name}: {part}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_truth(case):
+    """Operator by operator, as a block has it."""
+    x, branch, time, table, *gate = given = [t.double() for t in tensors(case, "fp32")]
+    (batch, _, dim), (shift, scale, *gate_row), _, rms = case
+    rows = table[None] + time.reshape(batch, -1, dim)
+    if gate:
+        branch = (gate[1][None] + gate[0].reshape(batch, -1, dim))[:, gate_row] * branch
+    hidden = x + branch
+    centred = hidden if rms else hidden - hidden.mean(-1, keepdim=True)
+    norm = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
+    torch.testing.assert_close(call(ops.modulated_norm, case, given), (hidden, norm * (1 + rows[:, [scale]]) + rows[:, [shift]]))
+
+
+def test_the_norm_is_that_of_the_unrounded_sum():
+    """2048 + 0.25 is 2048 in fp16: of the rounded sum every value would be the mean."""
+    x, branch = torch.full((1, 1, 64), 2048.0).half(), torch.tensor([0.25, -0.25]).repeat(32)[None, None].half()
+    zeros = torch.zeros(1, 64).half(), torch.zeros(2, 64).half()
+    hidden, normed = ops.modulated_norm(x, branch, zeros, None, (0, 1), eps=EPS)
+    assert torch.equal(hidden, x)
+    torch.testing.assert_close(normed, branch * 4, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("case", [CASES[1], CASES[3]], ids=str)
+def test_registration(case):
+    x, branch, time, table, *gate = tensors(case, "fp32")
+    arguments = (x.mT.contiguous().mT, branch, time, table, *(gate or (None, None)), case[1], case[3], EPS)
+    torch.library.opcheck(torch.ops.sana.modulated_norm.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        ({"branch": (2, 4, 32)}, SECOND),
+        ({"time": (2, 64)}, SECOND),
+        ({"table": (6, 32)}, SECOND),
+        ({}, (3, 6)),
+        ({}, (0, 1, 5)),
+        ({"x": (6, 33), "branch": (6, 33)}, SECOND),
+    ],
+    ids=str,
+)
+def test_wrong_shapes(change, rows):
+    sizes = {"x": (2, 3, 33), "branch": (2, 3, 33), "time": (2, 6 * 33), "table": (6, 33)} | change
+    x, branch, time, table = (torch.ones(size) for size in sizes.values())
+    with pytest.raises(ValueError, match=r"modulated_norm: got .* expected x and branch \(B, N, D\)"):
+        ops.modulated_norm(x, branch, (time, table), None, rows, eps=EPS)
+
+
+LAUNCH = f"""
+import torch
+from plugins import modulated_norm as kernel
+def launch(out, x, branch, time, table, *rest, rows, rms):
+    *gate, result = rest
+    kernel.launch(x, branch, (time, table), tuple(gate) or None, (result[0], result[1]), rows=rows, rms=rms, eps={EPS})
+"""
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """(hidden, normed) by case and dtype, all from one process; "wrong": the first case with scale and shift exchanged."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "norm_launch.py").write_text(LAUNCH)
+    named = [(case, dtype) for case in CASES for dtype in INTERPRETED]
+    calls = []
+    for case, dtype in named:
+        out = torch.empty(2, *case[0], dtype=DTYPES[dtype])
+        calls.append(((out, *tensors(case, dtype)), {"rows": case[1], "rms": case[3]}))
+    calls.append((calls[0][0], {"rows": (1, 0, 5), "rms": False}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        outputs = interpret("norm_launch:launch", calls)
+    return dict(zip([*named, "wrong"], outputs, strict=True))
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel(interpreted, case, dtype):
+    check(interpreted[case, dtype], case, tensors(case, dtype), f"kernel {case} {dtype}")
+
+
+def test_planted_error_is_caught(interpreted):
+    with pytest.raises(AssertionError, match=r"normed: .* expected at most"):
+        check(interpreted["wrong"], CASES[0], tensors(CASES[0], "fp16"), "rows exchanged")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CASES, ((2, 4096, 2240), FIRST, 6, False)], ids=str)
+def test_op_on_gpu(case, dtype):
+    given = [t.cuda() for t in tensors(case, dtype)]
+    got = call(ops.modulated_norm, case, given)
+    check(got, case, given, f"op {case} {dtype}")
+    assert all(torch.equal(one, other) for one, other in zip(got, call(ops.modulated_norm, case, given), strict=True))
+
+
+def body_model(dtype, case, given):
+    name = op.PLAIN if len(case[1]) == 2 else op.GATED
+    kind = ONNX_TYPES[dtype]
+    free = [["b", "n"]] * 2 + [["b"], [6]] * 2
+    inputs = [
+        helper.make_tensor_value_info(each, kind, [*sizes, t.shape[-1]])
+        for each, sizes, t in zip(op.INPUTS[name], free, given, strict=False)
+    ]
+    outputs = [helper.make_tensor_value_info(each, kind, ["b", "n", case[0][2]]) for each in ("hidden", "normed")]
+    attributes = {"rows": case[1], "rms": int(case[3]), "eps": EPS, "launch": "unused"}
+    node = helper.make_node(name, op.INPUTS[name], ["hidden", "normed"], domain=op.DOMAIN, **attributes)
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
+    graph = helper.make_graph([node], "norm", inputs, outputs)
+    return helper.make_model(graph, functions=[op.function_body(name)], opset_imports=opsets, ir_version=10)
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_function_bodies(case, dtype):
+    """In ONNX Runtime, with an attribute of the plugin's on the node."""
+    given = tensors(case, dtype)
+    model = body_model(dtype, case, given)
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {value.name: t.numpy() for value, t in zip(session.get_inputs(), given, strict=True)}
+    got = [torch.from_numpy(each) for each in session.run(None, feeds)]
+    check(got, case, given, f"body {case} {dtype}")
+    with pytest.raises(AssertionError, match=r"normed: .* expected at most"):
+        check([got[0], got[1] * 1.02], case, given, "2 % too much")
+
+
+@pytest.mark.parametrize("rows", [FIRST, SECOND], ids=str)
+@pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm120"))])
+def test_cubins(target, rows):
+    """What the plugin computes from the JSON: a program for each token, and the pointers in the kernel's order."""
+    variant = op.Variant(dim=2240, rows=rows, time_rows=6, gate_time_rows=6)
+    for dtype in DTYPES:
+        attributes = op.compile_cubins([target], dtype, variant, EPS)
+        launch = Launch.from_json(attributes["launch"])
+        assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
+        assert (launch.op, launch.inputs) == (variant.op, [dtype] * len(op.INPUTS[variant.op]))
+        dims = [(2, 1024, 2240)] * 2 + [(2, 6 * 2240), (6, 2240)] * (len(rows) - 1)
+        assert [evaluate(size, dims) for size in launch.grid] == [2 * 1024, 1, 1]
+        assert [[evaluate(size, dims) for size in output.shape] for output in launch.outputs] == [[2, 1024, 2240]] * 2
+        gate = [4, 5] if len(rows) == 3 else [2, 3]
+        args = json.loads(launch.to_json())["args"]
+        assert args[:8] == [*(["in", i] for i in (0, 1, 2, 3, *gate)), ["out", 0], ["out", 1]]
+        assert args[8:10] == [["i32", ["dim", 0, 1]], ["f32", EPS]]
+
+
+@pytest.mark.parametrize(("dim", "block", "warps"), [(1, 1, 1), (16, 16, 1), (1152, 2048, 4), (2240, 4096, 8), (20000, 32768, 16)])
+def test_warps(dim, block, warps):
+    variant = op.Variant(dim=dim, rows=SECOND, time_rows=6)
+    assert (variant.constants["BLOCK"], variant.num_warps) == (block, warps)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="got dtype 'int8'; expected one of fp16, bf16, fp32"):
+        op.compile_cubins(["sm89"], "int8", op.Variant(dim=16, rows=SECOND, time_rows=6), EPS)
+    for wrong in ({"rows": (3,)}, {"rows": (3, 6)}, {"rows": (0, 1, 2), "gate_time_rows": 2}, {"dim": 0}, {"rows": (-1, 0)}):
+        with pytest.raises(ValueError, match=r"got Variant\(.*expected rows of shift, scale and maybe a gate"):
+            op.Variant(**{"dim": 16, "rows": SECOND, "time_rows": 6} | wrong)
+    ones = torch.ones(1, 2, 16)
+    with pytest.raises(ValueError, match=r"expected one shape \(B, N, D\), dtype and device, all contiguous"):
+        op.launch(ones, ones[:, :1], (ones[0], ones[0]), None, (ones, ones), rows=SECOND, rms=False, eps=EPS)
