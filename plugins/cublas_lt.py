@@ -11,7 +11,7 @@ same GPU gives the same bits. Needs the standard library only. Numbers: cublasLt
 import ctypes
 import functools
 import importlib.util
-from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ __all__ = ["WORKSPACE", "CublasError", "Product"]
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for compute capability 9.0
 ALIGNMENT = 16  # bytes, of every tensor
 VERSIONS = (13, 12)
-TYPES = {"fp32": 0, "fp16": 2, "bf16": 14}  # cudaDataType
+TYPES = {"fp32": 0, "fp16": 2, "bf16": 14, "fp8": 28}  # cudaDataType; fp8 is e4m3
 _COMPUTE_32F, _SCALE_32F = 68, 0
 _TRANSPOSE_A, _EPILOGUE, _BIAS_POINTER = 3, 7, 8  # attributes of a product
 _TRANSPOSED, _WITH_BIAS = 1, 4
+_SCALE_POINTERS, _SCALE_MODES, _A_NUMBER_A_ROW = (17, 18), (31, 32), 3  # of A, of B
+_FAST_ACCUMULATION = 25  # fp8: sums keep fewer bits than fp32 has between two promotions, as PyTorch's default for inference does
 _MAX_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # preferences
 
 
@@ -88,12 +90,14 @@ def _handle(context_id: int) -> c_void_p:
 class Product:
     """out = x w^T (+ bias) in one call: x (rows, depth), w (columns, depth), bias (columns,), out (rows, columns), all of one type.
 
+    fp8: x and w alone; out and bias are fp16, and out is multiplied by x_scale (rows,) and w_scale (columns,), fp32.
     For one thread at a time. prepare() before run(); run() neither allocates nor waits, so that a CUDA graph can capture it.
     """
 
     def __init__(self, dtype: str, *, bias: bool, context_id: int) -> None:
         """dtype: one of TYPES. context_id: of the current CUDA context. Raises CublasError without the library."""
-        self._type, self._lt = TYPES[dtype], _handle(context_id)
+        self._type, self._lt, self._scaled = TYPES[dtype], _handle(context_id), dtype == "fp8"
+        self._out_type = TYPES["fp16"] if self._scaled else self._type
         self._run = _library().cublasLtMatmul
         self._alpha, self._beta = c_float(1.0), c_float(0.0)
         self._description = c_void_p()
@@ -102,6 +106,10 @@ class Product:
         self._describe(_TRANSPOSE_A, c_int32(_TRANSPOSED))
         if bias:
             self._describe(_EPILOGUE, c_int32(_WITH_BIAS))
+        if self._scaled:
+            for mode in _SCALE_MODES:
+                self._describe(mode, c_int32(_A_NUMBER_A_ROW))
+            self._describe(_FAST_ACCUMULATION, c_int8(1))
         self._bias = bias
         self._layouts: list[c_void_p] = []
         self._algorithm = _Heuristic()
@@ -112,9 +120,10 @@ class Product:
     def prepare(self, rows: int, columns: int, depth: int) -> None:
         """Choose the algorithm for this size. Raises CublasError if there is none."""
         self._free_layouts()
-        for height, width in ((depth, columns), (depth, rows), (columns, rows)):
+        sizes = ((self._type, depth, columns), (self._type, depth, rows), (self._out_type, columns, rows))
+        for kind, height, width in sizes:
             layout = c_void_p()
-            _call("cublasLtMatrixLayoutCreate", byref(layout), self._type, c_uint64(height), c_uint64(width), c_int64(height))
+            _call("cublasLtMatrixLayoutCreate", byref(layout), kind, c_uint64(height), c_uint64(width), c_int64(height))
             self._layouts.append(layout)
         w, x, out = self._layouts
         preference, found = c_void_p(), c_int()
@@ -125,8 +134,8 @@ class Product:
                 *((each, ctypes.c_uint32(ALIGNMENT)) for each in _ALIGNMENTS),
             ):
                 _call("cublasLtMatmulPreferenceSetAttribute", preference, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
-            if self._bias:
-                self._describe(_BIAS_POINTER, c_void_p(ALIGNMENT))  # any: that there is one decides which algorithms fit
+            # Any: that there are some decides which algorithms fit.
+            self._point(ALIGNMENT, (ALIGNMENT, ALIGNMENT))
             _call(
                 "cublasLtMatmulAlgoGetHeuristic", self._lt, self._description, w, x, out, out, preference, 1,
                 byref(self._algorithm), byref(found),
@@ -136,10 +145,17 @@ class Product:
         if not found.value:
             raise CublasError(f"got no algorithm for {rows} x {columns} x {depth}; expected one")
 
-    def run(self, x: int, w: int, bias: int, out: int, workspace: int, stream: int) -> None:
-        """Queue the product. Device addresses, multiples of ALIGNMENT; workspace: WORKSPACE bytes; bias: 0 if there is none."""
+    def _point(self, bias: int, scales: tuple[int, int]) -> None:
+        """scales: of w and of x."""
         if self._bias:
             self._describe(_BIAS_POINTER, c_void_p(bias))
+        if self._scaled:
+            for attribute, scale in zip(_SCALE_POINTERS, scales, strict=True):
+                self._describe(attribute, c_void_p(scale))
+
+    def run(self, x: int, w: int, bias: int, out: int, workspace: int, stream: int, *, x_scale: int = 0, w_scale: int = 0) -> None:
+        """Queue the product. Device addresses, multiples of ALIGNMENT; workspace: WORKSPACE bytes; bias: 0 if there is none."""
+        self._point(bias, (w_scale, x_scale))
         w_layout, x_layout, out_layout = self._layouts
         status = self._run(
             self._lt, self._description, byref(self._alpha), c_void_p(w), w_layout, c_void_p(x), x_layout, byref(self._beta),
