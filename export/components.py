@@ -12,7 +12,7 @@ from torch import nn
 
 from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange
 from export.onnx_export import Axis, ExportSpec, TensorSpec
-from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
+from plugins import cross_attention, gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, MultiscaleLinearAttention
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import (
@@ -148,7 +148,8 @@ def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_l
             inputs=tuple(inputs[name] for name in module.input_names),
             outputs=tuple(TensorSpec(name=name, dims=latents) for name in OUTPUTS),
             plugins=dict.fromkeys(
-                (gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE), config.num_layers
+                (cross_attention.OP, gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE),
+                config.num_layers,
             ),
         ),
     )
