@@ -12,7 +12,7 @@ from torch import nn
 
 from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange
 from export.onnx_export import Axis, ExportSpec, TensorSpec
-from plugins import gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
+from plugins import cross_attention, gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, MultiscaleLinearAttention
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import (
@@ -122,7 +122,8 @@ def text_projection(config: SanaTransformerConfig, precision: Precision) -> Comp
 def _plugins(config: SanaTransformerConfig) -> set[str]:
     """Those of a block. The first norm of the first block has no sum before it, and the last norm of the model has."""
     norms = () if config.norm_elementwise_affine else (modulated_norm.GATED, modulated_norm.PLAIN)
-    return {gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE, *norms}
+    others = (cross_attention.OP, gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE)
+    return {*others, *norms}
 
 
 def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_length: int) -> Component:

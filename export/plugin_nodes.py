@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from engines.errors import BuildError
 from engines.spec import Target
 from export.translation import SANA_DOMAIN
-from plugins import gated_depthwise_conv, linear, modulated_norm, qkv_linear_attention, relu_linear_attention
+from plugins import cross_attention, gated_depthwise_conv, linear, modulated_norm, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["add_cubins"]
 
@@ -24,6 +24,14 @@ def _relu_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], tar
     eps = next((a.f for a in node.attribute if a.name == "eps"), relu_linear_attention.EPS)
     head_dim = q.shape.dim[-1].dim_value
     return relu_linear_attention.compile_cubins(targets, _TYPE_NAMES[q.elem_type], head_dim, eps)
+
+
+def _cross_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    keys = type_of[node.input[1]]
+    heads, length, head_dim = (dim.dim_value for dim in keys.shape.dim[3:])
+    (block,) = (attribute.i for attribute in node.attribute if attribute.name == "block")
+    sizes = {"heads": heads, "n_keys": length, "head_dim": head_dim, "block": block}
+    return cross_attention.compile_cubins(targets, _TYPE_NAMES[keys.elem_type], **sizes)
 
 
 def _gated_depthwise_conv(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
@@ -55,6 +63,7 @@ def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: I
 
 
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
+    cross_attention.OP: _cross_attention,
     gated_depthwise_conv.OP: _gated_depthwise_conv,
     modulated_norm.GATED: _modulated_norm,
     modulated_norm.PLAIN: _modulated_norm,

@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnxscript import values
 from onnxscript.onnx_opset import opset23 as op
 
-from plugins import gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
+from plugins import cross_attention, gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["OPSET", "SANA_DOMAIN", "translation_table"]
 
@@ -50,6 +50,13 @@ _RELU_LINEAR_ATTENTION = _sana_op(relu_linear_attention.OP, ("q", "k", "v"), {"e
 
 def _relu_linear_attention(q: Any, k: Any, v: Any, eps: float = 1e-15) -> Any:
     return _RELU_LINEAR_ATTENTION(q, k, v, eps=eps)
+
+
+_CROSS_ATTENTION = _sana_op(cross_attention.OP, ("q", "keys", "values", "bias"), {"block": OpSchema.AttrType.INT})
+
+
+def _cross_attention(q: Any, keys: Any, values: Any, bias: Any, block: int) -> Any:
+    return _CROSS_ATTENTION(q, keys, values, bias, block=block)
 
 
 _GATED_DEPTHWISE_CONV = _sana_op(gated_depthwise_conv.OP, ("x", "weight", "bias"), {"channels": OpSchema.AttrType.INT})
@@ -125,11 +132,13 @@ def _size(x: Any, dim: int) -> Any:
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The table for `torch.onnx.export(custom_translation_table=...)`. Importing `sana_ref.ops` registers the custom ops."""
+    """The table for `torch.onnx.export(custom_translation_table=...)`. Importing sana_ref's ops registers them."""
+    import sana_ref.attention_ops
     import sana_ref.ops  # noqa: F401
 
     assert onnx.defs.onnx_opset_version() >= OPSET
     return {
+        torch.ops.sana.cross_attention.default: _cross_attention,
         torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
         torch.ops.sana.modulated_norm.default: _modulated_norm,
         torch.ops.sana.qkv_linear_attention.default: _qkv_linear_attention,

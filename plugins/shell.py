@@ -31,6 +31,7 @@ from plugins.launch import Expression, Launch, LaunchError, Product, evaluate
 __all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
 
 OPS = (
+    "CrossAttention",
     "GatedDepthwiseConv",
     "GatedModulatedNorm",
     "Linear",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sana_ref.config import refuse_unless
-from sana_ref.transformer import SanaTransformer2DModel
+from sana_ref.transformer import BlockText, SanaTransformer2DModel
 
 __all__ = ["GUIDANCE_INPUTS", "INPUTS", "OUTPUTS", "DenoiserStep", "guidance_weights"]
 
@@ -68,10 +68,9 @@ class DenoiserStep(nn.Module):
         guidance = None if guidance_scale is None else (guidance_scale * config.guidance_embeds_scale).expand(num_texts * batch)
 
         network_input = (c_in * latents).to(dtype)
-        keys, values = ([block.flatten(0, 2) for block in tensor.split(1)] for tensor in (text_keys, text_values))
         velocities = self.transformer.denoise(
             network_input[None].expand(num_texts, -1, -1, -1, -1).flatten(0, 1),
-            list(zip(keys, values, strict=True)),
+            [BlockText(text_keys, text_values, block) for block in range(text_keys.shape[0])],
             timestep.expand(num_texts * batch),
             prompt_mask.flatten(0, 1),
             guidance,

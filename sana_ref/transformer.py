@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_ref import ops
+from sana_ref import attention_ops, ops
 from sana_ref.config import config_from_json, refuse_unless
 from sana_ref.embeddings import CaptionProjection, PatchEmbed, TimeEmbed, TimeGuidanceEmbed
 from sana_ref.layers import GLUMBConv, RMSNorm, fuse_feed_forward
 
-__all__ = ["KeysValues", "SanaTransformer2DModel", "SanaTransformerConfig", "fuse"]
+__all__ = ["BlockText", "KeysValues", "SanaTransformer2DModel", "SanaTransformerConfig", "fuse"]
 
 MASKED = -10000.0  # added to the scores of padding; fits fp16, and exp of it is 0 in every type
 FP16_MAX = 65504.0
@@ -30,6 +30,22 @@ QK_NORMS = (None, "rms_norm_across_heads")
 SHIFT_ATTN, SCALE_ATTN, GATE_ATTN, SHIFT_FF, SCALE_FF, GATE_FF = range(6)
 
 KeysValues = tuple[Tensor, Tensor]  # of a text, for one block: (B, H, L, D / H) each
+
+
+@dataclass(frozen=True, slots=True)
+class BlockText:
+    """The keys and values that one block reads, inside those of all blocks, (blocks, k, B, H, L, D / H) each."""
+
+    keys: Tensor
+    values: Tensor
+    block: int
+
+    def keys_values(self) -> KeysValues:
+        """Cut out, the k texts of B pictures as kB."""
+        return self.keys[self.block].flatten(0, 1), self.values[self.block].flatten(0, 1)
+
+
+Text = Tensor | KeysValues | BlockText  # as a block takes it: hidden states (B, L, D), or what was made of them once
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,10 +146,13 @@ class LinearAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Softmax attention to the text. x and result (B, N, D); bias (B, 1, 1, L) is added to the scores.
+    """Softmax attention to the text. x and result (B, N, D); bias (B, L) is added to the scores.
 
     The text is given as hidden states (B, L, D), or as what keys_values makes of them, which is the same at every step.
+    `fused`: a BlockText with a bias is read as it lies, by one operator, as an engine is fastest.
     """
+
+    fused = False
 
     def __init__(self, config: SanaTransformerConfig) -> None:
         super().__init__()
@@ -152,15 +171,24 @@ class CrossAttention(nn.Module):
             k = self.norm_k(k).to(v.dtype)
         return split_heads(k, self.num_heads), split_heads(v, self.num_heads)
 
-    def forward(self, x: Tensor, text: Tensor | KeysValues, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, text: Text, bias: Tensor | None) -> Tensor:
+        if isinstance(text, BlockText):
+            if self.fused and bias is not None:
+                q = self._query(x, text.values.dtype)
+                return self.to_out[0](attention_ops.cross_attention(q, text.keys, text.values, bias, text.block))
+            text = text.keys_values()
         k, v = self.keys_values(text) if isinstance(text, Tensor) else text
-        q = self.to_q(x)
-        if self.norm_q is not None:
-            q = self.norm_q(q).to(v.dtype)
+        q = self._query(x, v.dtype)
         # The scale goes to q, in fp32: an exported graph would hold it in half precision, wrong by up to 5e-4 for all scores.
         q = (q.to(torch.promote_types(q.dtype, torch.float32)) * (q.shape[-1] // self.num_heads) ** -0.5).to(v.dtype)
-        out = F.scaled_dot_product_attention(split_heads(q, self.num_heads), k, v, attn_mask=bias, scale=1.0)
+        mask = None if bias is None else bias[:, None, None]
+        out = F.scaled_dot_product_attention(split_heads(q, self.num_heads), k, v, attn_mask=mask, scale=1.0)
         return self.to_out[0](merge_heads(out))
+
+    def _query(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, N, H D), heads joined, not scaled. dtype: the values', where a norm may return fp32."""
+        q = self.to_q(x)
+        return q if self.norm_q is None else self.norm_q(q).to(dtype)
 
 
 class SanaTransformerBlock(nn.Module):
@@ -179,9 +207,7 @@ class SanaTransformerBlock(nn.Module):
         self.ff = GLUMBConv(dim, expand_ratio=config.mlp_ratio, norm=False)
         self.scale_shift_table = nn.Parameter(torch.randn(6, dim) / dim**0.5)
 
-    def forward(
-        self, hidden: Tensor, text: Tensor | KeysValues, text_bias: Tensor | None, time6: Tensor, height: int, width: int
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, text: Text, text_bias: Tensor | None, time6: Tensor, height: int, width: int) -> Tensor:
         table = self.scale_shift_table[None] + time6.unflatten(1, (6, -1))
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.chunk(6, dim=1)
         hidden = hidden + gate_attn * self.attn1(modulate(self.norm1(hidden), shift_attn, scale_attn).to(hidden.dtype))
@@ -265,19 +291,19 @@ class SanaTransformer2DModel(nn.Module):
     def denoise(
         self,
         hidden_states: Tensor,
-        texts: Sequence[Tensor | KeysValues],
+        texts: Sequence[Text],
         timestep: Tensor,
         encoder_attention_mask: Tensor | None,
         guidance: Tensor | None,
     ) -> Tensor:
-        """As forward, with the text as each block is to have it: hidden states, or keys and values."""
+        """As forward, with the text as each block is to have it."""
         patch = self.config.patch_size
         height, width = hidden_states.shape[-2] // patch, hidden_states.shape[-1] // patch
         hidden = self.patch_embed(hidden_states)
         time6, time = self.time_embed(timestep, guidance, hidden.dtype)
         text_bias = None
         if encoder_attention_mask is not None:
-            text_bias = ((1 - encoder_attention_mask.to(hidden.dtype)) * MASKED)[:, None, None]
+            text_bias = (1 - encoder_attention_mask.to(hidden.dtype)) * MASKED
 
         if self.fused:
             normed = self._normed(hidden, texts, text_bias, time6, time, (height, width))
@@ -327,14 +353,14 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def fuse(model: nn.Module) -> None:
-    """Let linear attention, mix-FFNs and modulated norms be computed as an engine is fastest, in place.
+    """Let both attentions, mix-FFNs and modulated norms be computed as an engine is fastest, in place.
 
     The meaning and the parameters stay. Norms with parameters (norm_elementwise_affine) stay as they are, and so do all others of
     such a model: no published one has them.
     """
     fuse_feed_forward(model)
     for module in model.modules():
-        if isinstance(module, LinearAttention):
+        if isinstance(module, LinearAttention | CrossAttention):
             module.fused = True
         elif isinstance(module, SanaTransformer2DModel):
             module.fused = not module.config.norm_elementwise_affine

@@ -1,0 +1,244 @@
+"""Softmax attention to the text, straight from where its inputs lie: a Triton kernel, its ONNX function body, its cubins.
+
+Its meaning is `cross_attention_truth` in sana_ref/attention_ops.py: out = softmax(q k^T D**-0.5 + bias) v, with q as its projection
+leaves it and k and v inside the text projection's whole outputs. Nothing is scaled, cut out or transposed before the kernel, and
+nothing joined after it.
+
+A program takes BLOCK_M tokens of one head of one picture through the keys, BLOCK_N at a time, with a running softmax
+(FlashAttention, arXiv:2205.14135). A text is short and padded to 300 keys, so the loop ends behind the last key that can count.
+A key as far below the best as padding is adds exactly nothing, so the result is the whole loop's to the last bit.
+
+Precision: scores, softmax and sums in fp32; products of half-precision inputs on tensor cores, with the probabilities in v's type.
+
+Dimensions: k texts of B pictures, kB together; H heads, N tokens, L keys, D channels per head. q, out (kB, N, H D); keys, values
+(blocks, k, B, H, L, D); bias (kB, L).
+"""
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from plugins import cubin
+from plugins.cubin import Cubin
+from plugins.launch import Output
+
+if TYPE_CHECKING:
+    import onnx
+    import torch
+
+OP = "CrossAttention"
+DOMAIN = "sana"
+MAX_HEAD_DIM = 128  # of 256 channels neither keys and values of two steps nor the sums would fit
+# Not measured: reasoned. Tokens of a program and keys of a step; fp32 has no tensor cores, and its sums leave few registers.
+BLOCK_M = {"fp16": 64, "bf16": 64, "fp32": 32}
+BLOCK_N = {"fp16": 64, "bf16": 64, "fp32": 32}  # keys and values of two steps fill 64 KiB in each type
+NUM_WARPS, NUM_STAGES = 4, 2  # of a program; loads under way
+# A key whose bias is this far below the highest of its text counts for nothing: exp of -104 is 0 in fp32, so the scores of two keys
+# would have to differ by 4896. Padding has -10000, half of which leaves as much room for scores as for a bias that is meant.
+# Without any live key all have the same bias, so that all count, as in the truth.
+FAR = 5000.0
+LOG2E = tl.constexpr(math.log2(math.e))
+LOWEST = tl.constexpr(-1e38)  # where the running maximum starts: a number, so that a step in which every bias is -inf is no NaN
+
+
+@triton.jit
+def kernel(
+    q,
+    keys,
+    values,
+    bias,
+    out,
+    n_tokens,
+    n_keys,
+    block,
+    D: tl.constexpr,
+    SCALE: tl.constexpr,
+    FAR: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    PADDED_L: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    first, head, picture = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
+    heads, pictures = tl.num_programs(1), tl.num_programs(2)
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, PADDED_D)
+    tokens = (picture.to(tl.int64) * n_tokens + first) * heads * D + head * D  # int64: 64 pictures of 4096 px pass 2**31 elements
+    at_MD, live_MD = m[:, None] * (heads * D) + d[None, :], (first + m < n_tokens)[:, None] & (d < D)[None, :]
+    q_MD = tl.load(q + tokens + at_MD, mask=live_MD, other=0.0)
+
+    text = ((block * pictures + picture).to(tl.int64) * heads + head) * n_keys * D
+    bias += picture.to(tl.int64) * n_keys
+    every_L = tl.arange(0, PADDED_L)
+    bias_L = tl.load(bias + every_L, mask=every_L < n_keys, other=float("-inf")).to(tl.float32)
+    best = tl.max(bias_L, axis=0)  # taken off each bias: softmax stays the same, and fp32 keeps the scores' digits beside -10000
+    end = tl.max(tl.where(bias_L > best - FAR, every_L + 1, 0), axis=0)
+
+    top_M = tl.full((BLOCK_M,), LOWEST, tl.float32)
+    sum_M, out_MD = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, PADDED_D), tl.float32)
+    for start in range(0, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        at_ND, live_ND = n[:, None] * D + d[None, :], (n < n_keys)[:, None] & (d < D)[None, :]
+        k_ND = tl.load(keys + text + at_ND, mask=live_ND, other=0.0)
+        v_ND = tl.load(values + text + at_ND, mask=live_ND, other=0.0)
+        bias_N = tl.load(bias + n, mask=n < n_keys, other=float("-inf")).to(tl.float32) - best
+        # ieee: for fp32 inputs; the default, TF32, has 10 bits of mantissa. Half precision products are exact in fp32 anyway.
+        scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * (SCALE * LOG2E) + (bias_N * LOG2E)[None, :]
+        new_top_M = tl.maximum(top_M, tl.max(scores_MN, axis=1))
+        p_MN, shrink_M = tl.exp2(scores_MN - new_top_M[:, None]), tl.exp2(top_M - new_top_M)
+        sum_M = sum_M * shrink_M + tl.sum(p_MN, axis=1)
+        out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision="ieee")
+        top_M = new_top_M
+    tl.store(out + tokens + at_MD, tl.div_rn(out_MD, sum_M[:, None]).to(out.dtype.element_ty), mask=live_MD)
+
+
+def plan(dtype: str, n_keys: int, head_dim: int) -> dict[str, Any]:
+    """The kernel's constants. Raises ValueError for what it has no blocks for."""
+    cubin.check_type(OP, dtype)
+    if not 1 <= head_dim <= MAX_HEAD_DIM or n_keys < 1:
+        raise ValueError(f"{OP}: got {n_keys} keys, head_dim {head_dim}; expected 1 or more, and 1 to {MAX_HEAD_DIM}")
+    return {
+        "D": head_dim,
+        "SCALE": head_dim**-0.5,
+        "FAR": FAR,
+        "PADDED_D": max(16, triton.next_power_of_2(head_dim)),  # 16: the least that a tensor core takes
+        "PADDED_L": triton.next_power_of_2(n_keys),
+        "BLOCK_M": BLOCK_M[dtype],
+        "BLOCK_N": BLOCK_N[dtype],
+    }
+
+
+def launch(
+    q: "torch.Tensor", keys: "torch.Tensor", values: "torch.Tensor", bias: "torch.Tensor", out: "torch.Tensor", block: int
+) -> None:
+    """Write the attention of q (kB, N, H D) to a block's keys and values into out: contiguous, one dtype, on the current GPU.
+
+    Shapes as in the module's docstring; fp16, bf16 or fp32. Raises ValueError unless that holds and D is at most MAX_HEAD_DIM.
+    """
+    tensors = (q, keys, values, bias, out)
+    fits = q.ndim == 3 and keys.ndim == 6 and keys.shape == values.shape and out.shape == q.shape and 0 <= block < keys.shape[0]
+    if fits:
+        _, texts, batch, heads, n_keys, head_dim = keys.shape
+        fits = (q.shape[0], q.shape[2]) == (texts * batch, heads * head_dim) and bias.shape == (texts * batch, n_keys)
+    alike = all(t.dtype == q.dtype and t.device == q.device and t.is_contiguous() for t in tensors)
+    if not fits or not alike:
+        seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in tensors)
+        raise ValueError(
+            f"{OP}: got q, keys, values, bias, out {seen}, block {block}; expected (kB, N, H D), twice (blocks, k, B, H, L, D), "
+            "(kB, L), (kB, N, H D), contiguous, of one dtype"
+        )
+    dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(str(q.dtype), str(q.dtype))
+    constants = plan(dtype, n_keys, head_dim)
+    if out.numel() == 0:
+        return
+    grid = (math.ceil(q.shape[1] / BLOCK_M[dtype]), heads, texts * batch)
+    numbers = (q.shape[1], n_keys, block)
+    kernel[grid](q, keys, values, bias, out, *numbers, **constants, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+
+
+@functools.cache
+def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int) -> Cubin:
+    """For an SM such as 89. n_keys: L."""
+    constants = plan(dtype, n_keys, head_dim)
+    tensors = ("q", "keys", "values", "bias", "out")
+    numbers = dict.fromkeys(("n_tokens", "n_keys", "block"), "i32")
+    return cubin.compile_cubin(
+        kernel,
+        capability,
+        op=OP,
+        signature=dict.fromkeys(tensors, f"*{dtype}") | numbers | dict.fromkeys(constants, "constexpr"),
+        constants=constants,
+        aligned=tensors,
+        num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES,
+    )
+
+
+def compile_cubins(
+    targets: Iterable[str], dtype: str, *, heads: int, n_keys: int, head_dim: int, block: int
+) -> dict[str, str | bytes | int]:
+    """Every attribute of a node for the GPU architectures `targets` ("sm80", "sm89", ...).
+
+    dtype "fp16", "bf16" or "fp32" of all tensors; n_keys: L, which a graph has to fix. Raises ValueError where `plan` does. The
+    function body reads `block`.
+    """
+    plan(dtype, n_keys, head_dim)
+    pictures, tokens = ["dim", 0, 0], ["dim", 0, 1]
+    found = cubin.attributes(
+        OP,
+        targets,
+        lambda capability: compile_cubin(capability, dtype, n_keys, head_dim),
+        inputs=[dtype] * 4,
+        outputs=[Output(type=dtype, shape=[pictures, tokens, heads * head_dim])],
+        grid=[["ceildiv", tokens, BLOCK_M[dtype]], heads, pictures],
+        args=[*(["in", i] for i in range(4)), ["out", 0], *(["i32", number] for number in (tokens, n_keys, block))],
+    )
+    return found | {"block": block}
+
+
+def function_body(opset: int = 20) -> "onnx.FunctionProto":
+    """The op in standard ONNX operators, for every reader that has no plugin: fp32 inside.
+
+    Attribute `block` (required): which block's keys and values are read; the plugin's attributes are allowed and unused. opset: of
+    the standard operators, 18 or newer; it must equal the model's.
+    """
+    from onnx import AttributeProto, TensorProto, helper
+
+    block = helper.make_node("Constant", [], ["block"])
+    block.attribute.append(AttributeProto(name="value_int", type=AttributeProto.INT, ref_attr_name="block"))
+
+    def constant(name: str, *values: int) -> "onnx.NodeProto":
+        return helper.make_node("Constant", [], [name], value_ints=list(values))
+
+    def text(source: str) -> "list[onnx.NodeProto]":
+        """(kB, H, L, D) in fp32."""
+        return [
+            helper.make_node("Gather", [source, "block"], [f"{source}_block"], axis=0),
+            helper.make_node("Reshape", [f"{source}_block", "text_shape"], [f"{source}_narrow"]),
+            helper.make_node("Cast", [f"{source}_narrow"], [f"{source}_wide"], to=TensorProto.FLOAT),
+        ]
+
+    nodes = [
+        block,
+        constant("any", -1),
+        constant("stay", 0, 0),
+        constant("bias_axes", 1, 2),
+        helper.make_node("Shape", ["keys"], ["heads_keys_dim"], start=3),
+        helper.make_node("Shape", ["keys"], ["heads"], start=3, end=4),
+        helper.make_node("Shape", ["keys"], ["dim"], start=5),
+        helper.make_node("Concat", ["any", "heads_keys_dim"], ["text_shape"], axis=0),
+        helper.make_node("Concat", ["stay", "heads", "dim"], ["q_shape"], axis=0),
+        helper.make_node("Concat", ["stay", "any"], ["joined"], axis=0),
+        *text("keys"),
+        *text("values"),
+        helper.make_node("Transpose", ["keys_wide"], ["keys_transposed"], perm=[0, 1, 3, 2]),
+        helper.make_node("Reshape", ["q", "q_shape"], ["q_heads"]),
+        helper.make_node("Transpose", ["q_heads"], ["q_first"], perm=[0, 2, 1, 3]),
+        helper.make_node("Cast", ["q_first"], ["q_wide"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["dim"], ["dim_wide"], to=TensorProto.FLOAT),
+        helper.make_node("Sqrt", ["dim_wide"], ["root"]),
+        helper.make_node("Div", ["q_wide", "root"], ["q_scaled"]),
+        helper.make_node("MatMul", ["q_scaled", "keys_transposed"], ["products"]),
+        helper.make_node("Cast", ["bias"], ["bias_wide"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["bias_wide", "bias_axes"], ["bias_rows"]),
+        helper.make_node("Add", ["products", "bias_rows"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["probabilities"], axis=-1),
+        helper.make_node("MatMul", ["probabilities", "values_wide"], ["out_first"]),
+        helper.make_node("Transpose", ["out_first"], ["out_heads"], perm=[0, 2, 1, 3]),
+        helper.make_node("Reshape", ["out_heads", "joined"], ["out_wide"]),
+        helper.make_node("CastLike", ["out_wide", "q"], ["out"]),
+    ]
+    defaults = ("launch", "cubins", "plugin_version", "plugin_namespace")
+    return helper.make_function(
+        DOMAIN,
+        OP,
+        ["q", "keys", "values", "bias"],
+        ["out"],
+        nodes,
+        [helper.make_opsetid("", opset)],
+        attributes=["block"],
+        attribute_protos=[helper.make_attribute(name, "") for name in defaults],
+    )
