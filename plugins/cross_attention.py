@@ -1,7 +1,8 @@
 """Softmax attention to the text, straight from where its inputs lie: a Triton kernel, its ONNX function body, its cubins.
 
-Its meaning is `cross_attention_truth` in sana_ref/attention_ops.py: out = softmax(q k^T D**-0.5 + bias) v, q as its projection leaves
-it, k and v inside the text projection's whole outputs. Nothing is scaled, cut out or transposed before it, nor joined after it.
+Its meaning is `cross_attention_truth` in sana_ref/attention_ops.py: out = softmax(q k^T D**-0.5 + bias) v, with q as its projection
+leaves it and k and v inside the text projection's whole outputs. Nothing is scaled, cut out or transposed before the kernel, and
+nothing joined after it.
 
 A program takes BLOCK_M tokens of one head of one picture through the keys, BLOCK_N at a time, with a running softmax
 (FlashAttention, arXiv:2205.14135). A text is short and padded to 300 keys, so the loop ends behind the last key that can count.

@@ -32,7 +32,7 @@ def test_the_manifest_says_what_the_checkpoint_is(built):
     assert manifest.plugins == {
         "text_encoder": {},
         "text_projection": {},
-        "denoiser": {"GatedDepthwiseConv": 1, "LinearAttentionApply": 1, "LinearAttentionState": 1},
+        "denoiser": {"CrossAttention": 1, "GatedDepthwiseConv": 1, "LinearAttentionApply": 1, "LinearAttentionState": 1},
         "decoder": {"ReluLinearAttention": 1},
     }
     assert (manifest.model, manifest.variant, manifest.targets, manifest.tensorrt) == ("tiny", "custom", (), None)

@@ -70,17 +70,18 @@ def test_a_plugin_that_is_not_registered_fails_the_build(monkeypatch):
     graphs = run.export(part)
     profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
     monkeypatch.setattr("export.stages.add_cubins", lambda model, targets: 0)  # nodes without the attributes of a plugin
-    with pytest.raises(PluginMissingError, match="none; expected 1 GatedDepthwiseConv, 1 LinearAttentionApply, "):
+    with pytest.raises(PluginMissingError, match="none; expected 1 CrossAttention, 1 GatedDepthwiseConv, 1 LinearAttentionApply, "):
         run.engine(part, graphs, (Target.SM121,), profile)  # that no other test compiles for
 
 
 def test_cubins_come_only_with_an_op_and_a_shape_that_have_a_kernel():
     graphs = runner().export(component("denoiser", Precision.FP16))
     model = onnx.load(graphs.folder / "typed.onnx", load_external_data=False)
-    assert add_cubins(model, (Target.SM89,)) == 3
+    assert add_cubins(model, (Target.SM89,)) == 4
     nodes = {node.op_type: node for node in model.graph.node if node.domain == "sana"}
     plugins = {"launch", "cubins", "plugin_version", "plugin_namespace"}
     assert {op: {a.name for a in node.attribute} for op, node in nodes.items()} == {
+        "CrossAttention": plugins | {"block"},
         "GatedDepthwiseConv": plugins | {"channels"},
         "LinearAttentionApply": plugins | {"split", "eps"},
         "LinearAttentionState": plugins | {"split"},
