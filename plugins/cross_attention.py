@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 OP = "CrossAttention"
 DOMAIN = "sana"
 MAX_HEAD_DIM = 128  # of 256 channels neither keys and values of two steps nor the sums would fit
-# Not measured: reasoned. Tokens of a program and keys of a step; fp32 has no tensor cores, and its sums leave few registers.
+# Tokens of a program and keys of a step. Measured in fp16 on an H200 with the heads of Sana-1.6B and 0.6B, 1024 to 4096 px; fp32 is
+# reasoned: it has no tensor cores, and its sums leave few registers.
 BLOCK_M = {"fp16": 64, "bf16": 64, "fp32": 32}
-BLOCK_N = {"fp16": 64, "bf16": 64, "fp32": 32}  # keys and values of two steps fill 64 KiB in each type
+BLOCK_N = {"fp16": 32, "bf16": 32, "fp32": 32}
 NUM_WARPS, NUM_STAGES = 4, 2  # of a program; loads under way
 # A key whose bias is this far below the highest of its text counts for nothing: exp of -104 is 0 in fp32, so the scores of two keys
 # would have to differ by 4896. Padding has -10000, half of which leaves as much room for scores as for a bias that is meant.

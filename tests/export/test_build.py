@@ -33,6 +33,7 @@ def test_the_manifest_says_what_the_checkpoint_is(built):
         "text_encoder": {},
         "text_projection": {},
         "denoiser": {
+            "CrossAttention": 1,
             "GatedDepthwiseConv": 1,
             "GatedModulatedNorm": 1,
             "LinearAttentionApply": 1,

@@ -71,7 +71,8 @@ def test_a_plugin_that_is_not_registered_fails_the_build(monkeypatch):
     profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
     monkeypatch.setattr("export.stages.add_cubins", lambda model, targets: 0)  # nodes without the attributes of a plugin
     with pytest.raises(
-        PluginMissingError, match="none; expected 1 GatedDepthwiseConv, 1 GatedModulatedNorm, 1 LinearAttentionApply, "
+        PluginMissingError,
+        match="none; expected 1 CrossAttention, 1 GatedDepthwiseConv, 1 GatedModulatedNorm, 1 LinearAttentionApply, ",
     ):
         run.engine(part, graphs, (Target.SM121,), profile)  # that no other test compiles for
 
@@ -79,10 +80,11 @@ def test_a_plugin_that_is_not_registered_fails_the_build(monkeypatch):
 def test_cubins_come_only_with_an_op_and_a_shape_that_have_a_kernel():
     graphs = runner().export(component("denoiser", Precision.FP16))
     model = onnx.load(graphs.folder / "typed.onnx", load_external_data=False)
-    assert add_cubins(model, (Target.SM89,)) == 5
+    assert add_cubins(model, (Target.SM89,)) == 6
     nodes = {node.op_type: node for node in model.graph.node if node.domain == "sana"}
     plugins = {"launch", "cubins", "plugin_version", "plugin_namespace"}
     assert {op: {a.name for a in node.attribute} for op, node in nodes.items()} == {
+        "CrossAttention": plugins | {"block"},
         "GatedDepthwiseConv": plugins | {"channels"},
         "GatedModulatedNorm": plugins | {"rows", "rms", "eps"},
         "LinearAttentionApply": plugins | {"split", "eps"},

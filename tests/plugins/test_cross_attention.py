@@ -18,7 +18,7 @@ from plugins.launch import Launch, evaluate
 from sana_ref import attention_ops
 from sana_ref.transformer import MASKED
 
-INTERPRETED = ("fp16", "fp32")  # not bf16, on a GPU only: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
+INTERPRETED = ("fp16", "fp32")  # not bf16, on a GPU only: Triton 3.9's interpreter multiplies its bits as integers
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def outputs(interpreted):
     return interpreted("launch", [*cases(INTERPRETED)])
 
 
-@pytest.mark.parametrize("case", cases(INTERPRETED), ids=str)
+@pytest.mark.parametrize("case", [*cases(INTERPRETED)], ids=str)
 def test_kernel(outputs, case):
     check(outputs[case], case, case.inputs(), f"kernel {case}")
 
@@ -186,7 +186,7 @@ def body_model(case):
     return helper.make_model(graph, functions=[op.function_body()], opset_imports=opsets, ir_version=10)
 
 
-@pytest.mark.parametrize("case", cases(["fp16", "fp32"]), ids=str)
+@pytest.mark.parametrize("case", [*cases(["fp16", "fp32"])], ids=str)
 def test_function_body(case):
     """In ONNX Runtime, with one of the plugin's attributes."""
     model = body_model(case)
