@@ -14,6 +14,8 @@ from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, 
 
 CHANGES = [{}, {"qk_norm": "rms_norm_across_heads"}, {"attention_bias": True}, {"norm_elementwise_affine": True}]
 
+
+def plain_and_fused(changes):
     torch.manual_seed(0)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 16, "num_cross_attention_heads": 2, "cross_attention_head_dim": 16}
     config = SanaTransformerConfig(
