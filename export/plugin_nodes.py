@@ -34,9 +34,11 @@ def _gated_depthwise_conv(node: onnx.NodeProto, type_of: Mapping[str, Any], targ
 def _qkv_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     qkv = type_of[node.input[0]]
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    *_, heads, head_dim = given["split"]
+    interleaved = given["axis"] == 3
+    heads, head_dim = given["split"][2 if interleaved else 3], given["split"][4]
     eps = given.get("eps", qkv_linear_attention.EPS)
-    return qkv_linear_attention.compile_cubins(node.op_type, targets, _TYPE_NAMES[qkv.elem_type], heads, head_dim, eps)
+    dtype = _TYPE_NAMES[qkv.elem_type]
+    return qkv_linear_attention.compile_cubins(node.op_type, targets, dtype, heads, head_dim, eps, interleaved=interleaved)
 
 
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {

@@ -59,15 +59,15 @@ def _gated_depthwise_conv(x: Any, weight: Any, bias: Any) -> Any:
     return _GATED_DEPTHWISE_CONV(x, weight, bias, channels=weight.shape[0])
 
 
-_SPLIT = {"split": OpSchema.AttrType.INTS}
+_SPLIT = {"split": OpSchema.AttrType.INTS, "axis": OpSchema.AttrType.INT}
 _STATE = _sana_op(qkv_linear_attention.STATE, ("qkv",), _SPLIT, "state")
 _APPLY = _sana_op(qkv_linear_attention.APPLY, ("qkv", "state"), _SPLIT | {"eps": OpSchema.AttrType.FLOAT})
 
 
-def _qkv_linear_attention(qkv: Any, num_heads: int, eps: float = 1e-15) -> Any:
-    split = [0, 0, 3, num_heads, qkv.shape[-1] // (3 * num_heads)]
-    state: Any = _STATE(qkv, split=split)
-    return _APPLY(qkv, state, split=split, eps=eps)
+def _qkv_linear_attention(qkv: Any, num_heads: int, eps: float = 1e-15, interleaved: bool = False) -> Any:
+    layout = qkv_linear_attention.layout(num_heads, qkv.shape[-1] // (3 * num_heads), interleaved=interleaved)
+    state: Any = _STATE(qkv, **layout)
+    return _APPLY(qkv, state, **layout, eps=eps)
 
 
 def _scaled_dot_product_attention(

@@ -82,8 +82,8 @@ def test_cubins_come_only_with_an_op_and_a_shape_that_have_a_kernel():
     plugins = {"launch", "cubins", "plugin_version", "plugin_namespace"}
     assert {op: {a.name for a in node.attribute} for op, node in nodes.items()} == {
         "GatedDepthwiseConv": plugins | {"channels"},
-        "LinearAttentionApply": plugins | {"split", "eps"},
-        "LinearAttentionState": plugins | {"split"},
+        "LinearAttentionApply": plugins | {"split", "axis", "eps"},
+        "LinearAttentionState": plugins | {"split", "axis"},
     }
     node = nodes["LinearAttentionState"]
     assert not any(
