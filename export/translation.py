@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnxscript import values
 from onnxscript.onnx_opset import opset23 as op
 
-from plugins import gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
+from plugins import conv3x3, gated_depthwise_conv, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["OPSET", "SANA_DOMAIN", "translation_table"]
 
@@ -57,6 +57,19 @@ _GATED_DEPTHWISE_CONV = _sana_op(gated_depthwise_conv.OP, ("x", "weight", "bias"
 
 def _gated_depthwise_conv(x: Any, weight: Any, bias: Any) -> Any:
     return _GATED_DEPTHWISE_CONV(x, weight, bias, channels=weight.shape[0])
+
+
+_CONV3X3 = _sana_op(conv3x3.OP, ("x", "weight", "bias"), {"activation": OpSchema.AttrType.STRING})
+_NORM_INPUTS = ("x", "weight", "residual", "norm_weight", "norm_bias")
+_CONV3X3_NORM = _sana_op(conv3x3.NORM, _NORM_INPUTS, {"eps": OpSchema.AttrType.FLOAT})
+
+
+def _conv3x3(x: Any, weight: Any, bias: Any, activation: str = "none") -> Any:
+    return _CONV3X3(x, weight, bias, activation=activation)
+
+
+def _conv3x3_norm(x: Any, weight: Any, residual: Any, norm_weight: Any, norm_bias: Any, eps: float = conv3x3.EPS) -> Any:
+    return _CONV3X3_NORM(x, weight, residual, norm_weight, norm_bias, eps=eps)
 
 
 _SPLIT = {"split": OpSchema.AttrType.INTS, "axis": OpSchema.AttrType.INT}
@@ -112,11 +125,14 @@ def _size(x: Any, dim: int) -> Any:
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """The table for `torch.onnx.export(custom_translation_table=...)`. Importing `sana_ref.ops` registers the custom ops."""
+    """The table for `torch.onnx.export(custom_translation_table=...)`. Importing sana_ref's ops registers the custom ops."""
+    import sana_ref.conv_ops
     import sana_ref.ops  # noqa: F401
 
     assert onnx.defs.onnx_opset_version() >= OPSET
     return {
+        torch.ops.sana.conv3x3.default: _conv3x3,
+        torch.ops.sana.conv3x3_norm.default: _conv3x3_norm,
         torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
         torch.ops.sana.qkv_linear_attention.default: _qkv_linear_attention,
         torch.ops.sana.relu_linear_attention.default: _relu_linear_attention,

@@ -27,7 +27,7 @@ from plugins.launch import Expression, Launch, LaunchError, evaluate
 
 __all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
 
-OPS = ("GatedDepthwiseConv", "LinearAttentionApply", "LinearAttentionState", "ReluLinearAttention")
+OPS = ("Conv3x3", "Conv3x3Norm", "GatedDepthwiseConv", "LinearAttentionApply", "LinearAttentionState", "ReluLinearAttention")
 FIELDS = ("launch", "cubins")
 VERSION, NAMESPACE = "1", ""
 WARP = 32  # threads
