@@ -55,7 +55,7 @@ def test_a_build_with_engines(tmp_path):
             assert path is not None
             assert path.name == "sm80-sm89-sm120.engine"
         assert bundle.engine_path(name, "sm86") is None
-    assert "plugins: 1 ReluLinearAttention" in said(progress)
+    assert "plugins: 10 Conv3x3, 1 LinearAttentionState, 1 LinearAttentionApply, " in said(progress)
     again = quiet()
     assert build(request(bundle.path, targets=AHEAD), again).unchanged
     other = build(request(bundle.path, targets=(Target.SM86,)), quiet()).bundle  # the same graphs, other engines
