@@ -12,8 +12,8 @@ from torch import nn
 
 from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange
 from export.onnx_export import Axis, ExportSpec, TensorSpec
-from plugins import cross_attention, gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
-from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, MultiscaleLinearAttention
+from plugins import conv3x3, cross_attention, gated_depthwise_conv, modulated_norm, qkv_linear_attention
+from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, per_stage
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import (
     DECODER_INPUTS,
@@ -23,6 +23,7 @@ from sana_ref.components import (
     DecoderForExport,
     TextEncoderForExport,
 )
+from sana_ref.fused_decoder import FusedDecoder
 from sana_ref.step import OUTPUTS, DenoiserStep
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from sana_ref.text_projection import INPUTS as TEXT_PROJECTION_INPUTS
@@ -159,10 +160,25 @@ def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_l
     )
 
 
+def decoder_plugins(config: AutoencoderDCConfig) -> dict[str, int]:
+    """How many nodes of each op the decoder's graph has."""
+    widths, depths = config.decoder_block_out_channels, config.decoder_layers_per_block
+    types = per_stage(config.decoder_block_types, len(widths))
+    residual = [(width, depth) for kind, width, depth in zip(types, widths, depths, strict=True) if kind == "ResBlock"]
+    num_norms = sum(depth for width, depth in residual if width <= conv3x3.MAX_NORM)
+    num_convs = 2 * sum(depth for _, depth in residual) - num_norms
+    num_ups = sum(depth > 0 for depth in depths[:-1])
+    num_attention = sum(depths) - sum(depth for _, depth in residual)
+    counts = {conv3x3.NORM: num_norms, conv3x3.OP: 2 + num_ups + num_convs}  # 2: the first and the last of all
+    attention = (gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE)
+    counts |= dict.fromkeys(attention, num_attention)
+    return {op: count for op, count in counts.items() if count}
+
+
 def decoder(config: AutoencoderDCConfig, precision: Precision) -> Component:
     with torch.device("meta"):
-        module = DecoderForExport(AutoencoderDC(config))
-    num_attention = sum(isinstance(each, MultiscaleLinearAttention) for each in module.modules())
+        vae = AutoencoderDC(config)
+        module = DecoderForExport(vae, FusedDecoder(vae.decoder))
     cells = config.px_per_latent
     return Component(
         name="decoder",
@@ -175,7 +191,7 @@ def decoder(config: AutoencoderDCConfig, precision: Precision) -> Component:
             axes=_axes("batch", "height", "width"),
             inputs=(TensorSpec(name=DECODER_INPUTS[0], dims=("batch", config.latent_channels, "height", "width")),),
             outputs=(TensorSpec(name=DECODER_OUTPUTS[0], dims=("batch", config.in_channels, f"{cells}*height", f"{cells}*width")),),
-            plugins={relu_linear_attention.OP: num_attention} if num_attention else {},
+            plugins=decoder_plugins(config),
         ),
     )
 

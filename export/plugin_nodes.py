@@ -12,7 +12,15 @@ from onnx import TensorProto, helper
 from engines.errors import BuildError
 from engines.spec import Target
 from export.translation import SANA_DOMAIN
-from plugins import cross_attention, gated_depthwise_conv, linear, modulated_norm, qkv_linear_attention, relu_linear_attention
+from plugins import (
+    conv3x3,
+    cross_attention,
+    gated_depthwise_conv,
+    linear,
+    modulated_norm,
+    qkv_linear_attention,
+    relu_linear_attention,
+)
 
 __all__ = ["add_cubins"]
 
@@ -42,9 +50,20 @@ def _gated_depthwise_conv(node: onnx.NodeProto, type_of: Mapping[str, Any], targ
 def _qkv_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     qkv = type_of[node.input[0]]
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    *_, heads, head_dim = given["split"]
+    interleaved = given["axis"] == 3
+    heads, head_dim = given["split"][2 if interleaved else 3], given["split"][4]
     eps = given.get("eps", qkv_linear_attention.EPS)
-    return qkv_linear_attention.compile_cubins(node.op_type, targets, _TYPE_NAMES[qkv.elem_type], heads, head_dim, eps)
+    dtype = _TYPE_NAMES[qkv.elem_type]
+    return qkv_linear_attention.compile_cubins(node.op_type, targets, dtype, heads, head_dim, eps, interleaved=interleaved)
+
+
+def _conv3x3(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    x, out = type_of[node.input[0]], type_of[node.output[0]]
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    channels, outputs = (tensor.shape.dim[-1].dim_value for tensor in (x, out))
+    activation, eps = given.get("activation", b"none").decode(), given.get("eps", conv3x3.EPS)
+    dtype = _TYPE_NAMES[x.elem_type]
+    return conv3x3.compile_cubins(node.op_type, targets, dtype, channels, outputs, activation=activation, eps=eps)
 
 
 def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
@@ -63,6 +82,8 @@ def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: I
 
 
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
+    conv3x3.NORM: _conv3x3,
+    conv3x3.OP: _conv3x3,
     cross_attention.OP: _cross_attention,
     gated_depthwise_conv.OP: _gated_depthwise_conv,
     modulated_norm.GATED: _modulated_norm,
@@ -78,7 +99,7 @@ def add_cubins(model: onnx.ModelProto, targets: Iterable[Target]) -> int:
 
     Raises BuildError for an op or a shape that has no kernel.
     """
-    values = (*model.graph.value_info, *model.graph.input)
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     type_of = {value.name: value.type.tensor_type for value in values}
     count = 0
     for node in model.graph.node:

@@ -17,7 +17,7 @@ from onnx.defs import OpSchema
 from onnxscript import values
 from onnxscript.onnx_opset import opset23 as op
 
-from plugins import cross_attention, gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
+from plugins import conv3x3, cross_attention, gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
 
 __all__ = ["OPSET", "SANA_DOMAIN", "translation_table"]
 
@@ -66,15 +66,28 @@ def _gated_depthwise_conv(x: Any, weight: Any, bias: Any) -> Any:
     return _GATED_DEPTHWISE_CONV(x, weight, bias, channels=weight.shape[0])
 
 
-_SPLIT = {"split": OpSchema.AttrType.INTS}
+_CONV3X3 = _sana_op(conv3x3.OP, ("x", "weight", "bias"), {"activation": OpSchema.AttrType.STRING})
+_NORM_INPUTS = ("x", "weight", "residual", "norm_weight", "norm_bias")
+_CONV3X3_NORM = _sana_op(conv3x3.NORM, _NORM_INPUTS, {"eps": OpSchema.AttrType.FLOAT})
+
+
+def _conv3x3(x: Any, weight: Any, bias: Any, activation: str = "none") -> Any:
+    return _CONV3X3(x, weight, bias, activation=activation)
+
+
+def _conv3x3_norm(x: Any, weight: Any, residual: Any, norm_weight: Any, norm_bias: Any, eps: float = conv3x3.EPS) -> Any:
+    return _CONV3X3_NORM(x, weight, residual, norm_weight, norm_bias, eps=eps)
+
+
+_SPLIT = {"split": OpSchema.AttrType.INTS, "axis": OpSchema.AttrType.INT}
 _STATE = _sana_op(qkv_linear_attention.STATE, ("qkv",), _SPLIT, "state")
 _APPLY = _sana_op(qkv_linear_attention.APPLY, ("qkv", "state"), _SPLIT | {"eps": OpSchema.AttrType.FLOAT})
 
 
-def _qkv_linear_attention(qkv: Any, num_heads: int, eps: float = 1e-15) -> Any:
-    split = [0, 0, 3, num_heads, qkv.shape[-1] // (3 * num_heads)]
-    state: Any = _STATE(qkv, split=split)
-    return _APPLY(qkv, state, split=split, eps=eps)
+def _qkv_linear_attention(qkv: Any, num_heads: int, eps: float = 1e-15, interleaved: bool = False) -> Any:
+    layout = qkv_linear_attention.layout(num_heads, qkv.shape[-1] // (3 * num_heads), interleaved=interleaved)
+    state: Any = _STATE(qkv, **layout)
+    return _APPLY(qkv, state, **layout, eps=eps)
 
 
 _NORM_ATTRIBUTES = {"rows": OpSchema.AttrType.INTS, "rms": OpSchema.AttrType.INT, "eps": OpSchema.AttrType.FLOAT}
@@ -134,10 +147,13 @@ def _size(x: Any, dim: int) -> Any:
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The table for `torch.onnx.export(custom_translation_table=...)`. Importing sana_ref's ops registers them."""
     import sana_ref.attention_ops
+    import sana_ref.conv_ops
     import sana_ref.ops  # noqa: F401
 
     assert onnx.defs.onnx_opset_version() >= OPSET
     return {
+        torch.ops.sana.conv3x3.default: _conv3x3,
+        torch.ops.sana.conv3x3_norm.default: _conv3x3_norm,
         torch.ops.sana.cross_attention.default: _cross_attention,
         torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
         torch.ops.sana.modulated_norm.default: _modulated_norm,

@@ -11,10 +11,11 @@ from triton.backends.compiler import GPUTarget
 
 from plugins.launch import Expression, Kernel, Launch, Output
 
-__all__ = ["CAPABILITIES", "MAX_SHARED", "TYPES", "Cubin", "attributes", "check_type", "compile_cubin"]
+__all__ = ["CAPABILITIES", "MAX_SHARED", "TYPES", "Cubin", "attributes", "check_type", "compile_cubin", "max_shared"]
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)  # what the ptxas that comes with Triton compiles for
 MAX_SHARED = 99 * 1024  # bytes a block may have on SM 86, 89 and 120, the smallest of them
+_MORE_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # CUDA's programming guide, "Technical Specifications"
 TYPES = ("fp16", "bf16", "fp32")
 
 
@@ -33,6 +34,11 @@ def check_type(op: str, dtype: str) -> None:
     """Raises ValueError unless dtype is one of TYPES."""
     if dtype not in TYPES:
         raise ValueError(f"{op}: got dtype {dtype!r}; expected one of {', '.join(TYPES)}")
+
+
+def max_shared(capability: int) -> int:
+    """Bytes of shared memory that a block may have on an SM such as 89."""
+    return _MORE_SHARED.get(capability, MAX_SHARED)
 
 
 def compile_cubin(
@@ -61,10 +67,11 @@ def compile_cubin(
         triton.knobs.compilation.disable_line_info = True  # it would put the kernel's path into the cubin
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     meta = compiled.metadata
-    if meta.shared > MAX_SHARED or meta.global_scratch_size or meta.profile_scratch_size or meta.num_ctas != 1:
+    limit = max_shared(capability)
+    if meta.shared > limit or meta.global_scratch_size or meta.profile_scratch_size or meta.num_ctas != 1:
         raise RuntimeError(
             f"{op}, sm{capability} {dict(constants)}: got {meta.shared} bytes of shared memory, {meta.global_scratch_size} of "
-            f"scratch, {meta.num_ctas} blocks a cluster; expected at most {MAX_SHARED}, 0 and 1. Triton {triton.__version__} needs "
+            f"scratch, {meta.num_ctas} blocks a cluster; expected at most {limit}, 0 and 1. Triton {triton.__version__} needs "
             "another plan()"
         )
     header = re.search(rf"\.entry {meta.name}\((.*?)\)", compiled.asm["ptx"], re.DOTALL)

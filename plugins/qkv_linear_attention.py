@@ -11,8 +11,8 @@ The number of parts grows with the tokens, so that 4K (16,384 tokens) fills a GP
 Precision: the sums, their products with q and the division in fp32. Those products take tensor cores where that costs no bits that
 matter: with bf16 inputs S is two bf16 numbers (16 bits), with fp16 ones three TF32 products stand for one of fp32.
 
-Dimensions: B images, H heads, N tokens, D channels per head, P parts. qkv (B, N, 3, H, D), state (B, H, P, D + 1, D), z last; out
-(B, N, H, D).
+Dimensions: B images, H heads, N tokens, D channels per head, P parts. qkv (B, N, 3, H, D) as a transformer's projection, or
+interleaved, (B, N, H, 3, D), as DC-AE's; state (B, H, P, D + 1, D), z last; out (B, N, H, D).
 """
 
 import functools
@@ -62,13 +62,22 @@ def _dot(exact, wide, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def state_kernel(qkv, state, heads, n_tokens, n_part, D: tl.constexpr, BLOCK_N: tl.constexpr):
+def _channel(number: tl.constexpr, head, heads, D: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where in a row the head's q (0), k (1) or v (2) starts."""
+    if INTERLEAVED:
+        return (3 * head + number) * D
+    else:
+        return (number * heads + head) * D
+
+
+@triton.jit
+def state_kernel(qkv, state, heads, n_tokens, n_part, D: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr):
     """A program: one head of an image, n_part tokens."""
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row = 3 * heads * D
     d = tl.arange(0, D)
-    k_D = qkv + image.to(tl.int64) * n_tokens * row + (heads + head) * D + d  # int64: 64 images of 4096 px pass 2**31 elements
-    v_D = k_D + heads * D
+    first_D = qkv + image.to(tl.int64) * n_tokens * row + d  # int64: 64 images of 4096 px pass 2**31 elements
+    k_D, v_D = first_D + _channel(1, head, heads, D, INTERLEAVED), first_D + _channel(2, head, heads, D, INTERLEAVED)
     first = tl.program_id(1) * n_part
     state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
     for start in range(first, min(first + n_part, n_tokens), BLOCK_N):
@@ -86,7 +95,18 @@ def state_kernel(qkv, state, heads, n_tokens, n_part, D: tl.constexpr, BLOCK_N: 
 
 @triton.jit
 def apply_kernel(
-    qkv, state, out, heads, n_tokens, n_tile, parts, eps, D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr
+    qkv,
+    state,
+    out,
+    heads,
+    n_tokens,
+    n_tile,
+    parts,
+    eps,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A program: one head of an image, n_tile tokens."""
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
@@ -97,7 +117,8 @@ def apply_kernel(
         state_DD += tl.load(part + d[:, None] * D + d[None, :])
         z_D += tl.load(part + D * D + d)
     tokens = image.to(tl.int64) * n_tokens
-    q_D, out_D = qkv + tokens * 3 * heads * D + head * D + d, out + tokens * heads * D + head * D + d
+    q_D = qkv + tokens * 3 * heads * D + _channel(0, head, heads, D, INTERLEAVED) + d
+    out_D = out + tokens * heads * D + head * D + d
     first = tl.program_id(1) * n_tile
     for start in range(first, min(first + n_tile, n_tokens), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
@@ -131,7 +152,7 @@ def _options(op: str, head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "BLOCK_N": block, "num_warps": warps, "num_stages": stages}
 
 
-def launch(qkv: "torch.Tensor", out: "torch.Tensor", num_heads: int, eps: float = EPS) -> None:
+def launch(qkv: "torch.Tensor", out: "torch.Tensor", num_heads: int, eps: float = EPS, *, interleaved: bool = False) -> None:
     """Write the attention of qkv (B, N, 3 H D) into out (B, N, H D): contiguous, one dtype of fp16, bf16, fp32, on the current GPU.
 
     Raises ValueError unless that holds and D is in HEAD_DIMS.
@@ -151,17 +172,34 @@ def launch(qkv: "torch.Tensor", out: "torch.Tensor", num_heads: int, eps: float 
     parts = num_parts(tokens)
     n_part = _part(tokens, parts)
     state = qkv.new_empty((batch, num_heads, parts, head_dim + 1, head_dim), dtype=torch.float32)
-    state_kernel[batch * num_heads, parts](qkv, state, num_heads, tokens, n_part, **_options(STATE, head_dim))
+    state_kernel[batch * num_heads, parts](
+        qkv, state, num_heads, tokens, n_part, INTERLEAVED=interleaved, **_options(STATE, head_dim)
+    )
     apply_kernel[batch * num_heads, math.ceil(tokens / TILE)](
-        qkv, state, out, num_heads, tokens, TILE, parts, eps, PRECISION=PRECISIONS[dtype], **_options(APPLY, head_dim)
+        qkv,
+        state,
+        out,
+        num_heads,
+        tokens,
+        TILE,
+        parts,
+        eps,
+        INTERLEAVED=interleaved,
+        PRECISION=PRECISIONS[dtype],
+        **_options(APPLY, head_dim),
     )
 
 
+def layout(heads: int, head_dim: int, *, interleaved: bool) -> dict[str, Any]:
+    """How a node reads a row of qkv. split: the shape of qkv with 0 for what stays; axis: that of q, k and v in it."""
+    return {"split": [0, 0, heads, 3, head_dim], "axis": 3} if interleaved else {"split": [0, 0, 3, heads, head_dim], "axis": 2}
+
+
 @functools.cache
-def compile_cubin(op: str, capability: int, dtype: str, head_dim: int) -> Cubin:
+def compile_cubin(op: str, capability: int, dtype: str, head_dim: int, interleaved: bool) -> Cubin:
     """For STATE or APPLY and an SM such as 89."""
     block, warps, stages = PLANS[op]
-    constants: dict[str, Any] = {"D": head_dim, "BLOCK_N": block}
+    constants: dict[str, Any] = {"D": head_dim, "BLOCK_N": block, "INTERLEAVED": interleaved}
     signature = {"qkv": f"*{dtype}", "state": "*fp32"}
     if op == STATE:
         kernel, signature = state_kernel, signature | dict.fromkeys(("heads", "n_tokens", "n_part"), "i32")
@@ -182,25 +220,25 @@ def compile_cubin(op: str, capability: int, dtype: str, head_dim: int) -> Cubin:
 
 
 def compile_cubins(
-    op: str, targets: Iterable[str], dtype: str, heads: int, head_dim: int, eps: float = EPS
+    op: str, targets: Iterable[str], dtype: str, heads: int, head_dim: int, eps: float = EPS, *, interleaved: bool = False
 ) -> dict[str, str | bytes | float | list[int]]:
     """Every attribute of a node of STATE or APPLY for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of qkv and out; head_dim one of HEAD_DIMS, else ValueError. The function bodies read `split`, the
-    shape of qkv with 0 for what stays, and eps.
+    dtype "fp16", "bf16" or "fp32" of qkv and out; head_dim one of HEAD_DIMS, else ValueError. The function bodies read what
+    layout() gives, and eps.
     """
     _check(dtype, head_dim)
     batch, tokens = ["dim", 0, 0], ["dim", 0, 1]
     parts = ["min", ["min", ["ceildiv", tokens, PART], ["max", PARTS, ["ceildiv", tokens, LONG_PART]]], MAX_PARTS]
     rows = ["mul", batch, heads]
-    split: dict[str, Any] = {"split": [0, 0, 3, heads, head_dim]}
+    split: dict[str, Any] = layout(heads, head_dim, interleaved=interleaved)
     if op == STATE:
         block = PLANS[STATE][0]
         n_part = ["mul", ["ceildiv", tokens, ["mul", parts, block]], block]
         return split | cubin.attributes(
             op,
             targets,
-            lambda capability: compile_cubin(op, capability, dtype, head_dim),
+            lambda capability: compile_cubin(op, capability, dtype, head_dim, interleaved),
             inputs=[dtype],
             outputs=[Output(type="fp32", shape=[batch, heads, parts, head_dim + 1, head_dim])],
             grid=[rows, parts, 1],
@@ -210,7 +248,7 @@ def compile_cubins(
     found = cubin.attributes(
         op,
         targets,
-        lambda capability: compile_cubin(op, capability, dtype, head_dim),
+        lambda capability: compile_cubin(op, capability, dtype, head_dim, interleaved),
         inputs=[dtype, "fp32"],
         outputs=[Output(type=dtype, shape=[batch, tokens, heads * head_dim])],
         grid=[rows, ["ceildiv", tokens, TILE], 1],
@@ -222,8 +260,8 @@ def compile_cubins(
 def function_body(op: str, opset: int = 20) -> "onnx.FunctionProto":
     """STATE or APPLY in standard ONNX operators, for every reader that has no plugin: fp32 inside; the state has one part.
 
-    Attributes `split` (required) and, of APPLY, eps; the plugin's are allowed and unused. opset: of the standard operators, 18 or
-    newer; it must equal the model's.
+    Attributes `split` (required), `axis` (2 unless given) and, of APPLY, eps; the plugin's are allowed and unused. opset: of the
+    standard operators, 18 or newer; it must equal the model's.
     """
     from onnx import AttributeProto, TensorProto, helper
 
@@ -238,9 +276,11 @@ def function_body(op: str, opset: int = 20) -> "onnx.FunctionProto":
 
     def part_of(name: str, number: int) -> "list[onnx.NodeProto]":
         """(B, H, N, D) in fp32."""
+        gather = helper.make_node("Gather", ["heads", f"{name}_index"], [f"{name}_narrow"])
+        gather.attribute.append(AttributeProto(name="axis", type=AttributeProto.INT, ref_attr_name="axis"))
         return [
             helper.make_node("Constant", [], [f"{name}_index"], value_int=number),
-            helper.make_node("Gather", ["heads", f"{name}_index"], [f"{name}_narrow"], axis=2),
+            gather,
             helper.make_node("Transpose", [f"{name}_narrow"], [f"{name}_first"], perm=[0, 2, 1, 3]),
             helper.make_node("Cast", [f"{name}_first"], [f"{name}_wide"], to=TensorProto.FLOAT),
         ]
@@ -283,7 +323,9 @@ def function_body(op: str, opset: int = 20) -> "onnx.FunctionProto":
             helper.make_node("Reshape", ["out_heads", "joined"], ["out_wide"]),
             helper.make_node("CastLike", ["out_wide", "qkv"], ["out"]),
         ]
-    defaults = {"launch": "", "cubins": "", "plugin_version": "", "plugin_namespace": ""} | ({"eps": EPS} if op == APPLY else {})
+    defaults: dict[str, Any] = {"axis": 2, "launch": "", "cubins": "", "plugin_version": "", "plugin_namespace": ""}
+    if op == APPLY:
+        defaults["eps"] = EPS
     return helper.make_function(
         DOMAIN,
         op,

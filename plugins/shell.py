@@ -31,6 +31,8 @@ from plugins.launch import Expression, Launch, LaunchError, Product, evaluate
 __all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
 
 OPS = (
+    "Conv3x3",
+    "Conv3x3Norm",
     "CrossAttention",
     "GatedDepthwiseConv",
     "GatedModulatedNorm",

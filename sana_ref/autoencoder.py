@@ -2,6 +2,7 @@
 
 Stages of residual blocks, then stages of linear attention; every change of resolution has a shortcut without parameters that
 moves pixels into channels or back. Full (sana-1.0, 1.1) and Lite decoders are configs of one class.
+This is what it means; sana_ref/fused_decoder.py is how an engine decodes.
 Parameter names are those of diffusers' AutoencoderDC. Source: DC-AE, arXiv:2410.10733.
 """
 

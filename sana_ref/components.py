@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.config import refuse_unless
+from sana_ref.fused_decoder import FusedDecoder
 from sana_ref.text_encoder import Gemma2Encoder
 
 __all__ = [
@@ -48,11 +49,11 @@ class TextEncoderForExport(nn.Module):
 
 
 class DecoderForExport(nn.Module):
-    """Sampler output to pixels."""
+    """Sampler output to pixels. The decoder may also be a fused one, of the same configuration."""
 
-    def __init__(self, vae: AutoencoderDC) -> None:
+    def __init__(self, vae: AutoencoderDC, decoder: FusedDecoder | None = None) -> None:
         super().__init__()
-        self.decoder = vae.decoder
+        self.decoder = vae.decoder if decoder is None else decoder
         self.scaling_factor = vae.config.scaling_factor
 
     def forward(self, latents: Tensor) -> Tensor:

@@ -30,12 +30,19 @@ class RMSNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.rsqrt(x.float().pow(2).mean(self.axis, keepdim=True) + self.eps)
+        return self._over(self.axis, x)
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """The same over the last axis, whatever `axis` is: for pictures (B, h, w, C)."""
+        return self._over(-1, x)
+
+    def _over(self, axis: int, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(axis, keepdim=True) + self.eps)
         x = x * scale
         if self.weight.dtype != torch.float32:
             x = x.to(self.weight.dtype)
         # (C,) for tokens; (C, 1, 1) for pictures
-        to_axis = (slice(None),) + (None,) * (0 if self.axis == -1 else x.ndim - 1 - self.axis)
+        to_axis = (slice(None),) + (None,) * (0 if axis == -1 else x.ndim - 1 - axis)
         x = x * self.weight[to_axis]
         return x if self.bias is None else x + self.bias[to_axis]
 
@@ -45,7 +52,7 @@ class GLUMBConv(nn.Module):
 
     The depth-wise convolution is also what tells the transformer where a token lies: most variants have no position embedding.
     x and result: (B, C, h, w). With `norm` an RMSNorm over channels follows and x is added (DC-AE); without, neither (transformer).
-    `fused`, of channels_last and without a norm: the middle is the op `sana::gated_depthwise_conv`, the 1x1 convolutions are matrix
+    `fused`, of channels_last: the middle is the op `sana::gated_depthwise_conv`, the 1x1 convolutions are matrix
     products, and parameters are the same. So engines and GPUs are fastest: pictures are views of tokens, and nothing is copied.
     Source: Sana, arXiv:2410.10629, section 2.2.
     """
@@ -73,13 +80,14 @@ class GLUMBConv(nn.Module):
         wide = F.linear(rows, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias).unflatten(0, x.shape[:3])
         assert self.conv_depth.bias is not None
         gated = ops.gated_depthwise_conv(wide, self.conv_depth.weight, self.conv_depth.bias)
-        return F.linear(gated.flatten(0, 2), self.conv_point.weight.flatten(1)).unflatten(0, x.shape[:3])
+        y = F.linear(gated.flatten(0, 2), self.conv_point.weight.flatten(1)).unflatten(0, x.shape[:3])
+        return y if self.norm is None else self.norm.channels_last(y) + x
 
 
 def fuse_feed_forward(model: nn.Module) -> int:
     """Let the transformer's mix-FFNs be computed as `fused`, in place. Returns how many there are.
 
-    An autoencoder has none: its own have a norm, and pictures with the channels first.
+    An autoencoder has none: its own have a norm, and pictures with the channels first (but for sana_ref.fused_decoder).
     """
     layers = [module for module in model.modules() if isinstance(module, GLUMBConv) and module.norm is None]
     for layer in layers:

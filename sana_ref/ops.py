@@ -158,12 +158,16 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS) -> 
     return torch.ops.sana.relu_linear_attention(q, k, v, eps)
 
 
-def qkv_linear_attention_truth(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+def qkv_linear_attention_truth(qkv: Tensor, num_heads: int, eps: float = EPS, interleaved: bool = False) -> Tensor:
     """`relu_linear_attention_truth` of q, k and v as one projection leaves them, heads joined again.
 
-    qkv (B, N, 3 H D): all of q, then of k, then of v. Returns (B, N, H D), same dtype.
+    qkv (B, N, 3 H D): all of q, then of k, then of v; interleaved: q, k and v of the first head, then of the next (DC-AE).
+    Returns (B, N, H D), same dtype.
     """
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    if interleaved:
+        q, k, v = qkv.unflatten(-1, (num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
+    else:
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     return relu_linear_attention_truth(q, k, v, eps).transpose(1, 2).flatten(2)
 
 
@@ -175,35 +179,35 @@ def _check_qkv(qkv: Tensor, num_heads: int) -> None:
 
 
 @torch.library.custom_op("sana::qkv_linear_attention", mutates_args=())
-def _qkv_linear_attention(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+def _qkv_linear_attention(qkv: Tensor, num_heads: int, eps: float = EPS, interleaved: bool = False) -> Tensor:
     _check_qkv(qkv, num_heads)
-    return qkv_linear_attention_truth(qkv, num_heads, eps).contiguous()
+    return qkv_linear_attention_truth(qkv, num_heads, eps, interleaved).contiguous()
 
 
 @_qkv_linear_attention.register_kernel("cuda")
-def _qkv_linear_attention_cuda(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+def _qkv_linear_attention_cuda(qkv: Tensor, num_heads: int, eps: float = EPS, interleaved: bool = False) -> Tensor:
     _check_qkv(qkv, num_heads)
     if qkv.dtype == torch.float64:
-        return qkv_linear_attention_truth(qkv, num_heads, eps).contiguous()
+        return qkv_linear_attention_truth(qkv, num_heads, eps, interleaved).contiguous()
     from plugins import qkv_linear_attention as kernels
 
     out = qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
-    kernels.launch(qkv.contiguous(), out, num_heads, eps)
+    kernels.launch(qkv.contiguous(), out, num_heads, eps, interleaved=interleaved)
     return out
 
 
 @_qkv_linear_attention.register_fake
-def _qkv_linear_attention_fake(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+def _qkv_linear_attention_fake(qkv: Tensor, num_heads: int, eps: float = EPS, interleaved: bool = False) -> Tensor:
     return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
 
 
-def qkv_linear_attention(qkv: Tensor, num_heads: int, eps: float = EPS) -> Tensor:
+def qkv_linear_attention(qkv: Tensor, num_heads: int, eps: float = EPS, interleaved: bool = False) -> Tensor:
     """`qkv_linear_attention_truth` as the op `sana::qkv_linear_attention`, for engines: it is not differentiable.
 
     qkv: (B, N, 3 H D) of fp16, bf16, fp32 or fp64; on CUDA (except fp64) D is 16, 32 or 64. Returns (B, N, H D), contiguous.
     Raises ValueError for other shapes.
     """
-    out: Tensor = torch.ops.sana.qkv_linear_attention(qkv, num_heads, eps)
+    out: Tensor = torch.ops.sana.qkv_linear_attention(qkv, num_heads, eps, interleaved)
     return out
 
 

@@ -40,7 +40,13 @@ def test_the_manifest_says_what_the_checkpoint_is(built):
             "LinearAttentionState": 1,
             "ModulatedNorm": 1,
         },
-        "decoder": {"ReluLinearAttention": 1},
+        "decoder": {
+            "Conv3x3": 10,
+            "Conv3x3Norm": 4,
+            "GatedDepthwiseConv": 1,
+            "LinearAttentionApply": 1,
+            "LinearAttentionState": 1,
+        },
     }
     assert (manifest.model, manifest.variant, manifest.targets, manifest.tensorrt) == ("tiny", "custom", (), None)
     assert (manifest.ranges.min_side, manifest.ranges.opt_side, manifest.ranges.max_side) == (64, 128, 256)

@@ -55,7 +55,7 @@ def test_a_build_with_engines(tmp_path):
             assert path is not None
             assert path.name == "sm80-sm89-sm120.engine"
         assert bundle.engine_path(name, "sm86") is None
-    assert "plugins: 1 ReluLinearAttention" in said(progress)
+    assert "plugins: 10 Conv3x3, 1 LinearAttentionState, 1 LinearAttentionApply, " in said(progress)
     again = quiet()
     assert build(request(bundle.path, targets=AHEAD), again).unchanged
     other = build(request(bundle.path, targets=(Target.SM86,)), quiet()).bundle  # the same graphs, other engines
@@ -87,8 +87,8 @@ def test_cubins_come_only_with_an_op_and_a_shape_that_have_a_kernel():
         "CrossAttention": plugins | {"block"},
         "GatedDepthwiseConv": plugins | {"channels"},
         "GatedModulatedNorm": plugins | {"rows", "rms", "eps"},
-        "LinearAttentionApply": plugins | {"split", "eps"},
-        "LinearAttentionState": plugins | {"split"},
+        "LinearAttentionApply": plugins | {"split", "axis", "eps"},
+        "LinearAttentionState": plugins | {"split", "axis"},
         "ModulatedNorm": plugins | {"rows", "rms", "eps"},
     }
     node = nodes["LinearAttentionState"]

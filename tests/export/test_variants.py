@@ -7,7 +7,11 @@ import pytest
 from tiny_build import PARTS, quiet, request
 from tiny_checkpoint import SCM, write_checkpoint
 
+from engines.spec import Precision
 from export.build import build
+from export.components import decoder, decoder_plugins
+from export.onnx_export import export_module
+from sana_ref.variants import DC_AE, DC_AE_LITE
 
 pytestmark = pytest.mark.slow
 
@@ -38,8 +42,37 @@ def test_positions_follow_the_size(tmp_path):
     build(request(tmp_path / "bundle", model=model, components=("denoiser",)), quiet())
 
 
-def test_a_decoder_of_residual_blocks_has_no_plugins(tmp_path):
+def test_a_decoder_of_residual_blocks(tmp_path):
     lite = replace(PARTS["vae"], decoder_block_types="ResBlock", upsample_block_type="pixel_shuffle", decoder_conv_act_fn="silu")
     model = write_checkpoint(tmp_path / "lite", **PARTS | {"vae": lite})
     bundle = build(request(tmp_path / "bundle", model=model, components=("decoder",)), quiet()).bundle
-    assert bundle.manifest.plugins == {"decoder": {}}
+    assert bundle.manifest.plugins == {"decoder": {"Conv3x3": 11, "Conv3x3Norm": 5}}
+
+
+def test_a_decoder_whose_last_block_is_wider_than_the_norms_of_the_convolutions_kernel(tmp_path):
+    wide = replace(
+        PARTS["vae"],
+        decoder_block_types="ResBlock",
+        decoder_qkv_multiscales=((),) * 6,
+        decoder_block_out_channels=(32, 32, 32, 32, 32, 320),
+    )
+    model = write_checkpoint(tmp_path / "wide", **PARTS | {"vae": wide})
+    bundle = build(request(tmp_path / "bundle", model=model, components=("decoder",)), quiet()).bundle
+    assert bundle.manifest.plugins == {"decoder": {"Conv3x3": 12, "Conv3x3Norm": 4}}
+
+
+@pytest.mark.parametrize(
+    ("config", "plugins"),
+    [
+        (
+            DC_AE,
+            {"Conv3x3": 19, "Conv3x3Norm": 6, "GatedDepthwiseConv": 9, "LinearAttentionApply": 9, "LinearAttentionState": 9},
+        ),
+        (DC_AE_LITE, {"Conv3x3": 43, "Conv3x3Norm": 3}),
+    ],
+    ids=["full", "lite"],
+)
+def test_published_decoders(config, plugins):
+    assert decoder_plugins(config) == plugins
+    part = decoder(config, Precision.BF16)
+    export_module(part.module, part.spec)  # raises for other numbers of nodes

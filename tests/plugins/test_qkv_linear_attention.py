@@ -28,7 +28,13 @@ def projection(shape, dtype, scale=1.0):
     return x.flatten(2).to(DTYPES[dtype])
 
 
+def interleave(qkv, heads):
+    """The same heads, each with its q, k and v beside each other."""
+    return qkv.unflatten(2, (3, heads, -1)).transpose(2, 3).flatten(2)
+
+
 def check(got, qkv, heads, name):
+    """qkv: not interleaved."""
     same, exact = ops.qkv_linear_attention_truth(qkv, heads), ops.qkv_linear_attention_truth(qkv.double(), heads)
     assert got.dtype == qkv.dtype
     assert_parity(got.cpu(), same=same.cpu(), exact=exact.cpu(), name=name)
@@ -47,10 +53,13 @@ def test_truth():
     q, k, v = (t.unflatten(-1, (3, 16)).transpose(1, 2) for t in qkv.chunk(3, -1))
     wanted = ops.relu_linear_attention_truth(q, k, v).transpose(1, 2).flatten(2)
     assert torch.equal(ops.qkv_linear_attention(qkv, 3), wanted)
+    assert torch.equal(ops.qkv_linear_attention(interleave(qkv, 3), 3, interleaved=True), wanted)
 
 
 def test_registration():
-    torch.library.opcheck(torch.ops.sana.qkv_linear_attention.default, (projection((2, 7, 3, 16), "fp32"), 3))
+    for interleaved in (False, True):
+        arguments = (projection((2, 7, 3, 16), "fp32"), 3, op.EPS, interleaved)
+        torch.library.opcheck(torch.ops.sana.qkv_linear_attention.default, arguments)
     with pytest.raises(ValueError, match=r"got qkv \(2, 7, 144\) torch.float32, 5 heads; expected floating \(B, N, 3 H D\)"):
         ops.qkv_linear_attention(projection((2, 7, 3, 16), "fp32"), 5)
 
@@ -60,6 +69,8 @@ import torch
 from plugins import qkv_linear_attention as kernels
 def launch(out, qkv, heads, result):
     kernels.launch(qkv, result, int(heads))
+def launch_interleaved(out, qkv, heads, result):
+    kernels.launch(qkv, result, int(heads), interleaved=True)
 def wrong_head(out, qkv, heads, result):
     kernels.launch(qkv.roll(kernels.HEAD_DIMS[0], -1), result, int(heads))
 """
@@ -71,30 +82,26 @@ def interpreted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launch")
     (folder / "qkv_launch.py").write_text(LAUNCH)
     named = [*cases(INTERPRETED)]
-    calls = []
+    calls, interleaved = [], []
     for shape, dtype, scale in named:
         batch, tokens, heads, dim = shape
-        calls.append(
-            (
-                (
-                    torch.empty(batch, tokens, heads * dim, dtype=DTYPES[dtype]),
-                    projection(shape, dtype, scale),
-                    torch.tensor(heads),
-                ),
-                {},
-            )
-        )
+        empty, qkv = torch.empty(batch, tokens, heads * dim, dtype=DTYPES[dtype]), projection(shape, dtype, scale)
+        calls.append(((empty, qkv, torch.tensor(heads)), {}))
+        interleaved.append(((empty, interleave(qkv, heads), torch.tensor(heads)), {}))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         outputs = interpret("qkv_launch:launch", calls)
+        others = interpret("qkv_launch:launch_interleaved", interleaved)
         wrong = interpret("qkv_launch:wrong_head", calls[1:2])
-    return dict(zip(named, outputs, strict=True)) | {"wrong": wrong[0]}
+    return {case: (each, other) for case, each, other in zip(named, outputs, others, strict=True)} | {"wrong": wrong[0]}
 
 
 @pytest.mark.parametrize("case", cases(INTERPRETED), ids=str)
 def test_kernels(interpreted, case):
     shape, dtype, scale = case
-    check(interpreted[case], projection(shape, dtype, scale), shape[2], f"kernels {case}")
+    got, interleaved = interpreted[case]
+    check(got, projection(shape, dtype, scale), shape[2], f"kernels {case}")
+    assert torch.equal(interleaved, got)  # the same sums, read elsewhere
 
 
 def test_planted_error_is_caught(interpreted):
@@ -111,16 +118,17 @@ def test_op_on_gpu(case):
     got = ops.qkv_linear_attention(qkv, shape[2])
     check(got, qkv, shape[2], f"op {case}")
     assert torch.equal(ops.qkv_linear_attention(qkv, shape[2]), got)
+    assert torch.equal(ops.qkv_linear_attention(interleave(qkv, shape[2]), shape[2], interleaved=True), got)
 
 
-def body_model(dtype, heads, dim):
+def body_model(dtype, heads, dim, *, interleaved):
     def value(name, kind, *shape):
         return helper.make_tensor_value_info(name, kind, shape)
 
-    split = [0, 0, 3, heads, dim]
+    layout = op.layout(heads, dim, interleaved=interleaved)
     nodes = [
-        helper.make_node(op.STATE, ["qkv"], ["state"], domain=op.DOMAIN, split=split),
-        helper.make_node(op.APPLY, ["qkv", "state"], ["out"], domain=op.DOMAIN, split=split, launch="unused"),
+        helper.make_node(op.STATE, ["qkv"], ["state"], domain=op.DOMAIN, **layout),
+        helper.make_node(op.APPLY, ["qkv", "state"], ["out"], domain=op.DOMAIN, **layout, launch="unused"),
     ]
     kind = ONNX_TYPES[dtype]
     graph = helper.make_graph(
@@ -131,15 +139,17 @@ def body_model(dtype, heads, dim):
     return helper.make_model(graph, functions=bodies, opset_imports=opsets, ir_version=10)
 
 
+@pytest.mark.parametrize("interleaved", [False, True], ids=["plain", "interleaved"])
 @pytest.mark.parametrize("case", cases(["fp16", "fp32"]), ids=str)
-def test_function_bodies(case):
+def test_function_bodies(case, interleaved):
     """In ONNX Runtime, without the plugin's attributes and with one of them."""
     shape, dtype, scale = case
-    model = body_model(dtype, *shape[2:])
+    model = body_model(dtype, *shape[2:], interleaved=interleaved)
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     qkv = projection(shape, dtype, scale)
-    got = torch.from_numpy(session.run(None, {"qkv": qkv.numpy()})[0])
+    given = interleave(qkv, shape[2]) if interleaved else qkv
+    got = torch.from_numpy(session.run(None, {"qkv": given.numpy()})[0])
     check(got, qkv, shape[2], f"bodies {case}")
     with pytest.raises(AssertionError, match="expected at most"):
         check(got * 1.02, qkv, shape[2], "2 % too much")
@@ -174,10 +184,12 @@ def test_parts(tokens):
 
 @pytest.mark.parametrize("name", [op.STATE, op.APPLY])
 @pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm120"))])
-def test_cubins(target, name):
+@pytest.mark.parametrize("interleaved", [False, True], ids=["plain", "interleaved"])
+def test_cubins(target, name, interleaved):
     for dtype in DTYPES:
-        attributes = op.compile_cubins(name, [target], dtype, 2, 32)
+        attributes = op.compile_cubins(name, [target], dtype, 2, 32, interleaved=interleaved)
         launch = Launch.from_json(attributes["launch"])
+        assert {each: attributes[each] for each in ("split", "axis")} == op.layout(2, 32, interleaved=interleaved)
         assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
         assert launch.inputs == ([dtype] if name == op.STATE else [dtype, "fp32"])
 

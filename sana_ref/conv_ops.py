@@ -1,0 +1,147 @@
+"""What the convolution ops of the autoencoder mean, in plain PyTorch, and their registration, as sana_ref/ops.py does for others.
+
+Both are for engines, which keep pictures with the channels last: neither is differentiable.
+
+Dimensions: B pictures, h x w pixels, C channels in, N out.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "NORM_EPS", "conv3x3", "conv3x3_norm", "conv3x3_norm_truth", "conv3x3_truth"]
+
+NORM_EPS = 1e-5  # as sana_ref.layers.RMSNorm
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "relu": F.relu, "silu": F.silu}
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, wide: torch.dtype) -> Tensor:
+    """(B, h, w, N), computed in `wide`."""
+    with torch.autocast(x.device.type, enabled=False):  # it would compute in half precision
+        first, weight = x.to(wide).permute(0, 3, 1, 2), weight.to(wide).permute(0, 3, 1, 2)
+        return F.conv2d(first, weight, None if bias is None else bias.to(wide), padding=1).permute(0, 2, 3, 1)
+
+
+def conv3x3_truth(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """y = activation(conv3x3(x) + bias), with zeros around the picture.
+
+    x (B, h, w, C), weight (N, 3, 3, C): a Conv2d's, permuted (0, 2, 3, 1); bias (N,); y (B, h, w, N) in x's dtype, computed in
+    fp32 or wider. activation: one of ACTIVATIONS.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return ACTIVATIONS[activation](_convolved(x, weight, bias, wide)).to(x.dtype).contiguous()
+
+
+def conv3x3_norm_truth(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = NORM_EPS
+) -> Tensor:
+    """y = residual + RMSNorm(conv3x3(x)): the end of a residual block of the autoencoder.
+
+    x and weight as in conv3x3_truth; residual (B, h, w, N), norm_weight and norm_bias (N,); y (B, h, w, N) in x's dtype. The norm,
+    over N, is sana_ref.layers.RMSNorm's, but all is computed in fp32 or wider and rounded once.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    conv = _convolved(x, weight, None, wide)
+    scale = torch.rsqrt(conv.square().mean(-1, keepdim=True) + eps)
+    normed = conv * scale * norm_weight.to(wide) + norm_bias.to(wide)
+    return (residual.to(wide) + normed).to(x.dtype).contiguous()
+
+
+def _check(op: str, x: Tensor, weight: Tensor, **others: Tensor) -> None:
+    """others: (N,), but `residual`, which is (B, h, w, N)."""
+    named = {"x": x, "weight": weight} | others
+    channels = weight.shape[0]
+    fits = x.ndim == 4 and weight.shape == (channels, 3, 3, x.shape[-1])
+    for name, tensor in others.items():
+        fits = fits and tensor.shape == ((*x.shape[:3], channels) if name == "residual" else (channels,))
+    if not fits:
+        shapes = ", ".join(str(tuple(t.shape)) for t in named.values())
+        wanted = ", ".join("(B, h, w, N)" if name == "residual" else "(N,)" for name in others)
+        raise ValueError(f"{op}: got {', '.join(named)} of shapes {shapes}; expected (B, h, w, C), (N, 3, 3, C), {wanted}")
+    if any(t.dtype != x.dtype for t in named.values()) or not x.dtype.is_floating_point:
+        dtypes = ", ".join(str(t.dtype) for t in named.values())
+        raise ValueError(f"{op}: got {', '.join(named)} of dtypes {dtypes}; expected one floating dtype for all")
+
+
+def _check_conv(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> None:
+    _check("conv3x3", x, weight, bias=bias)
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"conv3x3: got activation {activation!r}; expected one of {', '.join(ACTIVATIONS)}")
+
+
+@torch.library.custom_op("sana::conv3x3", mutates_args=())
+def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    _check_conv(x, weight, bias, activation)
+    return conv3x3_truth(x, weight, bias, activation)
+
+
+@_conv3x3.register_kernel("cuda")
+def _conv3x3_cuda(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    _check_conv(x, weight, bias, activation)
+    if x.dtype == torch.float64:
+        return conv3x3_truth(x, weight, bias, activation)
+    from plugins import conv3x3 as kernel  # Triton loads when a GPU first needs it
+
+    y = x.new_empty((*x.shape[:3], weight.shape[0]))
+    kernel.launch(x.contiguous(), weight.contiguous(), bias.contiguous(), y, activation)
+    return y
+
+
+@_conv3x3.register_fake
+def _conv3x3_fake(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    return x.new_empty((*x.shape[:3], weight.shape[0]))
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
+    """`conv3x3_truth` as the op `sana::conv3x3`, for engines: it is not differentiable.
+
+    x (B, h, w, C), weight (N, 3, 3, C), bias (N,): one dtype of fp16, bf16, fp32, fp64, any strides. activation: "none", "relu" or
+    "silu". Returns (B, h, w, N), contiguous, same dtype. Raises ValueError for other shapes, dtypes or activations.
+    """
+    y: Tensor = torch.ops.sana.conv3x3(x, weight, bias, activation)
+    return y
+
+
+@torch.library.custom_op("sana::conv3x3_norm", mutates_args=())
+def _conv3x3_norm(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = NORM_EPS
+) -> Tensor:
+    _check("conv3x3_norm", x, weight, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
+    return conv3x3_norm_truth(x, weight, residual, norm_weight, norm_bias, eps)
+
+
+@_conv3x3_norm.register_kernel("cuda")
+def _conv3x3_norm_cuda(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = NORM_EPS
+) -> Tensor:
+    _check("conv3x3_norm", x, weight, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
+    if x.dtype == torch.float64:
+        return conv3x3_norm_truth(x, weight, residual, norm_weight, norm_bias, eps)
+    from plugins import conv3x3 as kernel
+
+    y = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    inputs = [tensor.contiguous() for tensor in (x, weight, residual, norm_weight, norm_bias)]
+    kernel.launch_norm(*inputs, y, eps)
+    return y
+
+
+@_conv3x3_norm.register_fake
+def _conv3x3_norm_fake(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = NORM_EPS
+) -> Tensor:
+    return torch.empty_like(residual, memory_format=torch.contiguous_format)
+
+
+def conv3x3_norm(
+    x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = NORM_EPS
+) -> Tensor:
+    """`conv3x3_norm_truth` as the op `sana::conv3x3_norm`, for engines: it is not differentiable.
+
+    x (B, h, w, C), weight (N, 3, 3, C), residual (B, h, w, N), norm_weight and norm_bias (N,): one dtype of fp16, bf16, fp32, fp64,
+    any strides. On CUDA (except fp64) N is at most plugins.conv3x3.MAX_NORM. Returns (B, h, w, N), contiguous, same dtype.
+    Raises ValueError for other shapes or dtypes.
+    """
+    y: Tensor = torch.ops.sana.conv3x3_norm(x, weight, residual, norm_weight, norm_bias, eps)
+    return y

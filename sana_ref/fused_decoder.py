@@ -1,0 +1,151 @@
+"""DC-AE's decoder as an engine is fastest: pictures with the channels last, convolutions and attention as ops.
+
+What it means is sana_ref.autoencoder.Decoder, whose modules, and so parameters, it has. Inside, every picture is (B, h, w, C): 1x1
+convolutions are matrix products, a norm reads neighbours in memory, linear attention reads q, k and v where their projections left
+them, and nothing is transposed but where pixels and channels change places.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_ref import conv_ops, ops
+from sana_ref.autoencoder import (
+    ACTIVATIONS,
+    FACTOR,
+    Decoder,
+    EfficientViTBlock,
+    MultiscaleLinearAttention,
+    MultiscaleProjection,
+    ResBlock,
+    UpBlock,
+    repeat_channels,
+)
+from sana_ref.layers import GLUMBConv
+
+__all__ = ["MAX_NORM", "FusedDecoder"]
+
+MAX_NORM = 256  # channels, up to which a program of the convolution's kernel has all of a pixel's, and can normalise them
+_NAMES = {function: name for name, function in ACTIVATIONS.items()}
+
+
+class FusedDecoder(nn.Module):
+    """`Decoder`, made of the modules of one: the same parameters under the same names, and the same result but for rounding."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.conv_in = decoder.conv_in
+        self.repeats = decoder.repeats
+        self.up_blocks = decoder.up_blocks
+        self.norm_out = decoder.norm_out
+        self.activation = decoder.activation
+        self.conv_out = decoder.conv_out
+        for module in self.modules():
+            if isinstance(module, GLUMBConv):
+                module.fused = True  # of channels_last, which the unfused decoder does not call
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """(B, latent_channels, h, w) -> (B, 3, 32h, 32w) picture, nominally -1 to 1 and not clamped."""
+        latent = latent.permute(0, 2, 3, 1)
+        x = _conv3x3(self.conv_in, latent)
+        if self.repeats is not None:
+            x = x + _repeated(latent, self.repeats)
+        for stage in reversed(self.up_blocks):
+            assert isinstance(stage, nn.Sequential)
+            for block in stage:
+                x = _block(block, x)
+        x = self.activation(self.norm_out.channels_last(x))
+        x = _up(self.conv_out, x) if isinstance(self.conv_out, UpBlock) else _conv3x3(self.conv_out, x)
+        return x.permute(0, 3, 1, 2)
+
+
+def _block(block: nn.Module, x: Tensor) -> Tensor:
+    """x and result: (B, h, w, C), of an UpBlock (B, 2h, 2w, num_out)."""
+    if isinstance(block, UpBlock):
+        return _up(block, x)
+    if isinstance(block, ResBlock):
+        return _residual(block, x)
+    assert isinstance(block, EfficientViTBlock)
+    return block.conv_out.channels_last(_attention(block.attn, x))
+
+
+def _conv3x3(conv: nn.Module, x: Tensor, activation: str = "none") -> Tensor:
+    assert isinstance(conv, nn.Conv2d)
+    bias = x.new_zeros(conv.out_channels) if conv.bias is None else conv.bias
+    return conv_ops.conv3x3(x, conv.weight.permute(0, 2, 3, 1), bias, activation)
+
+
+def _residual(block: ResBlock, x: Tensor) -> Tensor:
+    y = _conv3x3(block.conv1, x, _NAMES[block.activation])
+    norm = block.norm
+    assert norm.bias is not None
+    if block.conv2.out_channels > MAX_NORM:
+        return x + norm.channels_last(_conv3x3(block.conv2, y))
+    return conv_ops.conv3x3_norm(y, block.conv2.weight.permute(0, 2, 3, 1), x, norm.weight, norm.bias, norm.eps)
+
+
+def _attention(attention: MultiscaleLinearAttention, x: Tensor) -> Tensor:
+    parts = (attention.to_q, attention.to_k, attention.to_v)
+    qkv = F.linear(x, torch.cat([part.weight for part in parts]))
+    scales = [_multiscale(project, qkv, attention.head_dim) for project in attention.to_qkv_multiscale]
+    if scales:
+        qkv = torch.cat([qkv, *scales], dim=-1)
+    num_heads = qkv.shape[-1] // (3 * attention.head_dim)
+    out = ops.qkv_linear_attention(qkv.flatten(1, 2), num_heads, interleaved=True).unflatten(1, x.shape[1:3])
+    return x + attention.norm_out.channels_last(attention.to_out(out))
+
+
+def _multiscale(project: nn.Module, qkv: Tensor, head_dim: int) -> Tensor:
+    """(B, h, w, 3C) to the same."""
+    assert isinstance(project, MultiscaleProjection)
+    near = project.proj_in(qkv.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    groups = near.flatten(0, 2).unflatten(1, (-1, head_dim)).transpose(0, 1)  # (G, B h w, D)
+    mix = project.proj_out.weight.flatten(1).unflatten(0, (-1, head_dim)).mT  # (G, D in, D out)
+    return (groups @ mix).transpose(0, 1).flatten(1).unflatten(0, qkv.shape[:3])
+
+
+def _up(block: UpBlock, x: Tensor) -> Tensor:
+    """(B, h, w, C) -> (B, 2h, 2w, num_out)."""
+    if block.interpolate:
+        y = _conv3x3(block.conv, _joined(x[:, :, None, :, None].expand(-1, -1, FACTOR, -1, FACTOR, -1)))
+        y = _split(y, x)
+    else:
+        # A pixel's 2x2 are a channel's neighbours. Outputs in another order, the 2x2 outermost, cost nothing, for weights are
+        # constants; and then the pixels that change places have all their channels side by side.
+        weight, bias = block.conv.weight, block.conv.bias
+        assert bias is not None
+        weight = weight.permute(0, 2, 3, 1).unflatten(0, (-1, FACTOR**2)).transpose(0, 1).flatten(0, 1)
+        y = conv_ops.conv3x3(x, weight, bias.unflatten(0, (-1, FACTOR**2)).mT.flatten())
+        y = y.unflatten(3, (FACTOR, FACTOR, -1)).permute(0, 1, 3, 2, 4, 5)
+    return _joined(y if block.repeats is None else y + _shortcut(x, block.repeats))
+
+
+def _joined(x: Tensor) -> Tensor:
+    """(B, h, 2, w, 2, C) -> (B, 2h, 2w, C)."""
+    batch, height, _, width, _, channels = x.shape
+    return x.reshape(batch, FACTOR * height, FACTOR * width, channels)
+
+
+def _split(y: Tensor, x: Tensor) -> Tensor:
+    """(B, 2h, 2w, N) -> (B, h, 2, w, 2, N), for the sizes of x (B, h, w, C)."""
+    batch, height, width, _ = x.shape
+    return y.reshape(batch, height, FACTOR, width, FACTOR, y.shape[-1])
+
+
+def _shortcut(x: Tensor, repeats: int) -> Tensor:
+    """An UpBlock's without parameters, to be added to (B, h, 2, w, 2, num_out): 1 for 2 where all rows or columns have the same.
+
+    Channel c of pixel (i, j) of the 2x2 is channel (4c + 2i + j) // repeats of x (B, h, w, C).
+    """
+    if repeats % FACTOR**2 == 0:
+        return _repeated(x, repeats // FACTOR**2)[:, :, None, :, None]
+    if repeats in (1, FACTOR):
+        return x.unflatten(3, (-1, FACTOR, FACTOR // repeats)).permute(0, 1, 4, 2, 5, 3)
+    return _split(F.pixel_shuffle(repeat_channels(x.permute(0, 3, 1, 2), repeats), FACTOR).permute(0, 2, 3, 1), x)
+
+
+def _repeated(x: Tensor, repeats: int) -> Tensor:
+    """(B, h, w, C) -> (B, h, w, C repeats), each channel `repeats` times in a row."""
+    return x if repeats == 1 else x[..., None].expand(-1, -1, -1, -1, repeats).flatten(3)
