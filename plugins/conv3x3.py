@@ -49,9 +49,7 @@ BLOCK_K = {"fp16": 64, "bf16": 64, "fp32": 16}  # channels in at most
 SMALL_BLOCK_K = {"fp16": 32, "bf16": 32, "fp32": 16}  # where shared memory is small
 NUM_STAGES = 3  # loads under way
 GROUP_M = 8  # blocks of pixels whose programs run side by side over all channels, so that x comes from the L2 cache
-MAX_NORM = (
-    256  # N of NORM: 128 x 256 sums in fp32 fill half the registers of eight warps. On SM 90 the norm, behind the loop, spills
-)
+MAX_NORM = 256  # N of NORM: 128 x 256 sums in fp32 fill half the registers of eight warps; on SM 90 its end, not its loop, spills
 LEAST = 16  # the shortest side of a block that a tensor core takes
 
 
