@@ -17,8 +17,8 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor
 
+from export.linear_nodes import remove_unused
 from plugins import fp8_quantize, linear, modulated_norm
 from sana_ref.fp8 import quantize_rows
 
@@ -43,16 +43,18 @@ def use_fp8(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
     with (folder / DATA_NAME).open("wb") as file:
         for node in chosen:
             x, weight, *bias = node.input
-            if x not in quantized:
-                quantized[x], added = graph.quantize(x, chosen)
+            source = graph.norm_behind(x, node, chosen) or x
+            if source not in quantized:
+                quantized[source], added = graph.quantize(source, chosen)
                 counts[fp8_quantize.OP] += added
             bits, scale = graph.add_weight(weight, file.write, file.tell)
             columns, depth = graph.shapes[weight]
-            made = linear.fp8_attributes(graph.rank(x), columns, depth, bias=bool(bias))
-            inputs = [quantized[x][0], bits, quantized[x][1], scale, *bias]
+            made = linear.fp8_attributes(graph.rank(source), columns, depth, bias=bool(bias))
+            inputs = [quantized[source][0], bits, quantized[source][1], scale, *bias]
             replacement = helper.make_node(linear.FP8, inputs, [*node.output], name=node.name, domain=linear.DOMAIN, **made)
             node.CopyFrom(replacement)
             counts[linear.FP8] += 1
+    remove_unused(model.graph)
     return counts
 
 
@@ -75,12 +77,39 @@ class _Graph:
     def rank(self, name: str) -> int:
         return len(self.types[name].shape.dim)
 
+    def readers(self, name: str) -> Iterator[onnx.NodeProto]:
+        """Nodes that read it, also reshaped."""
+        for node in self.graph.node:
+            if name in node.input:
+                if node.op_type == "Reshape" and node.input[0] == name:
+                    yield from self.readers(node.output[0])
+                else:
+                    yield node
+
+    def norm_behind(self, x: str, reader: onnx.NodeProto, chosen: list[onnx.NodeProto]) -> str | None:
+        """What a modulated norm made, where x is that or a reshape of it, and layers that will be FP8 are all that read it.
+
+        A layer that reads it before it was reshaped has another shape as well: only where that is reshaped next, it may.
+        """
+        name = x
+        while name in self.maker and self.maker[name].op_type == "Reshape":
+            name = self.maker[name].input[0]
+        maker = self.maker.get(name)
+        if maker is None or maker.op_type not in _NORMS or maker.output[1] not in (name, f"{name}_bits"):
+            return None
+        next_nodes = [node for node in self.graph.node if reader.output[0] in node.input]
+        free = name == x or all(node.op_type == "Reshape" and self._is_whole(node.input[1]) for node in next_nodes)
+        return name if free and all(node in chosen or node.op_type == linear.FP8 for node in self.readers(name)) else None
+
+    def _is_whole(self, shape: str) -> bool:
+        """Whether a reshape to this shape asks for nothing that depends on the shape before."""
+        return shape not in self.constants or 0 not in numpy_helper.to_array(self.constants[shape])
+
     def quantize(self, x: str, chosen: list[onnx.NodeProto]) -> tuple[tuple[str, str], int]:
         """The names of x's bits and scales; and 1 if a node was added for them, 0 if the norm that makes x does it."""
         bits, scale = f"{x}_bits", f"{x}_scale"
         maker = self.maker.get(x)
-        readers = [node for node in self.graph.node if x in node.input]
-        if maker is not None and maker.op_type in _NORMS and maker.output[1] == x and all(node in chosen for node in readers):
+        if maker is not None and maker.op_type in _NORMS and all(node in chosen for node in self.readers(x)):
             maker.output[1] = bits
             maker.output.append(scale)
             maker.attribute.append(helper.make_attribute(QUANTIZED, 1))
@@ -94,11 +123,13 @@ class _Graph:
         """Of a constant, evaluated."""
         if name in self.constants:
             tensor = self.constants[name]
-            if tensor.data_location == TensorProto.EXTERNAL:
-                tensor = onnx.TensorProto()
-                tensor.CopyFrom(self.constants[name])
-                load_external_data_for_tensor(tensor, str(self.folder))
-            return numpy_helper.to_array(tensor)
+            if tensor.data_location != TensorProto.EXTERNAL:
+                return numpy_helper.to_array(tensor)
+            where = {entry.key: entry.value for entry in tensor.external_data}  # onnx reads no file that has a second name
+            count = int(np.prod(tensor.dims, dtype=np.int64))
+            kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            data = np.fromfile(self.folder / where["location"], kind, count, offset=int(where.get("offset", 0)))
+            return data.reshape(tuple(tensor.dims))
         node = self.maker[name]
         inputs = [self.value(each) for each in node.input]
         if node.op_type == "Concat":
@@ -110,7 +141,7 @@ class _Graph:
     def add_weight(self, name: str, write: Callable[[bytes], int], tell: Callable[[], int]) -> tuple[str, str]:
         """The names of a weight's bits and scales, as new constants."""
         bits_name, scale_name = f"{name}_bits", f"{name}_scale"
-        bits, scale = quantize_rows(torch.from_numpy(np.ascontiguousarray(self.value(name))))
+        bits, scale = quantize_rows(torch.from_numpy(self.value(name)))
         columns, depth = bits.shape
         self.shapes[name] = (columns, depth)
         if bits_name in self.constants:

@@ -15,6 +15,7 @@ from export.translation import SANA_DOMAIN
 from plugins import (
     conv3x3,
     cross_attention,
+    fp8_quantize,
     gated_depthwise_conv,
     linear,
     modulated_norm,

@@ -72,7 +72,7 @@ def make_reference(
     module = loaded(component.module, load, TORCH_DTYPES[component.precision])
     exact_dtype = reference_dtype(component)
     golden = {case: Golden(inputs=dict(i), outputs=run_module(module, component, i, exact_dtype)) for case, i in cases.items()}
-    with Fp8Linears(module.transformer) if component.precision is Precision.FP8 else nullcontext():
+    with Fp8Linears(module.get_submodule("transformer")) if component.precision is Precision.FP8 else nullcontext():
         own = _errors(golden, lambda inputs: run_module(module, component, inputs))
     fp32 = None
     if component.precision is not Precision.FP32 and exact_dtype is torch.float64:
