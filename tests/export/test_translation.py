@@ -1,10 +1,14 @@
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, nn
 
 from engines.errors import BuildError
-from export.onnx_export import Axis, ExportSpec, TensorSpec, export_module
+from export.onnx_export import Axis, ExportSpec, TensorSpec, export_module, with_function_bodies
+from export.plugin_nodes import add_cubins
+from sana_ref import conv_ops
 
 SPEC = ExportSpec(
     axes=(Axis(name="n", example=3),),
@@ -46,3 +50,37 @@ class Growing(nn.Module):
 def test_an_exponential_of_an_input_is_refused():
     with pytest.raises(BuildError, match="is computed in fp64; expected constants alone to be"):
         export_module(Growing(), SPEC)
+
+
+class Block(nn.Module):
+    """A residual block as an engine has it: channels last, and each convolution's weight transposed from its parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(16, 32, 3, padding=1)
+        self.conv2 = nn.Conv2d(32, 16, 3, padding=1, bias=False)
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = conv_ops.conv3x3(x, self.conv1.weight.permute(0, 2, 3, 1), self.conv1.bias, "silu")
+        return conv_ops.conv3x3_norm(y, self.conv2.weight.permute(0, 2, 3, 1), x, self.norm_weight, self.norm_bias, 1e-3)
+
+
+def test_convolutions_are_single_nodes_that_can_have_kernels():
+    spec = ExportSpec(
+        axes=(Axis(name="h", example=3), Axis(name="w", example=4)),
+        inputs=(TensorSpec(name="x", dims=(1, "h", "w", 16), dtype="float16"),),
+        outputs=(TensorSpec(name="y", dims=(1, "h", "w", 16), dtype="float16"),),
+        plugins={"Conv3x3": 1, "Conv3x3Norm": 1},
+    )
+    with torch.device("meta"):
+        model = with_function_bodies(export_module(Block().half(), spec))
+    assert [node.op_type for node in model.graph if node.op_type != "Transpose"] == ["Conv3x3", "Conv3x3Norm"]
+    proto = ir.serde.serialize_model(model)
+    assert add_cubins(proto, ["sm80"]) == 2
+    attributes = {
+        node.op_type: {each.name: onnx.helper.get_attribute_value(each) for each in node.attribute} for node in proto.graph.node
+    }
+    assert attributes["Conv3x3"]["activation"] == b"silu"
+    assert attributes["Conv3x3Norm"]["eps"] == pytest.approx(1e-3)
+    assert all(attributes[op]["launch"] and attributes[op]["cubins"] for op in ("Conv3x3", "Conv3x3Norm"))
