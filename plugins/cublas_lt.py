@@ -69,7 +69,7 @@ def _library() -> Any:
             tried.append(str(error))
     raise CublasError(
         f"got no cuBLASLt ({'; '.join(tried)}); expected CUDA's, which engines for this GPU run their matrix products with. "
-        "Install it: pip install 'nvidia-cublas>=13,<14'"
+        "Install it: pip install 'sana-deploy[hopper]', or 'nvidia-cublas>=13,<14'"
     )
 
 

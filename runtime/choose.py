@@ -17,7 +17,7 @@ _WORDS = ("auto", *get_args(BackendName))
 
 
 def make_backend(
-    bundle: Bundle, wanted: str, *, num_threads: int | None = None, cuda_graphs: bool = False, low_memory: bool = False
+    bundle: Bundle, wanted: str, *, num_threads: int | None = None, cuda_graphs: bool = True, low_memory: bool = False
 ) -> tuple[Backend, str]:
     """The backend and the reason for it, which also goes to the logger "runtime".
 

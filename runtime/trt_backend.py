@@ -27,7 +27,7 @@ _POLL_S = 2e-4  # a step takes some milliseconds
 _ROW = ALIGNMENT // 4  # float32s from one row of the table to the next on the device, so that every row is aligned
 
 
-def open_tensorrt(bundle: Bundle, *, cuda_graphs: bool = False, low_memory: bool = False) -> TensorRTBackend:
+def open_tensorrt(bundle: Bundle, *, cuda_graphs: bool = True, low_memory: bool = False) -> TensorRTBackend:
     """The backend for the GPU that is here. Cheapest check first; nothing of TensorRT loads before all have passed.
 
     Raises NoGpuError, ArchitectureError if the bundle has no engine for this GPU, TensorRTVersionError.
@@ -61,7 +61,7 @@ class TensorRTBackend:
         cuda: Cuda,
         sm: str,
         device: str,
-        cuda_graphs: bool = False,
+        cuda_graphs: bool = True,
         low_memory: bool = False,
     ) -> None:
         """sm: the device's architecture, "sm89". cuda_graphs: launch a picture's work as one graph from its second time on.

@@ -133,7 +133,7 @@ def test_refused(library, call):
 def test_not_installed(monkeypatch):
     monkeypatch.setattr(cublas_lt, "_paths", lambda: ["libnothing.so.13", "/nowhere/libcublasLt.so.13"])
     cublas_lt._library.cache_clear()
-    with pytest.raises(cublas_lt.CublasError, match=r"got no cuBLASLt \(libnothing.*nowhere.*pip install 'nvidia-cublas"):
+    with pytest.raises(cublas_lt.CublasError, match=r"got no cuBLASLt \(libnothing.*nowhere.*pip install 'sana-deploy"):
         cublas_lt._library()
 
 
