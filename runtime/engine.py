@@ -65,7 +65,8 @@ class SanaEngine:
         backend: "tensorrt", "onnxruntime", or "auto" (TensorRT where there is a GPU that the bundle has engines for).
         verify: compare the SHA-256 of every file first. num_threads: of ONNX Runtime; all that this process may use unless given.
         cuda_graphs: with TensorRT, all of a picture's steps and its decoding are one launch, from the second picture of a size on.
-            Without, Python queues each kernel, which takes it longer than a GPU of today. low_memory: the text encoder is unloaded after use, and loaded for the next text.
+            Without, Python queues each kernel, which takes it longer than a GPU of today needs to run it.
+        low_memory: the text encoder is unloaded after use, and loaded for the next text.
         progress: a bar on stderr for what lasts over a second; None means if stderr is a terminal.
         Raises BundleError for a bad bundle, and what runtime.choose.make_backend raises.
         """
