@@ -34,6 +34,7 @@ OPS = (
     "Conv3x3",
     "Conv3x3Norm",
     "CrossAttention",
+    "Fp8Quantize",
     "GatedDepthwiseConv",
     "GatedModulatedNorm",
     "Linear",
