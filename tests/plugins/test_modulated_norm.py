@@ -197,7 +197,7 @@ def test_cubins(target, rows):
         assert args[8:10] == [["i32", ["dim", 0, 1]], ["f32", EPS]]
 
 
-@pytest.mark.parametrize(("dim", "block", "warps"), [(1, 1, 1), (16, 16, 1), (1152, 2048, 4), (2240, 4096, 8), (20000, 32768, 16)])
+@pytest.mark.parametrize(("dim", "block", "warps"), [(1, 1, 1), (16, 16, 1), (1152, 2048, 1), (2240, 4096, 2), (20000, 32768, 16)])
 def test_warps(dim, block, warps):
     variant = op.Variant(dim=dim, rows=SECOND, time_rows=6)
     assert (variant.constants["BLOCK"], variant.num_warps) == (block, warps)
