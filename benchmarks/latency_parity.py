@@ -6,6 +6,7 @@ The bound is the project's: twice the error of PyTorch at the precision in quest
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
@@ -17,9 +18,10 @@ from apps.cli.verify import measure_component
 from benchmarks.latency_work import Arrays
 from engines.errors import MissingFileError
 from engines.parity_report import Bound, ErrorStats, bound_from, check, check_size, measure
-from engines.spec import ComponentName
+from engines.spec import ComponentName, Precision
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import DecoderForExport, TextEncoderForExport
+from sana_ref.fp8 import Fp8Linears
 from sana_ref.step import DenoiserStep
 
 if TYPE_CHECKING:
@@ -27,7 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DTYPES", "engine_errors", "golden_complaints", "network_output", "peer_error", "wider"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Of PyTorch beside it; for fp8 also of peers, who have nothing narrower.
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float16}
 FP32_CLOSE = 1e-5  # relative; how closely sana_ref and diffusers agree in fp32, by tests/parity
 MAIN_OUTPUT: Mapping[str, str] = {"text_encoder": "prompt_embeds", "denoiser": "next_latents", "decoder": "images"}
 
@@ -49,13 +52,16 @@ def _release(device: str) -> None:
 
 
 @torch.inference_mode()
-def _graph_output(component: ComponentName, checkpoint: Checkpoint, inputs: Arrays, dtype: torch.dtype, device: str) -> Tensor:
-    """What the reference makes of a component's inputs: the first output of the bundle's graph."""
+def _graph_output(
+    component: ComponentName, checkpoint: Checkpoint, inputs: Arrays, dtype: torch.dtype, device: str, *, fp8: bool = False
+) -> Tensor:
+    """What the reference makes of a component's inputs: the first output of the bundle's graph. fp8: with linear layers in it."""
     x = _tensors(inputs, device, dtype)
     if component == "denoiser":
         step = DenoiserStep(checkpoint.transformer(dtype, device))
         x |= {name: x[name].to(dtype) for name in ("text_keys", "text_values")}
-        return step(*(x[name] for name in step.input_names))[0]
+        with Fp8Linears(step.transformer) if fp8 else nullcontext():
+            return step(*(x[name] for name in step.input_names))[0]
     return network_output(component, checkpoint, inputs, dtype, device)
 
 
@@ -94,10 +100,11 @@ def engine_errors(
     """ "engine" and "pytorch", which has the component's precision; both against a wider PyTorch."""
     with engine.session(component) as session:
         got = session.run(inputs)[MAIN_OUTPUT[component]]
-    dtype = DTYPES[engine.manifest.precision[component]]
+    precision = engine.manifest.precision[component]
+    dtype = DTYPES[precision]
     exact = _array(_graph_output(component, checkpoint, inputs, wider(dtype), device))
     _release(device)
-    same = _array(_graph_output(component, checkpoint, inputs, dtype, device))
+    same = _array(_graph_output(component, checkpoint, inputs, dtype, device, fp8=precision == Precision.FP8))
     _release(device)
     return {"engine": measure(got, exact), "pytorch": measure(same, exact)}
 

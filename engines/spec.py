@@ -23,6 +23,7 @@ __all__ = [
     "Precision",
     "ShapeRange",
     "Target",
+    "check_precision",
     "component_precision",
     "nearest",
     "parse_precision",
@@ -59,7 +60,7 @@ class Target(StrEnum):
 # TensorRT for RTX compiles for these on any machine. An engine for another architecture is compiled on that GPU, as "current".
 AHEAD_OF_TIME_TARGETS = (Target.SM80, Target.SM86, Target.SM89, Target.SM120, Target.SM121)
 
-_BUILDABLE = (Precision.FP32, Precision.FP16, Precision.BF16)
+_BUILDABLE = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.FP8)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -86,12 +87,25 @@ def component_precision(precision: Precision) -> dict[ComponentName, Precision]:
     """The precision of each component in a build at `precision`.
 
     fp16 is for the denoiser and the text projection, which is a part of its network: Gemma-2's activations pass fp16's largest
-    number (65504), and DC-AE decodes to noise in it.
+    number (65504), and DC-AE decodes to noise in it. fp8 is for the denoiser alone, which is fp16 otherwise.
     Raises SpecError for a precision that cannot be built yet.
     """
     parse_precision(precision)
-    others = Precision.BF16 if precision is Precision.FP16 else precision
-    return {"text_encoder": others, "text_projection": precision, "denoiser": precision, "decoder": others}
+    half = precision in (Precision.FP16, Precision.FP8)
+    others = Precision.BF16 if half else precision
+    projection = Precision.FP16 if half else precision
+    return {"text_encoder": others, "text_projection": projection, "denoiser": precision, "decoder": others}
+
+
+def check_precision(precision: Precision, targets: Iterable[Target]) -> None:
+    """Raises SpecError if `precision` cannot be built for one of the architectures, or for none."""
+    targets = tuple(targets)
+    if precision is Precision.FP8 and targets != (Target.SM90,):
+        got = ", ".join(targets) or "no engines"
+        raise SpecError(
+            f"precision: got fp8 for {got}; expected sm90 alone: FP8 runs through cuBLASLt there, and is not built for others yet. "
+            f"Use --target current on an H100 or H200, or --precision {Precision.FP16}."
+        )
 
 
 def parse_targets(text: str, *, current: Callable[[], Target | None] | None = None) -> tuple[Target, ...]:

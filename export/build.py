@@ -22,7 +22,7 @@ from engines.errors import BundleError
 from engines.golden import golden_name
 from engines.manifest import BundleInfo, LatentInfo, PromptInfo, TensorRTInfo, graph_name
 from engines.parity_report import ParityReport
-from engines.spec import COMPONENTS, PX_PER_LATENT, ComponentName, Precision, ShapeRange, component_precision
+from engines.spec import COMPONENTS, PX_PER_LATENT, ComponentName, Precision, ShapeRange, check_precision, component_precision
 from engines.store import Store
 from export.components import Component, components, profiles
 from export.fingerprint import code, versions
@@ -64,6 +64,7 @@ class _Parts:
 
 def build(request: BuildRequest, progress: Progress) -> BuildResult:
     """Build the bundle at `request.out`. Raises SanaError, and leaves what is at `out` as it is then."""
+    check_precision(request.precision, request.targets)
     with progress.stage("read checkpoint") as stage:
         checkpoint = load(
             request.model,
@@ -74,6 +75,8 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
         )
         stage.note(f"{checkpoint.name}, sha256 {checkpoint.digest[:12]}")
     precisions = component_precision(request.precision)
+    if request.precision is Precision.FP8:
+        progress.say("  fp8 is the denoiser's linear layers alone: the rest of it is fp16, text encoder and decoder are bf16")
     if request.precision is Precision.FP16:
         progress.say("  fp16 is the denoiser's alone: Gemma-2 and DC-AE overflow in it, so text encoder and decoder are bf16")
     ranges = shape_range(

@@ -33,7 +33,13 @@ from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, 
 
 __all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles"]
 
-TORCH_DTYPES = {Precision.FP32: torch.float32, Precision.FP16: torch.float16, Precision.BF16: torch.bfloat16}
+# Of the module; FP8 is what its linear layers alone compute in (export/fp8_nodes.py).
+TORCH_DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.FP16: torch.float16,
+    Precision.BF16: torch.bfloat16,
+    Precision.FP8: torch.float16,
+}
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]  # input: smallest, most common, largest shape
 

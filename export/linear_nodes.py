@@ -14,7 +14,7 @@ from onnx import TensorProto, helper
 from engines.spec import Target
 from plugins import linear
 
-__all__ = ["use_linear_plugins", "wants_linear_plugins"]
+__all__ = ["remove_unused", "use_linear_plugins", "wants_linear_plugins"]
 
 _NARROW = {TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 _OF_CONSTANTS = frozenset({"Cast", "Concat", "Reshape", "Transpose"})  # what may lie between a weight and its product
@@ -32,7 +32,7 @@ def use_linear_plugins(model: onnx.ModelProto) -> int:
     for node in list(model.graph.node):
         if node.op_type in ("MatMul", "Gemm") and node.domain == "":
             count += graph.replace(node)
-    graph.sweep()
+    remove_unused(model.graph)
     if count and linear.DOMAIN not in {each.domain for each in model.opset_import}:
         model.opset_import.append(helper.make_opsetid(linear.DOMAIN, 1))
     return count
@@ -125,15 +125,16 @@ class _Graph:
             columns, depth = (dim.dim_value for dim in self.types[name].shape.dim)
         return int(columns), int(depth)
 
-    def sweep(self) -> None:
-        """Remove nodes that nothing uses any more, from the end."""
-        used = Counter(name for node in self.graph.node for name in node.input)
-        used.update(output.name for output in self.graph.output)
-        kept = []
-        for node in reversed(self.graph.node):
-            if any(used[name] for name in node.output):
-                kept.append(node)
-            else:
-                used.subtract(node.input)
-        del self.graph.node[:]
-        self.graph.node.extend(reversed(kept))
+
+def remove_unused(graph: onnx.GraphProto) -> None:
+    """Remove nodes that nothing uses, from the end."""
+    used = Counter(name for node in graph.node for name in node.input)
+    used.update(output.name for output in graph.output)
+    kept = []
+    for node in reversed(graph.node):
+        if any(used[name] for name in node.output):
+            kept.append(node)
+        else:
+            used.subtract(node.input)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))

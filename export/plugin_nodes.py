@@ -15,6 +15,7 @@ from export.translation import SANA_DOMAIN
 from plugins import (
     conv3x3,
     cross_attention,
+    fp8_quantize,
     gated_depthwise_conv,
     linear,
     modulated_norm,
@@ -66,6 +67,11 @@ def _conv3x3(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable
     return conv3x3.compile_cubins(node.op_type, targets, dtype, channels, outputs, activation=activation, eps=eps)
 
 
+def _fp8_quantize(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    x = type_of[node.input[0]]
+    return fp8_quantize.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value, len(x.shape.dim))
+
+
 def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     x = type_of[node.input[0]]
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -77,6 +83,7 @@ def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: I
         time_rows=widths[0] // dim,
         gate_time_rows=widths[1] // dim,
         rms=bool(given["rms"]),
+        quantized=bool(given.get("quantized", 0)),  # export/fp8_nodes.py
     )
     return modulated_norm.compile_cubins(targets, _TYPE_NAMES[x.elem_type], variant, given["eps"])
 
@@ -85,6 +92,7 @@ _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     conv3x3.NORM: _conv3x3,
     conv3x3.OP: _conv3x3,
     cross_attention.OP: _cross_attention,
+    fp8_quantize.OP: _fp8_quantize,
     gated_depthwise_conv.OP: _gated_depthwise_conv,
     modulated_norm.GATED: _modulated_norm,
     modulated_norm.PLAIN: _modulated_norm,
@@ -103,7 +111,7 @@ def add_cubins(model: onnx.ModelProto, targets: Iterable[Target]) -> int:
     type_of = {value.name: value.type.tensor_type for value in values}
     count = 0
     for node in model.graph.node:
-        if node.domain != SANA_DOMAIN or node.op_type == linear.OP:  # which has no kernels
+        if node.domain != SANA_DOMAIN or node.op_type in (linear.OP, linear.FP8):  # which have no kernels
             continue
         if node.op_type not in _ATTRIBUTES:
             raise BuildError(f"node {node.name!r}: got the op {node.op_type}; expected one of {', '.join(_ATTRIBUTES)}")

@@ -21,6 +21,7 @@ from engines.spec import Precision
 from export.cases import Arrays
 from export.components import TORCH_DTYPES, Component
 from export.wide import Wide
+from sana_ref.fp8 import Fp8Linears
 
 __all__ = ["CaseStats", "PyTorchErrors", "loaded", "make_reference", "reference_dtype", "run_module"]
 
@@ -71,7 +72,8 @@ def make_reference(
     module = loaded(component.module, load, TORCH_DTYPES[component.precision])
     exact_dtype = reference_dtype(component)
     golden = {case: Golden(inputs=dict(i), outputs=run_module(module, component, i, exact_dtype)) for case, i in cases.items()}
-    own = _errors(golden, lambda inputs: run_module(module, component, inputs))
+    with Fp8Linears(module.get_submodule("transformer")) if component.precision is Precision.FP8 else nullcontext():
+        own = _errors(golden, lambda inputs: run_module(module, component, inputs))
     fp32 = None
     if component.precision is not Precision.FP32 and exact_dtype is torch.float64:
         fp32 = _errors(golden, lambda inputs: run_module(module, component, inputs, torch.float32))

@@ -23,11 +23,13 @@ from engines.golden import Golden, load_golden, save_golden
 from engines.gpu import current_target, device_info
 from engines.manifest import BundleInfo
 from engines.parity_report import ComponentParity
-from engines.spec import AHEAD_OF_TIME_TARGETS, Target
+from engines.spec import AHEAD_OF_TIME_TARGETS, Precision, Target
 from engines.store import Store
 from export.cases import Arrays
 from export.components import Component, Profile
 from export.fingerprint import code, versions
+from export.fp8_nodes import DATA_NAME as FP8_DATA_NAME
+from export.fp8_nodes import use_fp8
 from export.grid import draw_grid
 from export.linear_nodes import use_linear_plugins, wants_linear_plugins
 from export.onnx_export import export_module, with_function_bodies
@@ -169,20 +171,24 @@ class Runner:
 
         def make(folder: Path, stage: Stage) -> None:
             model = onnx.load(graphs.folder / TYPED_NAME, load_external_data=False)
-            linears = use_linear_plugins(model) if wants_linear_plugins(targets, tensorrt.flavor()) else 0
-            add_cubins(model, targets)
-            onnx.save(model, folder / TYPED_NAME)
+            more = {linear.OP: use_linear_plugins(model) if wants_linear_plugins(targets, tensorrt.flavor()) else 0}
             log: list[str] = []
             with _beside(graphs.folder / DATA_NAME, folder), (folder / name).open("wb") as file:
+                if component.precision is Precision.FP8:
+                    added = use_fp8(model, folder)
+                    more |= added | {linear.OP: more[linear.OP] - added[linear.FP8]}
+                add_cubins(model, targets)
+                onnx.save(model, folder / TYPED_NAME)
                 report = tensorrt.build_engine_file(
                     folder / TYPED_NAME,
                     file,
                     profiles=profile,
                     targets=targets,
-                    expected_plugins={**component.spec.plugins, linear.OP: linears},
+                    expected_plugins={**component.spec.plugins, **more},
                     register_plugins=shell.register,
                     log=log.append,
                 )
+            (folder / FP8_DATA_NAME).unlink(missing_ok=True)
             (folder / _LOG).write_text("".join(f"{line}\n" for line in log), encoding="utf-8")
             plugins = ", ".join(f"{count} {op}" for op, count in report.plugins.items())
             stage.note(human_bytes(report.engine_bytes) + (f", plugins: {plugins}" if plugins else ""))
@@ -191,6 +197,7 @@ class Runner:
             "stage": "engine",
             "graphs": graphs.key,
             "targets": targets,
+            "precision": component.precision,
             "profile": profile,
             "tensorrt": [tensorrt.flavor(), tensorrt.version()],
             "code": code(_ENGINE_CODE),

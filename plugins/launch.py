@@ -18,7 +18,9 @@ Fields of format 2, every one required, no others allowed:
               "null" is a pointer that is 0 (Triton kernels end with two, for scratch memory that ours do not use)
     kernels   {"sm89": {"entry", "warps", "shared" (bytes), "offset", "size" (bytes, in cubins), "sha256"}, ...}
     product   null; or {"rows", "columns", "depth"}, expressions each: no kernel is launched, but cuBLASLt multiplies the inputs
-              x (rows, depth), weight (columns, depth) and, if there is a third, adds bias (columns,); grid and args are unused
+              x (rows, depth), weight (columns, depth) and, if there is a third, adds bias (columns,); grid and args are unused.
+              Where x and weight are int8, they are the bits of FP8 (e4m3), and two fp32 inputs follow them: the scales of x's rows
+              and of weight's
 
 Why not one plugin class per op, or a launch function in C++: an op would then exist twice, and an engine would only run where that
 code is installed. Needs the standard library only.
@@ -35,7 +37,12 @@ __all__ = ["FORMAT", "TYPES", "Expression", "Kernel", "Launch", "LaunchError", "
 
 FORMAT = 2
 TYPES = ("fp32", "fp16", "bf16", "int32", "int64", "int8", "uint8", "bool")
-PRODUCT_TYPES = frozenset({"fp32", "fp16", "bf16"})
+PRODUCTS: dict[tuple[str, ...], str] = {  # types of the inputs, without a bias, and of the output, which a bias shares
+    ("fp32", "fp32"): "fp32",
+    ("fp16", "fp16"): "fp16",
+    ("bf16", "bf16"): "bf16",
+    ("int8", "int8", "fp32", "fp32"): "fp16",
+}
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
@@ -130,17 +137,12 @@ class Launch:
     def _check_product(self, product: Product) -> None:
         for expression in (product.rows, product.columns, product.depth):
             _check(expression, len(self.inputs), self.op)
-        kinds = {*self.inputs, *(output.type for output in self.outputs)}
-        if (
-            len(kinds) != 1
-            or not kinds <= PRODUCT_TYPES
-            or len(self.inputs) not in (2, 3)
-            or len(self.outputs) != 1
-            or self.kernels
-        ):
+        inputs, outputs = tuple(self.inputs), [output.type for output in self.outputs]
+        biased = PRODUCTS.get(inputs[:-1]) == inputs[-1] if inputs else False
+        if self.kernels or outputs != [PRODUCTS.get(inputs[:-1] if biased else inputs)]:
             raise LaunchError(
-                f"{self.op}: got a product of {self.inputs} to {[output.type for output in self.outputs]} and {len(self.kernels)} "
-                f"kernels; expected two or three inputs and an output of one type of {', '.join(sorted(PRODUCT_TYPES))}, and none"
+                f"{self.op}: got a product of {self.inputs} to {outputs} and {len(self.kernels)} kernels; expected no kernels, and "
+                f"{' or '.join(f'{list(known)} to {out}' for known, out in PRODUCTS.items())}, with or without a bias of that type"
             )
 
     def to_json(self) -> bytes:

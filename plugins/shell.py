@@ -34,6 +34,7 @@ OPS = (
     "Conv3x3",
     "Conv3x3Norm",
     "CrossAttention",
+    "Fp8Linear",
     "Fp8Quantize",
     "GatedDepthwiseConv",
     "GatedModulatedNorm",
@@ -185,27 +186,31 @@ class ProductWork:
         from cuda.bindings import driver
 
         context = _ok(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
-        self._op, self._sizes, self._biased, self._empty = launch.op, product, len(launch.inputs) == 3, True
-        self._product = cublas_lt.Product(
-            launch.inputs[0], bias=self._biased, context_id=_ok(driver.cuCtxGetId(context), "cuCtxGetId")
-        )
+        self._op, self._sizes, self._empty = launch.op, product, True
+        self._scaled = launch.inputs[0] == "int8"
+        self._biased = len(launch.inputs) == (5 if self._scaled else 3)
+        dtype = "fp8" if self._scaled else launch.inputs[0]
+        self._product = cublas_lt.Product(dtype, bias=self._biased, context_id=_ok(driver.cuCtxGetId(context), "cuCtxGetId"))
 
     def prepare(self, dims: list[tuple[int, ...]]) -> None:
         rows, columns, depth = (evaluate(size, dims) for size in (self._sizes.rows, self._sizes.columns, self._sizes.depth))
-        bias = dims[2] if self._biased else (columns,)
-        if dims[0][-1] != depth or dims[1] != (columns, depth) or bias != (columns,):
-            raise LaunchError(f"{self._op}: got shapes {dims}; expected (…, {depth}), ({columns}, {depth}) and a bias of {columns}")
+        scales = [dims[0][:-1], (columns,)] if self._scaled else []
+        expected = [(*dims[0][:-1], depth), (columns, depth), *scales, *([(columns,)] if self._biased else [])]
+        if dims != expected:
+            raise LaunchError(f"{self._op}: got shapes {dims}; expected {expected}")
         self._empty = 0 in (rows, columns, depth)
         if not self._empty:
             self._product.prepare(rows, columns, depth)
 
     def queue(self, inputs: list[int], outputs: list[int], workspace: int, stream: int) -> None:
         x, weight, *rest = inputs
-        bias = rest[0] if rest else 0
         if any(address % ALIGNMENT for address in (*inputs, *outputs)):
             raise LaunchError(f"{self._op}: got {[*map(hex, (*inputs, *outputs))]}; expected multiples of {ALIGNMENT} bytes")
-        if not self._empty:
-            self._product.run(x, weight, bias, outputs[0], workspace, stream)
+        if self._empty:
+            return
+        x_scale, w_scale = rest[:2] if self._scaled else (0, 0)
+        bias = rest[-1] if self._biased else 0
+        self._product.run(x, weight, bias, outputs[0], workspace, stream, x_scale=x_scale, w_scale=w_scale)
 
 
 P = ParamSpec("P")

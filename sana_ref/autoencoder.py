@@ -20,7 +20,7 @@ from sana_ref import ops
 from sana_ref.config import config_from_json, refuse_unless
 from sana_ref.layers import GLUMBConv, RMSNorm
 
-__all__ = ["AutoencoderDC", "AutoencoderDCConfig", "MultiscaleLinearAttention", "average_channels", "repeat_channels"]
+__all__ = ["AutoencoderDC", "AutoencoderDCConfig", "MultiscaleLinearAttention", "average_channels", "per_stage", "repeat_channels"]
 
 BLOCK_TYPES = ("ResBlock", "EfficientViTBlock")
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu}

@@ -54,7 +54,7 @@ def test_a_decoder_whose_last_block_is_wider_than_the_norms_of_the_convolutions_
         PARTS["vae"],
         decoder_block_types="ResBlock",
         decoder_qkv_multiscales=((),) * 6,
-        decoder_block_out_channels=(32, 32, 32, 32, 32, 320),
+        decoder_block_out_channels=(32, 32, 32, 32, 128, 512),
     )
     model = write_checkpoint(tmp_path / "wide", **PARTS | {"vae": wide})
     bundle = build(request(tmp_path / "bundle", model=model, components=("decoder",)), quiet()).bundle

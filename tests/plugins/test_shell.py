@@ -327,8 +327,8 @@ class Products:
     def prepare(self, *sizes):
         self.calls.append(sizes)
 
-    def run(self, *addresses):
-        self.calls.append(addresses)
+    def run(self, *addresses, x_scale, w_scale):
+        self.calls.append((*addresses, x_scale, w_scale))
 
 
 @pytest.fixture
@@ -345,14 +345,24 @@ def test_product(linear_plugin):
     attached = linear_plugin.attach_to_context(None)
     for batch in (2, 2, 0):
         attached.enqueue(descs((batch, 5, 8), (6, 8), (6,)), descs((batch, 5, 6)), [16, 32, 48], [64], 80, 7)
-    assert Products.made[-1].calls == [("fp16", True, 1), (10, 6, 8), (16, 32, 48, 64, 80, 7), (16, 32, 48, 64, 80, 7)]
+    assert Products.made[-1].calls == [("fp16", True, 1), (10, 6, 8), *[(16, 32, 48, 64, 80, 7, 0, 0)] * 2]
+
+
+def test_product_of_fp8(driver, trt, monkeypatch):
+    """Bits and scales of both, then the bias."""
+    monkeypatch.setattr(shell.cublas_lt, "Product", Products)
+    Products.made.clear()
+    launch = Launch.from_json(linear.fp8_attributes(3, 16, 32, bias=True)["launch"])
+    attached = shell._classes(trt)[0](launch, b"").attach_to_context(None)
+    attached.enqueue(descs((2, 5, 32), (16, 32), (2, 5), (16,), (16,)), [], [16, 32, 48, 64, 80], [96], 112, 7)
+    assert Products.made[-1].calls == [("fp8", True, 1), (10, 16, 32), (16, 32, 80, 96, 112, 7, 48, 64)]
 
 
 @pytest.mark.parametrize(
     ("shapes", "addresses", "message"),
     [
-        (((2, 5, 9), (6, 8), (6,)), [16, 32, 48], r"got shapes .*; expected \(…, 8\), \(6, 8\) and a bias of 6"),
-        (((2, 5, 8), (6, 8), (5,)), [16, 32, 48], "and a bias of 6"),
+        (((2, 5, 9), (6, 8), (6,)), [16, 32, 48], r"got shapes .*; expected \[\(2, 5, 8\), \(6, 8\), \(6,\)\]"),
+        (((2, 5, 8), (6, 8), (5,)), [16, 32, 48], "expected"),
         (((2, 5, 8), (6, 8), (6,)), [16, 36, 48], "expected multiples of 16 bytes"),
     ],
 )

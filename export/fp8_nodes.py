@@ -1,0 +1,157 @@
+"""FP8 linear layers in a graph for TensorRT: weights in 8 bits with a scale a row, activations quantised a token at a time.
+
+Nothing is calibrated: a token's scale is its largest number over 448, found by the kernel that quantises it, and where a modulated
+norm makes the activations, that is the norm's kernel. cuBLASLt multiplies (plugins/cublas_lt.py); sums and results are as in fp16.
+Quantised are the layers of the transformer's blocks. The embeddings and the last projection, small in work, stay fp16, and so does
+linear attention between the layers, whose sums over all tokens would gather the error.
+
+sana_ref/fp8.py is the same in PyTorch. TensorRT knows the bits as int8, which plugins take and give.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from export.linear_nodes import remove_unused
+from plugins import fp8_quantize, linear, modulated_norm
+from sana_ref.fp8 import quantize_rows
+
+__all__ = ["DATA_NAME", "QUANTIZED", "use_fp8"]
+
+DATA_NAME = "fp8.bin"  # beside the graph, as long as it is compiled
+QUANTIZED = "quantized"  # the attribute of a modulated norm whose second output is bits, with a third, their scales
+_BLOCKS = "transformer_blocks."
+_NORMS = (modulated_norm.GATED, modulated_norm.PLAIN)
+
+
+def use_fp8(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
+    """Rewrite, in place, each `sana::Linear` of a transformer block. Returns how many nodes of each op were added.
+
+    folder: where the graph's weights are; their bits are written to DATA_NAME there. Raises ValueError for a weight whose sides are
+    no multiples of linear.FP8_MULTIPLE.
+    """
+    graph = _Graph(model.graph, folder)
+    chosen = [node for node in model.graph.node if node.op_type == linear.OP and _BLOCKS in " ".join(graph.sources(node.input[1]))]
+    quantized: dict[str, tuple[str, str]] = {}
+    counts = {linear.FP8: 0, fp8_quantize.OP: 0}
+    with (folder / DATA_NAME).open("wb") as file:
+        for node in chosen:
+            x, weight, *bias = node.input
+            source = graph.norm_behind(x, node, chosen) or x
+            if source not in quantized:
+                quantized[source], added = graph.quantize(source, chosen)
+                counts[fp8_quantize.OP] += added
+            bits, scale = graph.add_weight(weight, file.write, file.tell)
+            columns, depth = graph.shapes[weight]
+            made = linear.fp8_attributes(graph.rank(source), columns, depth, bias=bool(bias))
+            inputs = [quantized[source][0], bits, quantized[source][1], scale, *bias]
+            replacement = helper.make_node(linear.FP8, inputs, [*node.output], name=node.name, domain=linear.DOMAIN, **made)
+            node.CopyFrom(replacement)
+            counts[linear.FP8] += 1
+    remove_unused(model.graph)
+    return counts
+
+
+class _Graph:
+    def __init__(self, graph: onnx.GraphProto, folder: Path) -> None:
+        self.graph, self.folder = graph, folder
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.maker = {name: node for node in graph.node for name in node.output}
+        values = (*graph.value_info, *graph.input, *graph.output)
+        self.types: dict[str, Any] = {value.name: value.type.tensor_type for value in values}
+        self.shapes: dict[str, tuple[int, int]] = {}  # of weights
+
+    def sources(self, name: str) -> Iterator[str]:
+        """The initializers that a constant is made of."""
+        if name in self.constants:
+            yield name
+        for each in self.maker[name].input if name in self.maker else ():
+            yield from self.sources(each)
+
+    def rank(self, name: str) -> int:
+        return len(self.types[name].shape.dim)
+
+    def readers(self, name: str) -> Iterator[onnx.NodeProto]:
+        """Nodes that read it, also reshaped."""
+        for node in self.graph.node:
+            if name in node.input:
+                if node.op_type == "Reshape" and node.input[0] == name:
+                    yield from self.readers(node.output[0])
+                else:
+                    yield node
+
+    def norm_behind(self, x: str, reader: onnx.NodeProto, chosen: list[onnx.NodeProto]) -> str | None:
+        """What a modulated norm made, where x is that or a reshape of it, and layers that will be FP8 are all that read it.
+
+        A layer that reads it before it was reshaped has another shape as well: only where that is reshaped next, it may.
+        """
+        name = x
+        while name in self.maker and self.maker[name].op_type == "Reshape":
+            name = self.maker[name].input[0]
+        maker = self.maker.get(name)
+        if maker is None or maker.op_type not in _NORMS or maker.output[1] not in (name, f"{name}_bits"):
+            return None
+        next_nodes = [node for node in self.graph.node if reader.output[0] in node.input]
+        free = name == x or all(node.op_type == "Reshape" and self._is_whole(node.input[1]) for node in next_nodes)
+        return name if free and all(node in chosen or node.op_type == linear.FP8 for node in self.readers(name)) else None
+
+    def _is_whole(self, shape: str) -> bool:
+        """Whether a reshape to this shape asks for nothing that depends on the shape before."""
+        return shape not in self.constants or 0 not in numpy_helper.to_array(self.constants[shape])
+
+    def quantize(self, x: str, chosen: list[onnx.NodeProto]) -> tuple[tuple[str, str], int]:
+        """The names of x's bits and scales; and 1 if a node was added for them, 0 if the norm that makes x does it."""
+        bits, scale = f"{x}_bits", f"{x}_scale"
+        maker = self.maker.get(x)
+        if maker is not None and maker.op_type in _NORMS and all(node in chosen for node in self.readers(x)):
+            maker.output[1] = bits
+            maker.output.append(scale)
+            maker.attribute.append(helper.make_attribute(QUANTIZED, 1))
+            return (bits, scale), 0
+        node = helper.make_node(fp8_quantize.OP, [x], [bits, scale], name=bits, domain=linear.DOMAIN)
+        first = next(index for index, each in enumerate(self.graph.node) if x in each.input)
+        self.graph.node.insert(first, node)
+        return (bits, scale), 1
+
+    def value(self, name: str) -> NDArray[Any]:
+        """Of a constant, evaluated."""
+        if name in self.constants:
+            tensor = self.constants[name]
+            if tensor.data_location != TensorProto.EXTERNAL:
+                return numpy_helper.to_array(tensor)
+            where = {entry.key: entry.value for entry in tensor.external_data}  # onnx reads no file that has a second name
+            count = int(np.prod(tensor.dims, dtype=np.int64))
+            kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+            data = np.fromfile(self.folder / where["location"], kind, count, offset=int(where.get("offset", 0)))
+            return data.reshape(tuple(tensor.dims))
+        node = self.maker[name]
+        inputs = [self.value(each) for each in node.input]
+        if node.op_type == "Concat":
+            return np.concatenate(inputs, axis=helper.get_node_attr_value(node, "axis"))
+        if node.op_type == "Reshape":
+            return inputs[0].reshape([n or inputs[0].shape[i] for i, n in enumerate(inputs[1].tolist())])
+        raise ValueError(f"weight {name!r}: got it from a {node.op_type}; expected a Concat or a Reshape of constants")
+
+    def add_weight(self, name: str, write: Callable[[bytes], int], tell: Callable[[], int]) -> tuple[str, str]:
+        """The names of a weight's bits and scales, as new constants."""
+        bits_name, scale_name = f"{name}_bits", f"{name}_scale"
+        bits, scale = quantize_rows(torch.from_numpy(self.value(name)))
+        columns, depth = bits.shape
+        self.shapes[name] = (columns, depth)
+        if bits_name in self.constants:
+            return bits_name, scale_name
+        tensor = TensorProto(name=bits_name, data_type=TensorProto.INT8, dims=[columns, depth], data_location=TensorProto.EXTERNAL)
+        for key, value in (("location", DATA_NAME), ("offset", tell()), ("length", columns * depth)):
+            tensor.external_data.add(key=key, value=str(value))
+        write(bits.view(torch.uint8).numpy().tobytes())
+        scales = numpy_helper.from_array(scale.numpy(), scale_name)
+        for each in (tensor, scales):
+            self.graph.initializer.append(each)
+            self.constants[each.name] = each
+        return bits_name, scale_name
