@@ -11,6 +11,7 @@ from parity.interpreter import interpret
 from plugins import cubin
 from plugins import fp8_quantize as op
 from plugins.launch import Launch, evaluate
+from sana_ref.fp8 import quantize_rows
 
 INTERPRETED = ("fp16", "fp32")  # not bf16, on a GPU only: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
 SHAPES = [(7, 64), (2, 3, 100), (2, 2, 2, 2240), (3, 1), (1, 5600)]
@@ -80,6 +81,9 @@ def test_kernel(interpreted, shape, dtype):
     assert not bits[empty].any()
     assert (scale[empty] == 2.0**-126).all()
     assert (bits[~empty].view(torch.float8_e4m3fn).float().abs().amax(-1) == 448).all()
+    same, same_scale = quantize_rows(x)  # which takes the reciprocal as well
+    assert torch.equal(bits, same.view(torch.int8))
+    assert torch.equal(scale, same_scale)
 
 
 def test_what_is_not_finite_stays_so(interpreted):
