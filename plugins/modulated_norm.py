@@ -14,6 +14,10 @@ where they are used, so that no kernel slices or adds them before. Two ops, beca
 A program has one row of D in its registers, in fp32: the variance is that of centred values, and the norm that of the sum before it
 is rounded.
 
+Where products in fp8 follow, a build for TensorRT sets `quantized` of the Variant. The outputs are then hidden, bits (B, N, D) int8
+and scale (B, N) fp32: normed, quantised as in plugins/fp8_quantize.py and not rounded to x's type before. Function bodies and the
+op for PyTorch have no such form.
+
 Dimensions: B images, N tokens, D channels, R rows of a table. x, branch, hidden, normed (B, N, D); table, gate_table (R, D); time,
 gate_time (B, R D), or (B, D), which serves all rows alike.
 """
@@ -28,6 +32,7 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
+from plugins.fp8_quantize import check_target, quantized
 from plugins.launch import Output
 
 if TYPE_CHECKING:
@@ -61,6 +66,7 @@ def norm_kernel(
     gate_table,
     hidden,
     normed,
+    normed_scale,
     tokens,
     eps,
     SHIFT: tl.constexpr,
@@ -72,7 +78,7 @@ def norm_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program: one token. GATE: a row, or -1 for none."""
+    """A program: one token. GATE: a row, or -1 for none. normed_scale: None, or normed is of bits."""
     token = tl.program_id(0)
     image = token // tokens
     d_D = tl.arange(0, BLOCK)
@@ -89,7 +95,11 @@ def norm_kernel(
     shift_D = _row(time, table, image, d_D, live_D, SHIFT, TIME_ROWS, D)
     # Not rsqrt, which is off by two units in the last place, the same for a whole row: one number a row costs nothing.
     norm_D = hidden_D * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(hidden_D * hidden_D, axis=0) * (1.0 / D) + eps))
-    tl.store(normed + at_D, (norm_D * (1.0 + scale_D) + shift_D).to(normed.dtype.element_ty), mask=live_D)
+    normed_D = norm_D * (1.0 + scale_D) + shift_D
+    if normed_scale is not None:
+        normed_D, row_scale = quantized(normed_D, live_D)
+        tl.store(normed_scale + token, row_scale)
+    tl.store(normed + at_D, normed_D.to(normed.dtype.element_ty), mask=live_D)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,7 +107,8 @@ class Variant:
     """What a kernel is compiled for.
 
     dim: D. rows: of shift, scale and, where there is one, the gate in their tables. time_rows, gate_time_rows: R of their times, 1
-    if a time serves all rows alike. Raises ValueError where that does not fit together.
+    if a time serves all rows alike. quantized: bits and scale in place of normed. Raises ValueError where that does not
+    fit together.
     """
 
     dim: int
@@ -105,6 +116,7 @@ class Variant:
     time_rows: int
     gate_time_rows: int = 1
     rms: bool = False
+    quantized: bool = False
 
     def __post_init__(self) -> None:
         widest = (self.time_rows, self.time_rows, self.gate_time_rows)[: len(self.rows)]
@@ -133,40 +145,61 @@ def launch(
     branch: "torch.Tensor",
     modulation: "Modulation",
     gate: "Modulation | None",
-    outputs: "tuple[torch.Tensor, torch.Tensor]",
+    outputs: "tuple[torch.Tensor, ...]",
     *,
     rows: tuple[int, ...],
     rms: bool,
     eps: float,
 ) -> None:
-    """Write hidden and normed, the outputs. They, x and branch: contiguous, one shape and dtype of fp16, bf16, fp32, on the current
-    GPU, else ValueError; times and tables of any floating dtype."""
-    tensors = (x, branch, *outputs)
-    if not all(t.is_contiguous() and (t.shape, t.dtype, t.device) == (x.shape, x.dtype, x.device) for t in tensors):
+    """Write the outputs: hidden and normed, or hidden, bits and scale, which makes it the quantized variant.
+
+    x, branch, hidden and normed: one shape and dtype of fp16, bf16, fp32. bits: int8, of that shape. scale: (B, N), fp32. All
+    contiguous, on the current GPU, else ValueError. Times and tables: of any floating dtype.
+    """
+    tensors, same = (x, branch, *outputs), (x.shape, str(x.dtype))
+    last = [(x.shape, "torch.int8"), (x.shape[:-1], "torch.float32")] if len(outputs) == 3 else [same]
+    kinds = [same, same, same, *last]
+    if [(t.shape, str(t.dtype)) for t in tensors] != kinds or not all(t.is_contiguous() and t.device == x.device for t in tensors):
         seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in tensors)
-        raise ValueError(f"{PLAIN}: got {seen}; expected one shape (B, N, D), dtype and device, all contiguous")
+        raise ValueError(
+            f"{PLAIN}: got {seen}; expected one shape (B, N, D), dtype and device, all contiguous, or (B, N, D) int8 and "
+            "(B, N) fp32 in place of normed"
+        )
     if x.numel() == 0:
         return
     batch, tokens, dim = x.shape
     time, gate_time = modulation[0], (gate or modulation)[0]
     variant = Variant(
-        dim=dim, rows=rows, time_rows=time.shape[1] // dim, gate_time_rows=gate_time.shape[1] // dim if gate else 1, rms=rms
+        dim=dim,
+        rows=rows,
+        time_rows=time.shape[1] // dim,
+        gate_time_rows=gate_time.shape[1] // dim if gate else 1,
+        rms=rms,
+        quantized=len(outputs) == 3,
     )
     rest = (t.contiguous() for t in (*modulation, *(gate or modulation)))
-    norm_kernel[(batch * tokens,)](x, branch, *rest, *outputs, tokens, eps, **variant.constants, num_warps=variant.num_warps)
+    written = (*outputs, None)[:3]
+    norm_kernel[(batch * tokens,)](x, branch, *rest, *written, tokens, eps, **variant.constants, num_warps=variant.num_warps)
 
 
 @functools.cache
 def compile_cubin(capability: int, dtype: str, variant: Variant) -> Cubin:
-    """For an SM such as 89."""
-    pointers = (*INPUTS[GATED], "hidden", "normed")
-    signature = dict.fromkeys(pointers, f"*{dtype}") | {"tokens": "i32", "eps": "fp32"}
+    """For an SM such as 89. Raises ValueError for one that has no fp8, if the variant is quantized."""
+    constants: dict[str, int | bool | None] = {**variant.constants}
+    pointers = dict.fromkeys((*INPUTS[GATED], "hidden", "normed"), f"*{dtype}")
+    if variant.quantized:
+        check_target(variant.op, capability)
+        pointers |= {"normed": "*i8", "normed_scale": "*fp32"}
+    else:
+        constants["normed_scale"] = None  # so that the kernel has no such parameter
+    # In the order of the kernel's parameters.
+    signature = pointers | {"normed_scale": pointers.get("normed_scale", "constexpr"), "tokens": "i32", "eps": "fp32"}
     return cubin.compile_cubin(
         norm_kernel,
         capability,
         op=variant.op,
-        signature=signature | dict.fromkeys(variant.constants, "constexpr"),
-        constants=variant.constants,
+        signature=signature | dict.fromkeys(constants, "constexpr"),
+        constants=constants,
         aligned=pointers,
         num_warps=variant.num_warps,
     )
@@ -177,21 +210,26 @@ def compile_cubins(
 ) -> dict[str, str | bytes | int | float | list[int]]:
     """Every attribute of a node of `variant.op` for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of all tensors, else ValueError. The function bodies read rows, rms and eps.
+    dtype "fp16", "bf16" or "fp32" of all tensors but bits and scale, else ValueError, also for a target that lacks what the variant
+    needs. The function bodies read rows, rms and eps.
     """
     cubin.check_type(variant.op, dtype)
     shape = [["dim", 0, axis] for axis in range(2)]
     inputs = INPUTS[variant.op]
+    whole = [*shape, variant.dim]
+    outputs = [Output(type=dtype, shape=whole), Output(type="int8" if variant.quantized else dtype, shape=whole)]
+    if variant.quantized:
+        outputs.append(Output(type="fp32", shape=shape))
     found = cubin.attributes(
         variant.op,
         targets,
         lambda capability: compile_cubin(capability, dtype, variant),
         inputs=[dtype] * len(inputs),
-        outputs=[Output(type=dtype, shape=[*shape, variant.dim])] * 2,
+        outputs=outputs,
         grid=[["mul", *shape], 1, 1],
         args=[
             *(["in", index] for index in (0, 1, 2, 3, len(inputs) - 2, len(inputs) - 1)),  # without a gate the kernel reads no more
-            *(["out", index] for index in range(2)),
+            *(["out", index] for index in range(len(outputs))),
             ["i32", shape[1]],
             ["f32", eps],
         ],

@@ -35,6 +35,7 @@ OPS = (
     "Conv3x3Norm",
     "CrossAttention",
     "Fp8Linear",
+    "Fp8Quantize",
     "GatedDepthwiseConv",
     "GatedModulatedNorm",
     "Linear",

@@ -9,8 +9,10 @@ import torch
 from attention_graph import DTYPES, ONNX_TYPES
 from onnx import helper
 from parity.bound import assert_parity
+from parity.e4m3 import assert_e4m3, quantized_truth
 from parity.interpreter import interpret
 
+from plugins import cubin
 from plugins import modulated_norm as op
 from plugins.launch import Launch, evaluate
 from sana_ref import ops
@@ -48,6 +50,21 @@ def check(got, case, given, name):
     for part, one, peer, answer in zip(("hidden", "normed"), got, same, exact, strict=True):
         assert one.dtype == peer.dtype
         assert_parity(one.cpu(), same=peer.cpu(), exact=answer.cpu(), name=f"{name}: {part}")
+
+
+def check_quantized(got, case, given, name):
+    """got: hidden, bits, scale."""
+    same, exact = (
+        call(ops.modulated_norm_truth, case, [t.cpu().to(wide) for t in given]) for wide in (given[0].dtype, torch.float64)
+    )
+    hidden, bits, scale = (each.cpu() for each in got)
+    assert_parity(hidden, same=same[0], exact=exact[0], name=f"{name}: hidden")
+    quotient, wide_scale = quantized_truth(exact[1])
+    assert scale.dtype == torch.float32
+    # Sums and a norm cost a few of fp32's units of 2^-23: 2^-20 of a value or, where scale and shift cancel, of the row's largest.
+    # Of 448 that is less than a quarter of the step between e4m3's smallest numbers. Rounding to fp16 before would cost 2^-11.
+    torch.testing.assert_close(scale.double(), wide_scale, rtol=2.0**-20, atol=0)
+    assert_e4m3(bits, quotient, (quotient.abs() + 448) * 2.0**-20, f"{name}: bits")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -102,15 +119,23 @@ def test_wrong_shapes(change, rows):
 LAUNCH = f"""
 import torch
 from plugins import modulated_norm as kernel
-def launch(out, x, branch, time, table, *rest, rows, rms):
+def launch(out, x, branch, time, table, *rest, rows, rms, quantized=False):
     *gate, result = rest
-    kernel.launch(x, branch, (time, table), tuple(gate) or None, (result[0], result[1]), rows=rows, rms=rms, eps={EPS})
+    outputs = result[0], result[1]
+    if quantized:
+        outputs = torch.full_like(x, float("nan")), torch.full(x.shape, -1, dtype=torch.int8), torch.full(x.shape[:2], float("nan"))
+    kernel.launch(x, branch, (time, table), tuple(gate) or None, outputs, rows=rows, rms=rms, eps={EPS})
+    if quantized:
+        result[0], result[1, ..., :-1], result[1, ..., -1] = torch.nn.functional.pad(outputs[0], (0, 1)), outputs[1], outputs[2]
 """
 
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """(hidden, normed) by case and dtype, all from one process; "wrong": the first case with scale and shift exchanged."""
+    """(hidden, normed) by case and dtype, all from one process; "wrong": the first case with scale and shift exchanged.
+
+    By case, dtype and "quantized": what `unpacked` takes apart, fp32 (2, B, N, D + 1).
+    """
     folder = tmp_path_factory.mktemp("launch")
     (folder / "norm_launch.py").write_text(LAUNCH)
     named = [(case, dtype) for case in CASES for dtype in INTERPRETED]
@@ -119,16 +144,47 @@ def interpreted(tmp_path_factory):
         out = torch.empty(2, *case[0], dtype=DTYPES[dtype])
         calls.append(((out, *tensors(case, dtype)), {"rows": case[1], "rms": case[3]}))
     calls.append((calls[0][0], {"rows": (1, 0, 5), "rms": False}))
+    named.append("wrong")
+    for case in CASES:
+        for dtype in INTERPRETED:
+            out = torch.empty(2, *case[0][:2], case[0][2] + 1)
+            calls.append(((out, *tensors(case, dtype)), {"rows": case[1], "rms": case[3], "quantized": True}))
+            named.append((case, dtype, "quantized"))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         outputs = interpret("norm_launch:launch", calls)
-    return dict(zip([*named, "wrong"], outputs, strict=True))
+    return dict(zip(named, outputs, strict=True))
 
 
 @pytest.mark.parametrize("dtype", INTERPRETED)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kernel(interpreted, case, dtype):
     check(interpreted[case, dtype], case, tensors(case, dtype), f"kernel {case} {dtype}")
+
+
+def unpacked(out, dtype):
+    """(hidden, bits, scale) of a "quantized" output of `interpreted`: hidden and a column of zeros, bits and a column of scales."""
+    return out[0, ..., :-1].to(DTYPES[dtype]), out[1, ..., :-1].to(torch.int8), out[1, ..., -1]
+
+
+@pytest.mark.parametrize("dtype", INTERPRETED)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_quantized_kernel(interpreted, case, dtype):
+    got = unpacked(interpreted[case, dtype, "quantized"], dtype)
+    check_quantized(got, case, tensors(case, dtype), f"kernel {case} {dtype}")
+    assert torch.equal(got[0], interpreted[case, dtype][0])
+
+
+def test_errors_of_quantized_kernels_are_caught(interpreted):
+    case, given = CASES[0], tensors(CASES[0], "fp16")
+    hidden, bits, scale = unpacked(interpreted[case, "fp16", "quantized"], "fp16")
+    rounded = call(ops.modulated_norm_truth, case, [t.double() for t in given])[1].half().double()
+    early = (rounded / scale[..., None].double()).to(torch.float8_e4m3fn).view(torch.int8)
+    for wrong in (early, bits.roll(1, -1)):
+        with pytest.raises(AssertionError, match="values are wrong"):
+            check_quantized((hidden, wrong, scale), case, given, "wrong")
+    with pytest.raises(AssertionError, match="not close"):
+        check_quantized((hidden, bits, scale * 1.001), case, given, "wrong")
 
 
 def test_planted_error_is_caught(interpreted):
@@ -145,6 +201,19 @@ def test_op_on_gpu(case, dtype):
     got = call(ops.modulated_norm, case, given)
     check(got, case, given, f"op {case} {dtype}")
     assert all(torch.equal(one, other) for one, other in zip(got, call(ops.modulated_norm, case, given), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", [*CASES, ((2, 1024, 2240), FIRST, 6, False)], ids=str)
+def test_quantized_kernel_on_gpu(case, dtype):
+    """Where the conversion to e4m3 is the hardware's."""
+    x, branch, time, table, *gate = given = [t.cuda() for t in tensors(case, dtype)]
+    bits, scale = torch.full_like(x, -1, dtype=torch.int8), torch.full_like(x[..., 0], float("nan"), dtype=torch.float32)
+    got = torch.full_like(x, float("nan")), bits, scale
+    op.launch(x, branch, (time, table), tuple(gate) or None, got, rows=case[1], rms=case[3], eps=EPS)
+    check_quantized(got, case, given, f"kernel {case} {dtype}")
 
 
 def body_model(dtype, case, given):
@@ -197,7 +266,24 @@ def test_cubins(target, rows):
         assert args[8:10] == [["i32", ["dim", 0, 1]], ["f32", EPS]]
 
 
-@pytest.mark.parametrize(("dim", "block", "warps"), [(1, 1, 1), (16, 16, 1), (1152, 2048, 4), (2240, 4096, 8), (20000, 32768, 16)])
+@pytest.mark.parametrize("rows", [FIRST, SECOND], ids=str)
+@pytest.mark.parametrize("target", ["sm89", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm120"))])
+def test_quantized_cubins(target, rows):
+    variant = op.Variant(dim=2240, rows=rows, time_rows=6, gate_time_rows=6, quantized=True)
+    for dtype in DTYPES:
+        attributes = op.compile_cubins([target], dtype, variant, EPS)
+        launch = Launch.from_json(attributes["launch"])
+        assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
+        assert (launch.op, launch.inputs) == (variant.op, [dtype] * len(op.INPUTS[variant.op]))
+        dims = [(2, 1024, 2240)] * 2 + [(2, 6 * 2240), (6, 2240)] * (len(rows) - 1)
+        assert [output.type for output in launch.outputs] == [dtype, "int8", "fp32"]
+        shapes = [[evaluate(size, dims) for size in output.shape] for output in launch.outputs]
+        assert shapes == [[2, 1024, 2240], [2, 1024, 2240], [2, 1024]]
+        args = json.loads(launch.to_json())["args"]
+        assert args[6:11] == [["out", 0], ["out", 1], ["out", 2], ["i32", ["dim", 0, 1]], ["f32", EPS]]
+
+
+@pytest.mark.parametrize(("dim", "block", "warps"), [(1, 1, 1), (16, 16, 1), (1152, 2048, 1), (2240, 4096, 2), (20000, 32768, 16)])
 def test_warps(dim, block, warps):
     variant = op.Variant(dim=dim, rows=SECOND, time_rows=6)
     assert (variant.constants["BLOCK"], variant.num_warps) == (block, warps)
@@ -212,3 +298,10 @@ def test_bad_arguments():
     ones = torch.ones(1, 2, 16)
     with pytest.raises(ValueError, match=r"expected one shape \(B, N, D\), dtype and device, all contiguous"):
         op.launch(ones, ones[:, :1], (ones[0], ones[0]), None, (ones, ones), rows=SECOND, rms=False, eps=EPS)
+    bits, scale = ones.to(torch.int8), ones[..., 0].contiguous()
+    for outputs in ((ones, bits), (ones, ones, scale), (ones, bits, scale.half()), (ones, bits, scale[:, :1]), (ones,)):
+        with pytest.raises(ValueError, match=r"or \(B, N, D\) int8 and \(B, N\) fp32 in place of normed"):
+            op.launch(ones, ones, (ones[0], ones[0]), None, outputs, rows=SECOND, rms=False, eps=EPS)
+    for old in (sm for sm in cubin.CAPABILITIES if sm < 89):
+        with pytest.raises(ValueError, match=f"ModulatedNorm: got target sm{old}; expected sm89 or newer"):
+            op.compile_cubins([f"sm{old}"], "fp16", op.Variant(dim=16, rows=SECOND, time_rows=6, quantized=True), EPS)

@@ -1,0 +1,27 @@
+"""What fp8 quantisation row by row is compared with."""
+
+import torch
+
+__all__ = ["assert_e4m3", "quantized_truth"]
+
+
+def quantized_truth(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x / scale (…, D), which rounds to the bits; scale (…)) of x (…, D): fp64 if x is, else fp32. x is on a CPU, where
+    PyTorch divides; on a GPU it multiplies by the reciprocal."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (wide.abs().amax(-1) / 448).clamp(min=2.0**-126)
+    return wide / scale[..., None], scale
+
+
+def assert_e4m3(bits: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor, name: str) -> None:
+    """bits: int8, those of e4m3. Each is what a number within `tolerance` of `exact` rounds to, and NaN where `exact` is NaN."""
+    assert bits.dtype == torch.int8
+    got = bits.view(torch.float8_e4m3fn).double()
+    low, high = ((exact + sign * tolerance).clamp(-448, 448).to(torch.float8_e4m3fn).double() for sign in (-1, 1))
+    wrong = ~(((low <= got) & (got <= high)) | (got.isnan() & exact.isnan()))
+    if wrong.any():
+        at = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} values are wrong, the first at {at}: got {got[at]}; expected {low[at]} "
+            f"to {high[at]}, {exact[at]} rounded"
+        )
