@@ -70,7 +70,7 @@ GRAPHS: dict[ComponentName, tuple[str, dict[str, tuple[int, ...]]]] = {
             image = Tanh (y)
             mask4 = Unsqueeze (prompt_mask, three)
             both = Add (text_keys, text_values)
-            both4 = Squeeze (both, zero_three)
+            both4 = ReduceSum <keepdims = 0> (both, zero_three)  # not Squeeze, which TensorRT for RTX 1.6 refuses
             kept = Mul (both4, mask4)
             text_sum = ReduceSum <keepdims = 0> (kept, two)
             text = MatMul (text_sum, project)
