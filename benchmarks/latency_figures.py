@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.figures import record
+from benchmarks.latency_floor import Floor, decoder_floor, denoiser_floor
 from benchmarks.latency_history import Record
 from benchmarks.latency_work import PROMPT
 from engines.gpu import device_info
@@ -60,6 +61,15 @@ def size_name(checkpoint: Checkpoint) -> str:
     return "tiny" if count < 100e6 else f"{round(count / 1e8) * 100}m"
 
 
+def floor_of(checkpoint: Checkpoint, found: Record) -> Floor:
+    size = {"width": found.width, "height": found.height}
+    if found.component == "decoder":
+        return decoder_floor(checkpoint.vae_config, batch=found.batch, **size)
+    config = checkpoint.transformer_config
+    texts = found.batch * (1 if config.guidance_embeds else 2)
+    return denoiser_floor(config, texts=texts, precision=found.precision, **size)
+
+
 def record_figures(
     engine: SanaEngine,
     checkpoint: Checkpoint,
@@ -93,11 +103,14 @@ def record_figures(
             found for found in records
             if (found.component, found.width, found.height, found.batch) == (component, first.width, first.height, 1)
         )  # fmt: skip
+        floor = floor_of(checkpoint, beside)
+        peers = {name: round(other.ms, 4) for name, other in beside.references.items() if other.rms_error is not None}
+        words = f"floor: products {floor.products_ms:.2f} ms, traffic {floor.traffic_ms:.2f}"
         keep(
             f"{names[component]}_{beside.precision}_ms",
             times[f"{stage}_ms"],
-            peer={name: round(other.ms, 4) for name, other in beside.references.items() if other.rms_error is not None},
-            note="; ".join(filter(None, (f"rms error {ratio:.2f} x PyTorch's", note, unsupported))),
+            peer=peers | {"floor": round(floor.ms, 4)},
+            note="; ".join(filter(None, (f"rms error {ratio:.2f} x PyTorch's", words, note, unsupported))),
         )
     if size == "tiny":
         keep("tiny_picture_gpu_ms", times["wall_ms"], note=f"{steps} steps, {px}, prompt to PNG; {unsupported}")

@@ -1,0 +1,122 @@
+"""The least that a step or a decode could take on this GPU: its matrix products, and its memory traffic at the rate of a copy.
+
+Of a denoiser step: the products of all blocks, each with weights of its own, in one CUDA graph through PyTorch, plus what lies
+between them, if every tensor between two products were read and written once. Of a decode: its FLOPs at the rate of the fastest
+GEMM. Both are measured in the run that compares with them. FP8 products have a scale a row, as ours.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.latency_yardstick import copy_rate, gemm_rate
+from engines.spec import PX_PER_LATENT
+from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig
+from sana_ref.build import empty
+
+if TYPE_CHECKING:
+    from sana_ref.transformer import SanaTransformerConfig
+
+__all__ = ["Floor", "Product", "decoder_floor", "decoder_flops", "denoiser_floor", "products", "traffic_bytes"]
+
+BIG_GEMM = (8192, 8192, 8192)
+ROUNDS = 20
+HALF = 2  # bytes
+
+
+@dataclass(frozen=True)
+class Product:
+    rows: int
+    columns: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Floor:
+    products_ms: float
+    traffic_ms: float
+
+    @property
+    def ms(self) -> float:
+        return self.products_ms + self.traffic_ms
+
+
+def _inner(config: SanaTransformerConfig) -> int:
+    """E, of a half of the mix-FFN."""
+    return int(config.mlp_ratio * config.dim)
+
+
+def products(config: SanaTransformerConfig, rows: int) -> list[Product]:
+    """Of one block, for `rows` tokens in all: q, k and v; out; the text's q and out; both of the mix-FFN."""
+    dim, inner = config.dim, _inner(config)
+    small = Product(rows, dim, dim)
+    return [Product(rows, 3 * dim, dim), small, small, small, Product(rows, 2 * inner, dim), Product(rows, dim, inner)]
+
+
+def traffic_bytes(config: SanaTransformerConfig, rows: int) -> int:
+    """Of one block in half precision, between its products.
+
+    Widths of a token: k and v for the state, q and out of linear attention; the first sum (2 in, 1 out); q and out of
+    cross-attention; two norms with their sums (2 in, 2 out each); the convolution's 2 E in, E out. Its text is small.
+    """
+    return rows * HALF * ((2 + 2 + 3 + 2 + 8) * config.dim + 3 * _inner(config))
+
+
+def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, texts: int, precision: str) -> Floor:
+    """texts: pictures times texts a picture. precision: "fp16", "bf16" or "fp8". Needs a GPU."""
+    rows = texts * (width // PX_PER_LATENT // config.patch_size) * (height // PX_PER_LATENT // config.patch_size)
+    calls = [_call(product, precision) for _ in range(config.num_layers) for product in products(config, rows)]
+    traffic = config.num_layers * traffic_bytes(config, rows) / copy_rate(gpu=True)
+    return Floor(_graph_ms(calls), 1000 * traffic)
+
+
+def _call(product: Product, precision: str) -> Callable[[], object]:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
+    x = torch.randn(product.rows, product.depth, device="cuda", dtype=dtype)
+    w = torch.randn(product.columns, product.depth, device="cuda", dtype=dtype)
+    bias = torch.zeros(product.columns, device="cuda", dtype=dtype)
+    if precision != "fp8":
+        return lambda: torch.nn.functional.linear(x, w, bias)
+    x_bits, w_bits = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    x_scale, w_scale = torch.ones(product.rows, 1, device="cuda"), torch.ones(1, product.columns, device="cuda")
+    return lambda: torch._scaled_mm(x_bits, w_bits.t(), x_scale, w_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
+
+
+def _graph_ms(calls: list[Callable[[], object]]) -> float:
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(ROUNDS):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended))
+    return statistics.median(times[2:])
+
+
+def decoder_flops(config: AutoencoderDCConfig, *, width: int, height: int, batch: int) -> int:
+    """Of its convolutions and matrix products; a multiply and an add are two."""
+    model = empty(lambda: AutoencoderDC(config))
+    latents: Tensor = torch.empty(batch, config.latent_channels, height // PX_PER_LATENT, width // PX_PER_LATENT, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model.decode(latents)
+    return int(counter.get_total_flops())
+
+
+def decoder_floor(config: AutoencoderDCConfig, *, width: int, height: int, batch: int = 1) -> Floor:
+    """In bf16 or fp16, whose rate is the same. Needs a GPU."""
+    return Floor(1000 * decoder_flops(config, width=width, height=height, batch=batch) / gemm_rate(BIG_GEMM, gpu=True), 0.0)
