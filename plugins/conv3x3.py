@@ -71,6 +71,7 @@ def _taps_within(pixel_M, height, width):
 
 @triton.jit
 def convolved(
+    sums_MN,
     x,
     weight,
     picture,
@@ -84,7 +85,7 @@ def convolved(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(M, N), fp32: from pixel `start` of a picture, counted along its rows, and channels out; zero for channels past the end."""
+    """sums_MN plus (M, N), fp32: from pixel `start` of a picture, counted along its rows, and channels out; zero past the end."""
     m_M, k_K = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     taps_M = _taps_within(start + m_M, height, width)
     # int64: a picture of 4096 px alone has 2**31 elements at 128 channels. From there on 32 bits do: a tap is a row or so away.
@@ -92,7 +93,6 @@ def convolved(
     x_MK = m_M[:, None] * C + k_K[None, :]
     weight_KN = n_N[None, :] * (9 * C) + k_K[:, None]
     num_blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K  # of a tap
-    sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(9 * num_blocks):  # one loop, so that loads run ahead from tap to tap
         tap, first = step // num_blocks, step % num_blocks * BLOCK_K
         down, right = tap // 3 - 1, tap % 3 - 1
@@ -153,7 +153,8 @@ def conv_kernel(
     """A program: M pixels of a picture, N channels."""
     picture = tl.program_id(1)
     start, n_N = block_of(height * width, N, BLOCK_M, BLOCK_N, GROUP_M)
-    sums_MN = convolved(x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
+    sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums_MN = convolved(sums_MN, x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
     sums_MN += row_of(bias, n_N, N)
     if ACTIVATION == "silu":
         sums_MN = silu(sums_MN)
@@ -185,7 +186,8 @@ def norm_kernel(
     picture = tl.program_id(1)
     start = tl.program_id(0) * BLOCK_M
     n_N = tl.arange(0, BLOCK_N)
-    conv_MN = convolved(x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
+    conv_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    conv_MN = convolved(conv_MN, x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
     scale_M = tl.rsqrt(tl.sum(conv_MN * conv_MN, axis=1) / N + eps)  # past the end of the channels the sums are zero
     normed_MN = conv_MN * scale_M[:, None] * row_of(norm_weight, n_N, N) + row_of(norm_bias, n_N, N)
     first, at_MN, live_MN = _outputs_at(picture, start, n_N, height, width, N, BLOCK_M)

@@ -58,16 +58,20 @@ def kernel(
     """A program: M pixels of a picture, Q columns of the product. REPEATS: 0 without the shortcut."""
     picture = tl.program_id(1)
     start, q_Q = block_of(height * width, 4 * N, BLOCK_M, BLOCK_N, GROUP_M)
-    sums_MQ = convolved(x, weight, picture, start, q_Q, height, width, C, 4 * N, BLOCK_M, BLOCK_N, BLOCK_K)
-    sums_MQ += row_of(bias, q_Q, 4 * N)
     pixel_M = start + tl.arange(0, BLOCK_M)
     live_MQ = (pixel_M < height * width)[:, None] & (q_Q < 4 * N)[None, :]
     corner_Q, n_Q = q_Q // N, q_Q % N
+    # Bias and shortcut come first: behind the sum, whose registers are half of all, the shortcut's would not fit (SM 90).
+    sums_MQ = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + row_of(bias, q_Q, 4 * N)
     if REPEATS:
-        from_Q = (4 * n_Q + corner_Q) // REPEATS
-        x += (picture.to(tl.int64) * height * width + start) * C  # int64 as in `convolved`
+        if REPEATS % 4 == 0:
+            from_Q = n_Q // (REPEATS // 4)  # the same, and shows that neighbours in y are neighbours in x: loads of 16 bytes
+        else:
+            from_Q = (4 * n_Q + corner_Q) // REPEATS
+        pixels = x + (picture.to(tl.int64) * height * width + start) * C  # int64 as in `convolved`
         at_MQ = tl.arange(0, BLOCK_M)[:, None] * C + from_Q[None, :]
-        sums_MQ += tl.load(x + at_MQ, mask=live_MQ, other=0.0).to(tl.float32)
+        sums_MQ += tl.load(pixels + at_MQ, mask=live_MQ, other=0.0).to(tl.float32)
+    sums_MQ = convolved(sums_MQ, x, weight, picture, start, q_Q, height, width, C, 4 * N, BLOCK_M, BLOCK_N, BLOCK_K)
     # From the first of the program's rows on 32 bits do: 128 pixels are at most 128 rows, and few of those if they are long.
     first = start // width
     y += (picture.to(tl.int64) * height + first) * (4 * N) * width
