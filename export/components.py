@@ -12,7 +12,15 @@ from torch import nn
 
 from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange
 from export.onnx_export import Axis, ExportSpec, TensorSpec
-from plugins import conv3x3, cross_attention, gated_depthwise_conv, modulated_norm, qkv_linear_attention
+from plugins import (
+    conv3x3,
+    conv3x3_upsample,
+    cross_attention,
+    gated_depthwise_conv,
+    modulated_norm,
+    qkv_linear_attention,
+    relu_linear_attention,
+)
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, per_stage
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import (
@@ -166,25 +174,32 @@ def denoiser(config: SanaTransformerConfig, precision: Precision, max_sequence_l
     )
 
 
-def decoder_plugins(config: AutoencoderDCConfig) -> dict[str, int]:
+def decoder_plugins(config: AutoencoderDCConfig, *, fused: bool) -> dict[str, int]:
     """How many nodes of each op the decoder's graph has."""
     widths, depths = config.decoder_block_out_channels, config.decoder_layers_per_block
     types = per_stage(config.decoder_block_types, len(widths))
     residual = [(width, depth) for kind, width, depth in zip(types, widths, depths, strict=True) if kind == "ResBlock"]
+    num_attention = sum(depths) - sum(depth for _, depth in residual)
+    if not fused:
+        return {relu_linear_attention.OP: num_attention} if num_attention else {}
     num_norms = sum(depth for width, depth in residual if width <= conv3x3.MAX_NORM)
     num_convs = 2 * sum(depth for _, depth in residual) - num_norms
-    num_ups = sum(depth > 0 for depth in depths[:-1])
-    num_attention = sum(depths) - sum(depth for _, depth in residual)
-    counts = {conv3x3.NORM: num_norms, conv3x3.OP: 2 + num_ups + num_convs}  # 2: the first and the last of all
+    num_ups = sum(depth > 0 for depth in depths[:-1]) + (depths[0] == 0)  # an empty first stage: the last convolution
+    num_convs += 1 + (depths[0] > 0)  # the first and the last of all
+    shuffled = config.upsample_block_type == "pixel_shuffle"
+    counts = {conv3x3.NORM: num_norms, conv3x3.OP: num_convs + (0 if shuffled else num_ups)}
+    counts[conv3x3_upsample.OP] = num_ups if shuffled else 0
     attention = (gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE)
     counts |= dict.fromkeys(attention, num_attention)
     return {op: count for op, count in counts.items() if count}
 
 
 def decoder(config: AutoencoderDCConfig, precision: Precision) -> Component:
+    """Fused in half precision; the kernels' sums are not as exact in fp32 as PyTorch's (sana_ref/conv_ops.py)."""
+    fused = precision is not Precision.FP32
     with torch.device("meta"):
         vae = AutoencoderDC(config)
-        module = DecoderForExport(vae, FusedDecoder(vae.decoder))
+        module = DecoderForExport(vae, FusedDecoder(vae.decoder) if fused else None)
     cells = config.px_per_latent
     return Component(
         name="decoder",
@@ -197,7 +212,7 @@ def decoder(config: AutoencoderDCConfig, precision: Precision) -> Component:
             axes=_axes("batch", "height", "width"),
             inputs=(TensorSpec(name=DECODER_INPUTS[0], dims=("batch", config.latent_channels, "height", "width")),),
             outputs=(TensorSpec(name=DECODER_OUTPUTS[0], dims=("batch", config.in_channels, f"{cells}*height", f"{cells}*width")),),
-            plugins=decoder_plugins(config),
+            plugins=decoder_plugins(config, fused=fused),
         ),
     )
 

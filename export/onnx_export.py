@@ -25,7 +25,15 @@ from engines.errors import BuildError
 from export.accumulation import accumulate_in_fp32
 from export.scalars import keep_scalars_exact
 from export.translation import OPSET, SANA_DOMAIN, translation_table
-from plugins import conv3x3, cross_attention, gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
+from plugins import (
+    conv3x3,
+    conv3x3_upsample,
+    cross_attention,
+    gated_depthwise_conv,
+    modulated_norm,
+    qkv_linear_attention,
+    relu_linear_attention,
+)
 
 __all__ = ["Axis", "ExportSpec", "TensorSpec", "count_plugin_nodes", "export_module", "with_function_bodies"]
 
@@ -215,6 +223,7 @@ def with_function_bodies(model: ir.Model) -> ir.Model:
     bodies: dict[str, Callable[[int], onnx.FunctionProto]] = {
         conv3x3.NORM: functools.partial(conv3x3.function_body, conv3x3.NORM),
         conv3x3.OP: functools.partial(conv3x3.function_body, conv3x3.OP),
+        conv3x3_upsample.OP: conv3x3_upsample.function_body,
         cross_attention.OP: cross_attention.function_body,
         gated_depthwise_conv.OP: gated_depthwise_conv.function_body,
         modulated_norm.GATED: functools.partial(modulated_norm.function_body, modulated_norm.GATED),

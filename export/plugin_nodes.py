@@ -14,6 +14,7 @@ from engines.spec import Target
 from export.translation import SANA_DOMAIN
 from plugins import (
     conv3x3,
+    conv3x3_upsample,
     cross_attention,
     fp8_quantize,
     gated_depthwise_conv,
@@ -67,6 +68,13 @@ def _conv3x3(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable
     return conv3x3.compile_cubins(node.op_type, targets, dtype, channels, outputs, activation=activation, eps=eps)
 
 
+def _conv3x3_upsample(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    x, out = type_of[node.input[0]], type_of[node.output[0]]
+    channels, outputs = (tensor.shape.dim[-1].dim_value for tensor in (x, out))
+    repeats = next((a.i for a in node.attribute if a.name == "repeats"), 0)
+    return conv3x3_upsample.compile_cubins(targets, _TYPE_NAMES[x.elem_type], channels, outputs, repeats)
+
+
 def _fp8_quantize(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     x = type_of[node.input[0]]
     return fp8_quantize.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value, len(x.shape.dim))
@@ -91,6 +99,7 @@ def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: I
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     conv3x3.NORM: _conv3x3,
     conv3x3.OP: _conv3x3,
+    conv3x3_upsample.OP: _conv3x3_upsample,
     cross_attention.OP: _cross_attention,
     fp8_quantize.OP: _fp8_quantize,
     gated_depthwise_conv.OP: _gated_depthwise_conv,

@@ -17,7 +17,15 @@ from onnx.defs import OpSchema
 from onnxscript import values
 from onnxscript.onnx_opset import opset23 as op
 
-from plugins import conv3x3, cross_attention, gated_depthwise_conv, modulated_norm, qkv_linear_attention, relu_linear_attention
+from plugins import (
+    conv3x3,
+    conv3x3_upsample,
+    cross_attention,
+    gated_depthwise_conv,
+    modulated_norm,
+    qkv_linear_attention,
+    relu_linear_attention,
+)
 
 __all__ = ["OPSET", "SANA_DOMAIN", "translation_table"]
 
@@ -77,6 +85,13 @@ def _conv3x3(x: Any, weight: Any, bias: Any, activation: str = "none") -> Any:
 
 def _conv3x3_norm(x: Any, weight: Any, residual: Any, norm_weight: Any, norm_bias: Any, eps: float = conv3x3.EPS) -> Any:
     return _CONV3X3_NORM(x, weight, residual, norm_weight, norm_bias, eps=eps)
+
+
+_CONV3X3_UPSAMPLE = _sana_op(conv3x3_upsample.OP, conv3x3_upsample.INPUTS, {"repeats": OpSchema.AttrType.INT})
+
+
+def _conv3x3_upsample(x: Any, weight: Any, bias: Any, repeats: int = 0) -> Any:
+    return _CONV3X3_UPSAMPLE(x, weight, bias, repeats=repeats)
 
 
 _SPLIT = {"split": OpSchema.AttrType.INTS, "axis": OpSchema.AttrType.INT}
@@ -154,6 +169,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     return {
         torch.ops.sana.conv3x3.default: _conv3x3,
         torch.ops.sana.conv3x3_norm.default: _conv3x3_norm,
+        torch.ops.sana.conv3x3_upsample.default: _conv3x3_upsample,
         torch.ops.sana.cross_attention.default: _cross_attention,
         torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
         torch.ops.sana.modulated_norm.default: _modulated_norm,

@@ -70,7 +70,8 @@ def _taps_within(pixel_M, height, width):
 
 
 @triton.jit
-def _convolved(
+def convolved(
+    sums_MN,
     x,
     weight,
     picture,
@@ -84,7 +85,7 @@ def _convolved(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(M, N), fp32: from pixel `start` of a picture, counted along its rows, and channels out; zero for channels past the end."""
+    """sums_MN plus (M, N), fp32: from pixel `start` of a picture, counted along its rows, and channels out; zero past the end."""
     m_M, k_K = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     taps_M = _taps_within(start + m_M, height, width)
     # int64: a picture of 4096 px alone has 2**31 elements at 128 channels. From there on 32 bits do: a tap is a row or so away.
@@ -92,7 +93,6 @@ def _convolved(
     x_MK = m_M[:, None] * C + k_K[None, :]
     weight_KN = n_N[None, :] * (9 * C) + k_K[:, None]
     num_blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K  # of a tap
-    sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(9 * num_blocks):  # one loop, so that loads run ahead from tap to tap
         tap, first = step // num_blocks, step % num_blocks * BLOCK_K
         down, right = tap // 3 - 1, tap % 3 - 1
@@ -112,9 +112,18 @@ def _convolved(
 
 
 @triton.jit
-def _channels(vector, n_N, N: tl.constexpr):
+def row_of(vector, n_N, N: tl.constexpr):
     """(1, N) of a vector of N, fp32, zero past its end."""
     return tl.load(vector + n_N, mask=n_N < N, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def block_of(pixels, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """The first of a program's pixels, and its channels (N,)."""
+    num_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    group = tl.program_id(0) // (GROUP_M * num_blocks) * GROUP_M
+    in_group, group_size = tl.program_id(0) % (GROUP_M * num_blocks), min(tl.cdiv(pixels, BLOCK_M) - group, GROUP_M)
+    return (group + in_group % group_size) * BLOCK_M, in_group // group_size * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
@@ -143,13 +152,10 @@ def conv_kernel(
 ):
     """A program: M pixels of a picture, N channels."""
     picture = tl.program_id(1)
-    num_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    group = tl.program_id(0) // (GROUP_M * num_blocks) * GROUP_M
-    in_group, group_size = tl.program_id(0) % (GROUP_M * num_blocks), min(tl.cdiv(height * width, BLOCK_M) - group, GROUP_M)
-    start = (group + in_group % group_size) * BLOCK_M
-    n_N = in_group // group_size * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums_MN = _convolved(x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
-    sums_MN += _channels(bias, n_N, N)
+    start, n_N = block_of(height * width, N, BLOCK_M, BLOCK_N, GROUP_M)
+    sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    sums_MN = convolved(sums_MN, x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
+    sums_MN += row_of(bias, n_N, N)
     if ACTIVATION == "silu":
         sums_MN = silu(sums_MN)
     elif ACTIVATION == "relu":
@@ -180,9 +186,10 @@ def norm_kernel(
     picture = tl.program_id(1)
     start = tl.program_id(0) * BLOCK_M
     n_N = tl.arange(0, BLOCK_N)
-    conv_MN = _convolved(x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
+    conv_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    conv_MN = convolved(conv_MN, x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
     scale_M = tl.rsqrt(tl.sum(conv_MN * conv_MN, axis=1) / N + eps)  # past the end of the channels the sums are zero
-    normed_MN = conv_MN * scale_M[:, None] * _channels(norm_weight, n_N, N) + _channels(norm_bias, n_N, N)
+    normed_MN = conv_MN * scale_M[:, None] * row_of(norm_weight, n_N, N) + row_of(norm_bias, n_N, N)
     first, at_MN, live_MN = _outputs_at(picture, start, n_N, height, width, N, BLOCK_M)
     residual_MN = tl.load(residual + first + at_MN, mask=live_MN, other=0.0).to(tl.float32)
     tl.store(y + first + at_MN, (residual_MN + normed_MN).to(y.dtype.element_ty), mask=live_MN)
@@ -207,7 +214,7 @@ class Plan:
 
 
 def plan(op: str, capability: int, dtype: str, channels: int, outputs: int) -> Plan:
-    """For an SM such as 89, C and N. block_m and block_n do not depend on the SM.
+    """For an op made of `convolved`, an SM such as 89, C and N. block_m and block_n do not depend on the SM.
 
     Raises ValueError for a dtype that is not in plugins.cubin.TYPES, no channels, or more outputs of NORM than MAX_NORM.
     """
@@ -220,7 +227,7 @@ def plan(op: str, capability: int, dtype: str, channels: int, outputs: int) -> P
         raise ValueError(
             f"{op}: got {outputs} channels out; expected at most {MAX_NORM}, which one program holds. Use {OP} and a norm behind it"
         )
-    if op == OP:
+    if op != NORM:
         block_n = min(block_n, BLOCK_N[dtype])
     num_warps = 8 if block_m * block_n >= WIDE else 4
     return Plan(

@@ -33,6 +33,7 @@ __all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
 OPS = (
     "Conv3x3",
     "Conv3x3Norm",
+    "Conv3x3Upsample",
     "CrossAttention",
     "Fp8Linear",
     "Fp8Quantize",

@@ -1,6 +1,8 @@
 """What the convolution ops of the autoencoder mean, in plain PyTorch, and their registration, as sana_ref/ops.py does for others.
 
-Both are for engines, which keep pictures with the channels last: neither is differentiable.
+They are for engines, which keep pictures with the channels last: none is differentiable. On CUDA their kernels compute half
+precision alone. In fp32, without tensor cores, a kernel adds up a sum's products one by one, and errs more than twice as much as
+PyTorch, whose convolutions add parts of a sum: there too the truth runs.
 
 Dimensions: B pictures, h x w pixels, C channels in, N out.
 """
@@ -11,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "NORM_EPS", "conv3x3", "conv3x3_norm", "conv3x3_norm_truth", "conv3x3_truth"]
+from sana_ref.ops import HALF
+
+__all__ = [
+    "ACTIVATIONS",
+    "NORM_EPS",
+    "conv3x3",
+    "conv3x3_norm",
+    "conv3x3_norm_truth",
+    "conv3x3_truth",
+    "conv3x3_upsample",
+    "conv3x3_upsample_truth",
+]
 
 NORM_EPS = 1e-5  # as sana_ref.layers.RMSNorm
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"none": lambda x: x, "relu": F.relu, "silu": F.silu}
@@ -49,6 +62,21 @@ def conv3x3_norm_truth(
     return (residual.to(wide) + normed).to(x.dtype).contiguous()
 
 
+def conv3x3_upsample_truth(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+    """y[2r + i, 2c + j, n] = conv3x3(x)[r, c, (i, j, n)] + bias[(i, j, n)] + x[r, c, (4n + 2i + j) // repeats]; i, j: 0 or 1.
+
+    A pixel-shuffled convolution, and the shortcut of the autoencoder's UpBlock, which repeats channels; repeats 0: no shortcut.
+    x (B, h, w, C), weight (4N, 3, 3, C) and bias (4N,), whose rows are ordered (i, j, n) where F.pixel_shuffle has (n, i, j);
+    repeats otherwise 4N / C. y (B, 2h, 2w, N) in x's dtype, computed in fp32 or wider.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = _convolved(x, weight, bias, wide).unflatten(3, (2, 2, -1))  # (B, h, w, i, j, N)
+    if repeats:
+        y = y + x.to(wide).repeat_interleave(repeats, dim=3).unflatten(3, (-1, 2, 2)).permute(0, 1, 2, 4, 5, 3)
+    batch, height, width, channels = *x.shape[:3], weight.shape[0] // 4
+    return y.permute(0, 1, 3, 2, 4, 5).reshape(batch, 2 * height, 2 * width, channels).to(x.dtype)
+
+
 def _check(op: str, x: Tensor, weight: Tensor, **others: Tensor) -> None:
     """others: (N,), but `residual`, which is (B, h, w, N)."""
     named = {"x": x, "weight": weight} | others
@@ -80,7 +108,7 @@ def _conv3x3(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") 
 @_conv3x3.register_kernel("cuda")
 def _conv3x3_cuda(x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none") -> Tensor:
     _check_conv(x, weight, bias, activation)
-    if x.dtype == torch.float64:
+    if x.dtype not in HALF:
         return conv3x3_truth(x, weight, bias, activation)
     from plugins import conv3x3 as kernel  # Triton loads when a GPU first needs it
 
@@ -117,7 +145,7 @@ def _conv3x3_norm_cuda(
     x: Tensor, weight: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float = NORM_EPS
 ) -> Tensor:
     _check("conv3x3_norm", x, weight, residual=residual, norm_weight=norm_weight, norm_bias=norm_bias)
-    if x.dtype == torch.float64:
+    if x.dtype not in HALF:
         return conv3x3_norm_truth(x, weight, residual, norm_weight, norm_bias, eps)
     from plugins import conv3x3 as kernel
 
@@ -140,8 +168,52 @@ def conv3x3_norm(
     """`conv3x3_norm_truth` as the op `sana::conv3x3_norm`, for engines: it is not differentiable.
 
     x (B, h, w, C), weight (N, 3, 3, C), residual (B, h, w, N), norm_weight and norm_bias (N,): one dtype of fp16, bf16, fp32, fp64,
-    any strides. On CUDA (except fp64) N is at most plugins.conv3x3.MAX_NORM. Returns (B, h, w, N), contiguous, same dtype.
+    any strides. On CUDA in half precision N is at most plugins.conv3x3.MAX_NORM. Returns (B, h, w, N), contiguous, same dtype.
     Raises ValueError for other shapes or dtypes.
     """
     y: Tensor = torch.ops.sana.conv3x3_norm(x, weight, residual, norm_weight, norm_bias, eps)
+    return y
+
+
+def _check_upsample(x: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> None:
+    _check("conv3x3_upsample", x, weight, bias=bias)
+    columns, channels = weight.shape[0], weight.shape[3]
+    if columns % 4 or repeats < 0 or (repeats and repeats * channels != columns):
+        raise ValueError(
+            f"conv3x3_upsample: got a weight of {columns} rows for {channels} channels, {repeats} repeats; expected 4N rows, and "
+            "0 repeats or 4N / channels"
+        )
+
+
+@torch.library.custom_op("sana::conv3x3_upsample", mutates_args=())
+def _conv3x3_upsample(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+    _check_upsample(x, weight, bias, repeats)
+    return conv3x3_upsample_truth(x, weight, bias, repeats)
+
+
+@_conv3x3_upsample.register_kernel("cuda")
+def _conv3x3_upsample_cuda(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+    _check_upsample(x, weight, bias, repeats)
+    if x.dtype not in HALF:
+        return conv3x3_upsample_truth(x, weight, bias, repeats)
+    from plugins import conv3x3_upsample as kernel
+
+    y = _conv3x3_upsample_fake(x, weight, bias, repeats)
+    kernel.launch(x.contiguous(), weight.contiguous(), bias.contiguous(), y, repeats)
+    return y
+
+
+@_conv3x3_upsample.register_fake
+def _conv3x3_upsample_fake(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+    batch, height, width, _ = x.shape
+    return x.new_empty((batch, 2 * height, 2 * width, weight.shape[0] // 4))
+
+
+def conv3x3_upsample(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+    """`conv3x3_upsample_truth` as the op `sana::conv3x3_upsample`, for engines: it is not differentiable.
+
+    x (B, h, w, C), weight (4N, 3, 3, C), bias (4N,): one dtype of fp16, bf16, fp32, fp64, any strides. repeats: 0 or 4N / C.
+    Returns (B, 2h, 2w, N), contiguous, same dtype. Raises ValueError for other shapes, dtypes or repeats.
+    """
+    y: Tensor = torch.ops.sana.conv3x3_upsample(x, weight, bias, repeats)
     return y

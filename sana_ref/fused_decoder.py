@@ -110,16 +110,13 @@ def _up(block: UpBlock, x: Tensor) -> Tensor:
     """(B, h, w, C) -> (B, 2h, 2w, num_out)."""
     if block.interpolate:
         y = _conv3x3(block.conv, _joined(x[:, :, None, :, None].expand(-1, -1, FACTOR, -1, FACTOR, -1)))
-        y = _split(y, x)
-    else:
-        # A pixel's 2x2 are a channel's neighbours. Outputs in another order, the 2x2 outermost, cost nothing, for weights are
-        # constants; and then the pixels that change places have all their channels side by side.
-        weight, bias = block.conv.weight, block.conv.bias
-        assert bias is not None
-        weight = weight.permute(0, 2, 3, 1).unflatten(0, (-1, FACTOR**2)).transpose(0, 1).flatten(0, 1)
-        y = conv_ops.conv3x3(x, weight, bias.unflatten(0, (-1, FACTOR**2)).mT.flatten())
-        y = y.unflatten(3, (FACTOR, FACTOR, -1)).permute(0, 1, 3, 2, 4, 5)
-    return _joined(y if block.repeats is None else y + _shortcut(x, block.repeats))
+        return y if block.repeats is None else _joined(_split(y, x) + _shortcut(x, block.repeats))
+    weight, bias = block.conv.weight, block.conv.bias
+    assert bias is not None
+    # From pixel_shuffle's order, a channel's 2x2 side by side, to the op's: constant, so it costs nothing.
+    weight = weight.permute(0, 2, 3, 1).unflatten(0, (-1, FACTOR**2)).transpose(0, 1).flatten(0, 1)
+    bias = bias.unflatten(0, (-1, FACTOR**2)).mT.flatten()
+    return conv_ops.conv3x3_upsample(x, weight, bias, block.repeats or 0)
 
 
 def _joined(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from export.components import profiles
 from export.plugin_nodes import add_cubins
 from export.stages import engine_groups
 from sana_ref.checkpoint import load
+from sana_ref.fused_decoder import FusedDecoder
 
 AHEAD = (Target.SM80, Target.SM89, Target.SM120)
 
@@ -41,6 +42,23 @@ def test_each_weight_of_the_transformer_is_in_one_graph(precision):
     assert parts[0] | parts[1] == set(load(tiny()).sources["transformer"].shapes)
     kinds = [{tensor.name: tensor.dtype for tensor in tensors} for tensors in (text.spec.outputs, step.spec.inputs)]
     assert kinds[0].items() <= kinds[1].items()
+
+
+@pytest.mark.parametrize(
+    ("precision", "plugins"),
+    [
+        (Precision.FP32, {"ReluLinearAttention": 1}),
+        (
+            Precision.BF16,
+            {"Conv3x3": 10, "Conv3x3Norm": 4, "GatedDepthwiseConv": 1, "LinearAttentionApply": 1, "LinearAttentionState": 1},
+        ),
+    ],
+    ids=["fp32", "bf16"],
+)
+def test_decoders_are_fused_in_half_precision(precision, plugins):
+    part = component("decoder", precision)  # whose export, elsewhere, raises for other numbers of nodes
+    assert part.spec.plugins == plugins
+    assert isinstance(part.module.decoder, FusedDecoder) == (precision is Precision.BF16)
 
 
 @pytest.mark.slow

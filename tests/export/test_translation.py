@@ -66,6 +66,33 @@ class Block(nn.Module):
         return conv_ops.conv3x3_norm(y, self.conv2.weight.permute(0, 2, 3, 1), x, self.norm_weight, self.norm_bias, 1e-3)
 
 
+class Up(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(32, 3, 3, 16)), nn.Parameter(torch.zeros(32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_ops.conv3x3_upsample(x, self.weight, self.bias, 2)
+
+
+def test_a_convolution_to_more_pixels_is_a_single_node_that_can_have_a_kernel():
+    spec = ExportSpec(
+        axes=(Axis(name="h", example=3), Axis(name="w", example=4)),
+        inputs=(TensorSpec(name="x", dims=(1, "h", "w", 16), dtype="float16"),),
+        outputs=(TensorSpec(name="y", dims=(1, "2*h", "2*w", 8), dtype="float16"),),
+        plugins={"Conv3x3Upsample": 1},
+    )
+    with torch.device("meta"):
+        model = with_function_bodies(export_module(Up().half(), spec))
+    proto = ir.serde.serialize_model(model)
+    assert add_cubins(proto, ["sm80"]) == 1
+    (node,) = proto.graph.node
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    assert attributes["repeats"] == 2
+    assert attributes["launch"]
+    assert attributes["cubins"]
+
+
 def test_convolutions_are_single_nodes_that_can_have_kernels():
     spec = ExportSpec(
         axes=(Axis(name="h", example=3), Axis(name="w", example=4)),

@@ -46,7 +46,7 @@ def test_a_decoder_of_residual_blocks(tmp_path):
     lite = replace(PARTS["vae"], decoder_block_types="ResBlock", upsample_block_type="pixel_shuffle", decoder_conv_act_fn="silu")
     model = write_checkpoint(tmp_path / "lite", **PARTS | {"vae": lite})
     bundle = build(request(tmp_path / "bundle", model=model, components=("decoder",)), quiet()).bundle
-    assert bundle.manifest.plugins == {"decoder": {"Conv3x3": 11, "Conv3x3Norm": 5}}
+    assert bundle.manifest.plugins == {"decoder": {"Conv3x3": 6, "Conv3x3Norm": 5, "Conv3x3Upsample": 5}}
 
 
 def test_a_decoder_whose_last_block_is_wider_than_the_norms_of_the_convolutions_kernel(tmp_path):
@@ -68,11 +68,11 @@ def test_a_decoder_whose_last_block_is_wider_than_the_norms_of_the_convolutions_
             DC_AE,
             {"Conv3x3": 19, "Conv3x3Norm": 6, "GatedDepthwiseConv": 9, "LinearAttentionApply": 9, "LinearAttentionState": 9},
         ),
-        (DC_AE_LITE, {"Conv3x3": 43, "Conv3x3Norm": 3}),
+        (DC_AE_LITE, {"Conv3x3": 38, "Conv3x3Norm": 3, "Conv3x3Upsample": 5}),
     ],
     ids=["full", "lite"],
 )
 def test_published_decoders(config, plugins):
-    assert decoder_plugins(config) == plugins
+    assert decoder_plugins(config, fused=True) == plugins
     part = decoder(config, Precision.BF16)
     export_module(part.module, part.spec)  # raises for other numbers of nodes

@@ -229,6 +229,7 @@ def test_wrong_tensors():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, GROUPS, (2, 40, 33, 128, 128), (1, 64, 64, 256, 256), (3, 17, 16, 512, 200)], ids=str)
 def test_ops_on_gpu(shape, dtype, kind):
+    """In fp32 the ops are their truths."""
     given = inputs(shape, dtype, kind, "cuda")
     with torch.backends.cudnn.flags(allow_tf32=False):
         got = run(kind, *given)
