@@ -186,9 +186,7 @@ def decoder_plugins(config: AutoencoderDCConfig, *, fused: bool) -> dict[str, in
     num_convs = 2 * sum(depth for _, depth in residual) - num_norms
     num_ups = sum(depth > 0 for depth in depths[:-1]) + (depths[0] == 0)  # an empty first stage: the last convolution
     num_convs += 1 + (depths[0] > 0)  # the first and the last of all
-    shuffled = config.upsample_block_type == "pixel_shuffle"
-    counts = {conv3x3.NORM: num_norms, conv3x3.OP: num_convs + (0 if shuffled else num_ups)}
-    counts[conv3x3_upsample.OP] = num_ups if shuffled else 0
+    counts = {conv3x3.NORM: num_norms, conv3x3.OP: num_convs, conv3x3_upsample.OP: num_ups}
     attention = (gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE)
     counts |= dict.fromkeys(attention, num_attention)
     return {op: count for op, count in counts.items() if count}

@@ -71,8 +71,9 @@ def _conv3x3(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable
 def _conv3x3_upsample(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     x, out = type_of[node.input[0]], type_of[node.output[0]]
     channels, outputs = (tensor.shape.dim[-1].dim_value for tensor in (x, out))
-    repeats = next((a.i for a in node.attribute if a.name == "repeats"), 0)
-    return conv3x3_upsample.compile_cubins(targets, _TYPE_NAMES[x.elem_type], channels, outputs, repeats)
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    repeats, nearest = given.get("repeats", 0), bool(given.get("nearest", 0))
+    return conv3x3_upsample.compile_cubins(targets, _TYPE_NAMES[x.elem_type], channels, outputs, repeats, nearest)
 
 
 def _fp8_quantize(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:

@@ -87,11 +87,13 @@ def _conv3x3_norm(x: Any, weight: Any, residual: Any, norm_weight: Any, norm_bia
     return _CONV3X3_NORM(x, weight, residual, norm_weight, norm_bias, eps=eps)
 
 
-_CONV3X3_UPSAMPLE = _sana_op(conv3x3_upsample.OP, conv3x3_upsample.INPUTS, {"repeats": OpSchema.AttrType.INT})
+_CONV3X3_UPSAMPLE = _sana_op(
+    conv3x3_upsample.OP, conv3x3_upsample.INPUTS, dict.fromkeys(("repeats", "nearest"), OpSchema.AttrType.INT)
+)
 
 
-def _conv3x3_upsample(x: Any, weight: Any, bias: Any, repeats: int = 0) -> Any:
-    return _CONV3X3_UPSAMPLE(x, weight, bias, repeats=repeats)
+def _conv3x3_upsample(x: Any, weight: Any, bias: Any, repeats: int = 0, nearest: bool = False) -> Any:
+    return _CONV3X3_UPSAMPLE(x, weight, bias, repeats=repeats, nearest=int(nearest))
 
 
 _SPLIT = {"split": OpSchema.AttrType.INTS, "axis": OpSchema.AttrType.INT}

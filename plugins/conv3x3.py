@@ -84,8 +84,13 @@ def convolved(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CORNERS: tl.constexpr = False,
+    corner=0,
 ):
-    """sums_MN plus (M, N), fp32: from pixel `start` of a picture, counted along its rows, and channels out; zero past the end."""
+    """sums_MN plus (M, N), fp32: from pixel `start` of a picture, counted along its rows, and channels out; zero past the end.
+
+    CORNERS: of the nine taps only the four around `corner` (0 to 3, along rows) count; the weights of others are zero.
+    """
     m_M, k_K = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_K)
     taps_M = _taps_within(start + m_M, height, width)
     # int64: a picture of 4096 px alone has 2**31 elements at 128 channels. From there on 32 bits do: a tap is a row or so away.
@@ -93,8 +98,11 @@ def convolved(
     x_MK = m_M[:, None] * C + k_K[None, :]
     weight_KN = n_N[None, :] * (9 * C) + k_K[:, None]
     num_blocks: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K  # of a tap
-    for step in range(9 * num_blocks):  # one loop, so that loads run ahead from tap to tap
+    num_taps: tl.constexpr = 4 if CORNERS else 9
+    for step in range(num_taps * num_blocks):  # one loop, so that loads run ahead from tap to tap
         tap, first = step // num_blocks, step % num_blocks * BLOCK_K
+        if CORNERS:
+            tap = (corner // 2 + tap // 2) * 3 + corner % 2 + tap % 2
         down, right = tap // 3 - 1, tap % 3 - 1
         live_MK = ((taps_M >> tap) & 1 != 0)[:, None]
         weight_at_KN = weight + (tap * C + first) + weight_KN
@@ -119,11 +127,11 @@ def row_of(vector, n_N, N: tl.constexpr):
 
 @triton.jit
 def block_of(pixels, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """The first of a program's pixels, and its channels (N,)."""
+    """The first of a program's pixels, and of its channels."""
     num_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     group = tl.program_id(0) // (GROUP_M * num_blocks) * GROUP_M
     in_group, group_size = tl.program_id(0) % (GROUP_M * num_blocks), min(tl.cdiv(pixels, BLOCK_M) - group, GROUP_M)
-    return (group + in_group % group_size) * BLOCK_M, in_group // group_size * BLOCK_N + tl.arange(0, BLOCK_N)
+    return (group + in_group % group_size) * BLOCK_M, in_group // group_size * BLOCK_N
 
 
 @triton.jit
@@ -152,7 +160,8 @@ def conv_kernel(
 ):
     """A program: M pixels of a picture, N channels."""
     picture = tl.program_id(1)
-    start, n_N = block_of(height * width, N, BLOCK_M, BLOCK_N, GROUP_M)
+    start, first_channel = block_of(height * width, N, BLOCK_M, BLOCK_N, GROUP_M)
+    n_N = first_channel + tl.arange(0, BLOCK_N)
     sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums_MN = convolved(sums_MN, x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
     sums_MN += row_of(bias, n_N, N)

@@ -11,6 +11,10 @@ operator, those steps read and write the picture of twice the sides, the largest
 Rows of weight are ordered (i, j, n), unlike F.pixel_shuffle's (n, i, j): neighbouring columns of a block are then neighbours in y.
 Weights are constants, so their order costs nothing.
 
+A convolution of a picture whose pixels were repeated 2x2 (`nearest`) is such a step as well: at each corner, pixels of the small
+picture meet the sums of the weights that meet their repeats, four taps of nine (sana_ref/fused_decoder.py). The kernel leaves out
+the other five, whose weights are zero.
+
 Precision: all in fp32, rounded once.
 
 Dimensions: B pictures, h x w pixels, C channels in, N out. x (B, h, w, C), weight (4N, 3, 3, C), bias (4N,), y (B, 2h, 2w, N). In a
@@ -50,14 +54,16 @@ def kernel(
     C: tl.constexpr,
     N: tl.constexpr,
     REPEATS: tl.constexpr,
+    NEAREST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """A program: M pixels of a picture, Q columns of the product. REPEATS: 0 without the shortcut."""
+    """A program: M pixels of a picture, Q columns of the product. REPEATS: 0 without the shortcut. NEAREST: Q is in one corner."""
     picture = tl.program_id(1)
-    start, q_Q = block_of(height * width, 4 * N, BLOCK_M, BLOCK_N, GROUP_M)
+    start, first_column = block_of(height * width, 4 * N, BLOCK_M, BLOCK_N, GROUP_M)
+    q_Q = first_column + tl.arange(0, BLOCK_N)
     pixel_M = start + tl.arange(0, BLOCK_M)
     live_MQ = (pixel_M < height * width)[:, None] & (q_Q < 4 * N)[None, :]
     corner_Q, n_Q = q_Q // N, q_Q % N
@@ -71,7 +77,9 @@ def kernel(
         pixels = x + (picture.to(tl.int64) * height * width + start) * C  # int64 as in `convolved`
         at_MQ = tl.arange(0, BLOCK_M)[:, None] * C + from_Q[None, :]
         sums_MQ += tl.load(pixels + at_MQ, mask=live_MQ, other=0.0).to(tl.float32)
-    sums_MQ = convolved(sums_MQ, x, weight, picture, start, q_Q, height, width, C, 4 * N, BLOCK_M, BLOCK_N, BLOCK_K)
+    sums_MQ = convolved(
+        sums_MQ, x, weight, picture, start, q_Q, height, width, C, 4 * N, BLOCK_M, BLOCK_N, BLOCK_K, NEAREST, first_column // N
+    )
     # From the first of the program's rows on 32 bits do: 128 pixels are at most 128 rows, and few of those if they are long.
     first = start // width
     y += (picture.to(tl.int64) * height + first) * (4 * N) * width
@@ -80,8 +88,8 @@ def kernel(
     tl.store(y + (pixel_at_M[:, None] + corner_at_Q[None, :]), sums_MQ.to(y.dtype.element_ty), mask=live_MQ)
 
 
-def plan(capability: int, dtype: str, channels: int, outputs: int, repeats: int) -> Plan:
-    """For an SM such as 89, C and N: that of Conv3x3 for 4N channels out.
+def plan(capability: int, dtype: str, channels: int, outputs: int, repeats: int, nearest: bool) -> Plan:
+    """For an SM such as 89, C and N: that of Conv3x3 for 4N channels out; of `nearest`, whose programs are in one corner, for N.
 
     Raises ValueError as plugins.conv3x3.plan does, and unless `repeats` is 0 or makes 4N channels of C.
     """
@@ -90,15 +98,28 @@ def plan(capability: int, dtype: str, channels: int, outputs: int, repeats: int)
             f"{OP}: got {channels} channels in, {outputs} out, {repeats} repeats; expected in x repeats = {CORNERS} x out, or "
             "0 repeats for no shortcut"
         )
-    return conv3x3.plan(OP, capability, dtype, channels, CORNERS * outputs)
+    return conv3x3.plan(OP, capability, dtype, channels, _power_of_two(outputs) if nearest else CORNERS * outputs)
 
 
-def _constants(chosen: Plan, channels: int, outputs: int, repeats: int) -> dict[str, int]:
+def _power_of_two(outputs: int) -> int:
+    """The largest that divides N, so that blocks of that many columns do not reach from corner to corner."""
+    return outputs & -outputs
+
+
+def _constants(chosen: Plan, channels: int, outputs: int, repeats: int, nearest: bool) -> dict[str, int]:
+    nearest = nearest and outputs % chosen.block_n == 0  # else all taps are added up, of which five are zero
     blocks = {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k, "GROUP_M": conv3x3.GROUP_M}
-    return {"C": channels, "N": outputs, "REPEATS": repeats} | blocks
+    return {"C": channels, "N": outputs, "REPEATS": repeats, "NEAREST": nearest} | blocks
 
 
-def launch(x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor", y: "torch.Tensor", repeats: int = 0) -> None:
+def launch(
+    x: "torch.Tensor",
+    weight: "torch.Tensor",
+    bias: "torch.Tensor",
+    y: "torch.Tensor",
+    repeats: int = 0,
+    nearest: bool = False,
+) -> None:
     """Write the op's result into y (B, 2h, 2w, N). All contiguous, one dtype of fp16, bf16, fp32, on the current GPU.
 
     Raises ValueError unless that holds, the shapes fit, and repeats is as `plan` asks.
@@ -118,19 +139,19 @@ def launch(x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor", y: "
         )
     dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(str(y.dtype), str(y.dtype))
     major, minor = torch.cuda.get_device_capability(y.device) if y.is_cuda else (8, 0)  # a CPU: Triton's interpreter
-    chosen = plan(10 * major + minor, dtype, channels, outputs, repeats)
+    chosen = plan(10 * major + minor, dtype, channels, outputs, repeats, nearest)
     if y.numel() == 0:
         return
     programs = chosen.programs(OP, height * width, CORNERS * outputs), batch
     options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-    kernel[programs](*inputs, y, height, width, **_constants(chosen, channels, outputs, repeats), **options)
+    kernel[programs](*inputs, y, height, width, **_constants(chosen, channels, outputs, repeats, nearest), **options)
 
 
 @functools.cache
-def compile_cubin(capability: int, dtype: str, channels: int, outputs: int, repeats: int) -> Cubin:
+def compile_cubin(capability: int, dtype: str, channels: int, outputs: int, repeats: int, nearest: bool) -> Cubin:
     """For an SM such as 89. channels: C; outputs: N."""
-    chosen = plan(capability, dtype, channels, outputs, repeats)
-    constants = _constants(chosen, channels, outputs, repeats)
+    chosen = plan(capability, dtype, channels, outputs, repeats, nearest)
+    constants = _constants(chosen, channels, outputs, repeats, nearest)
     pointers = (*INPUTS, "y")
     return cubin.compile_cubin(
         kernel,
@@ -146,25 +167,30 @@ def compile_cubin(capability: int, dtype: str, channels: int, outputs: int, repe
     )
 
 
-def compile_cubins(targets: Iterable[str], dtype: str, channels: int, outputs: int, repeats: int) -> dict[str, str | bytes | int]:
+def compile_cubins(
+    targets: Iterable[str], dtype: str, channels: int, outputs: int, repeats: int, nearest: bool = False
+) -> dict[str, str | bytes | int]:
     """Every attribute of a `sana::Conv3x3Upsample` node for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of all tensors; channels: C; outputs: N; repeats, which the function body reads. Raises
+    dtype "fp16", "bf16" or "fp32" of all tensors; channels: C; outputs: N; repeats, which the function body reads; nearest: weights
+    are zero but for a corner's four taps. Raises
     ValueError as `plan` does.
     """
     targets = list(targets)
-    chosen = plan(min(cubin.CAPABILITIES), dtype, channels, outputs, repeats)  # of which only what all have in common is used
+    chosen = plan(
+        min(cubin.CAPABILITIES), dtype, channels, outputs, repeats, nearest
+    )  # of which only what all have in common is used
     batch, height, width = (["dim", 0, axis] for axis in range(3))
     found = cubin.attributes(
         OP,
         targets,
-        lambda capability: compile_cubin(capability, dtype, channels, outputs, repeats),
+        lambda capability: compile_cubin(capability, dtype, channels, outputs, repeats, nearest),
         inputs=[dtype] * len(INPUTS),
         outputs=[Output(type=dtype, shape=[batch, ["mul", height, 2], ["mul", width, 2], outputs])],
         grid=[chosen.programs(OP, ["mul", height, width], CORNERS * outputs), batch, 1],
         args=[*(["in", index] for index in range(len(INPUTS))), ["out", 0], ["i32", height], ["i32", width]],
     )
-    return found | {"repeats": repeats}
+    return found | {"repeats": repeats, "nearest": int(nearest)}
 
 
 def function_body(opset: int = 20) -> "onnx.FunctionProto":
@@ -211,7 +237,14 @@ def function_body(opset: int = 20) -> "onnx.FunctionProto":
         node("Transpose", "y_first", "y", perm=[0, 2, 3, 1]),
         node("CastLike", "y x", "out"),
     ]
-    defaults: dict[str, Any] = {"launch": "", "cubins": "", "plugin_version": "", "plugin_namespace": "", "repeats": 0}
+    defaults: dict[str, Any] = {
+        "launch": "",
+        "cubins": "",
+        "plugin_version": "",
+        "plugin_namespace": "",
+        "repeats": 0,
+        "nearest": 0,
+    }
     return helper.make_function(
         DOMAIN,
         OP,

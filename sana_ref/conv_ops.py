@@ -62,12 +62,13 @@ def conv3x3_norm_truth(
     return (residual.to(wide) + normed).to(x.dtype).contiguous()
 
 
-def conv3x3_upsample_truth(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+def conv3x3_upsample_truth(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0, nearest: bool = False) -> Tensor:
     """y[2r + i, 2c + j, n] = conv3x3(x)[r, c, (i, j, n)] + bias[(i, j, n)] + x[r, c, (4n + 2i + j) // repeats]; i, j: 0 or 1.
 
     A pixel-shuffled convolution, and the shortcut of the autoencoder's UpBlock, which repeats channels; repeats 0: no shortcut.
     x (B, h, w, C), weight (4N, 3, 3, C) and bias (4N,), whose rows are ordered (i, j, n) where F.pixel_shuffle has (n, i, j);
-    repeats otherwise 4N / C. y (B, 2h, 2w, N) in x's dtype, computed in fp32 or wider.
+    repeats otherwise 4N / C. y (B, 2h, 2w, N) in x's dtype, computed in fp32 or wider. nearest changes nothing: it says that of
+    corner (i, j) only the taps (i, j) to (i + 1, j + 1) have weights that are not zero, so that the rest may be left out.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     y = _convolved(x, weight, bias, wide).unflatten(3, (2, 2, -1))  # (B, h, w, i, j, N)
@@ -186,34 +187,34 @@ def _check_upsample(x: Tensor, weight: Tensor, bias: Tensor, repeats: int) -> No
 
 
 @torch.library.custom_op("sana::conv3x3_upsample", mutates_args=())
-def _conv3x3_upsample(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+def _conv3x3_upsample(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0, nearest: bool = False) -> Tensor:
     _check_upsample(x, weight, bias, repeats)
     return conv3x3_upsample_truth(x, weight, bias, repeats)
 
 
 @_conv3x3_upsample.register_kernel("cuda")
-def _conv3x3_upsample_cuda(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+def _conv3x3_upsample_cuda(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0, nearest: bool = False) -> Tensor:
     _check_upsample(x, weight, bias, repeats)
     if x.dtype not in HALF:
         return conv3x3_upsample_truth(x, weight, bias, repeats)
     from plugins import conv3x3_upsample as kernel
 
     y = _conv3x3_upsample_fake(x, weight, bias, repeats)
-    kernel.launch(x.contiguous(), weight.contiguous(), bias.contiguous(), y, repeats)
+    kernel.launch(x.contiguous(), weight.contiguous(), bias.contiguous(), y, repeats, nearest)
     return y
 
 
 @_conv3x3_upsample.register_fake
-def _conv3x3_upsample_fake(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+def _conv3x3_upsample_fake(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0, nearest: bool = False) -> Tensor:
     batch, height, width, _ = x.shape
     return x.new_empty((batch, 2 * height, 2 * width, weight.shape[0] // 4))
 
 
-def conv3x3_upsample(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0) -> Tensor:
+def conv3x3_upsample(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0, nearest: bool = False) -> Tensor:
     """`conv3x3_upsample_truth` as the op `sana::conv3x3_upsample`, for engines: it is not differentiable.
 
     x (B, h, w, C), weight (4N, 3, 3, C), bias (4N,): one dtype of fp16, bf16, fp32, fp64, any strides. repeats: 0 or 4N / C.
     Returns (B, 2h, 2w, N), contiguous, same dtype. Raises ValueError for other shapes, dtypes or repeats.
     """
-    y: Tensor = torch.ops.sana.conv3x3_upsample(x, weight, bias, repeats)
+    y: Tensor = torch.ops.sana.conv3x3_upsample(x, weight, bias, repeats, nearest)
     return y

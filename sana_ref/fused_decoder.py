@@ -21,11 +21,10 @@ from sana_ref.autoencoder import (
     MultiscaleProjection,
     ResBlock,
     UpBlock,
-    repeat_channels,
 )
 from sana_ref.layers import GLUMBConv
 
-__all__ = ["MAX_NORM", "FusedDecoder"]
+__all__ = ["MAX_NORM", "FusedDecoder", "of_corners"]
 
 MAX_NORM = 256  # channels, up to which a program of the convolution's kernel has all of a pixel's, and can normalise them
 _NAMES = {function: name for name, function in ACTIVATIONS.items()}
@@ -107,40 +106,33 @@ def _multiscale(project: nn.Module, qkv: Tensor, head_dim: int) -> Tensor:
 
 
 def _up(block: UpBlock, x: Tensor) -> Tensor:
-    """(B, h, w, C) -> (B, 2h, 2w, num_out)."""
-    if block.interpolate:
-        y = _conv3x3(block.conv, _joined(x[:, :, None, :, None].expand(-1, -1, FACTOR, -1, FACTOR, -1)))
-        return y if block.repeats is None else _joined(_split(y, x) + _shortcut(x, block.repeats))
-    weight, bias = block.conv.weight, block.conv.bias
+    """(B, h, w, C) -> (B, 2h, 2w, num_out). The op wants a weight's rows by corner of the 2x2: of constants, that is free."""
+    bias = block.conv.bias
     assert bias is not None
-    # From pixel_shuffle's order, a channel's 2x2 side by side, to the op's: constant, so it costs nothing.
-    weight = weight.permute(0, 2, 3, 1).unflatten(0, (-1, FACTOR**2)).transpose(0, 1).flatten(0, 1)
-    bias = bias.unflatten(0, (-1, FACTOR**2)).mT.flatten()
-    return conv_ops.conv3x3_upsample(x, weight, bias, block.repeats or 0)
+    if block.interpolate:
+        weight, bias = of_corners(block.conv.weight), bias.repeat(FACTOR**2)
+    else:
+        # From pixel_shuffle's order, in which a channel's 2x2 are side by side.
+        weight = block.conv.weight.unflatten(0, (-1, FACTOR**2)).transpose(0, 1).flatten(0, 1)
+        bias = bias.unflatten(0, (-1, FACTOR**2)).mT.flatten()
+    return conv_ops.conv3x3_upsample(x, weight.permute(0, 2, 3, 1), bias, block.repeats or 0, nearest=block.interpolate)
 
 
-def _joined(x: Tensor) -> Tensor:
-    """(B, h, 2, w, 2, C) -> (B, 2h, 2w, C)."""
-    batch, height, _, width, _, channels = x.shape
-    return x.reshape(batch, FACTOR * height, FACTOR * width, channels)
+def of_corners(weight: Tensor) -> Tensor:
+    """(N, C, 3, 3) of a convolution of repeated pixels -> (4N, C, 3, 3) of one of the pixels themselves, for each corner.
 
-
-def _split(y: Tensor, x: Tensor) -> Tensor:
-    """(B, 2h, 2w, N) -> (B, h, 2, w, 2, N), for the sizes of x (B, h, w, C)."""
-    batch, height, width, _ = x.shape
-    return y.reshape(batch, height, FACTOR, width, FACTOR, y.shape[-1])
-
-
-def _shortcut(x: Tensor, repeats: int) -> Tensor:
-    """An UpBlock's without parameters, to be added to (B, h, 2, w, 2, num_out): 1 for 2 where all rows or columns have the same.
-
-    Channel c of pixel (i, j) of the 2x2 is channel (4c + 2i + j) // repeats of x (B, h, w, C).
+    Above a repeated pixel's upper half is the pixel above, below it is itself once more: so weights of rows 1 and 2 meet the same
+    pixel, and the lower half's of rows 0 and 1. As in rows, so in columns. Sums are fp32.
     """
-    if repeats % FACTOR**2 == 0:
-        return _repeated(x, repeats // FACTOR**2)[:, :, None, :, None]
-    if repeats in (1, FACTOR):
-        return x.unflatten(3, (-1, FACTOR, FACTOR // repeats)).permute(0, 1, 4, 2, 5, 3)
-    return _split(F.pixel_shuffle(repeat_channels(x.permute(0, 3, 1, 2), repeats), FACTOR).permute(0, 2, 3, 1), x)
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    corners = [half for rows in _halves(wide, 2) for half in _halves(rows, 3)]
+    return torch.cat(corners).to(weight.dtype)
+
+
+def _halves(weight: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    before, here, after = weight.split(1, dim=axis)
+    nothing = torch.zeros_like(here)
+    return torch.cat([before, here + after, nothing], dim=axis), torch.cat([nothing, before + here, after], dim=axis)
 
 
 def _repeated(x: Tensor, repeats: int) -> Tensor:

@@ -41,8 +41,9 @@ def test_the_manifest_says_what_the_checkpoint_is(built):
             "ModulatedNorm": 1,
         },
         "decoder": {
-            "Conv3x3": 10,
+            "Conv3x3": 5,
             "Conv3x3Norm": 4,
+            "Conv3x3Upsample": 5,
             "GatedDepthwiseConv": 1,
             "LinearAttentionApply": 1,
             "LinearAttentionState": 1,

@@ -15,6 +15,7 @@ from plugins import cubin
 from plugins.launch import Launch, evaluate
 from sana_ref import conv_ops
 from sana_ref.autoencoder import repeat_channels
+from sana_ref.fused_decoder import of_corners
 
 # (B, h, w, C, N, repeats): repeats of each kind, odd sides, three channels out, channels that no block divides, one pixel
 SHAPES = [
@@ -58,14 +59,36 @@ def check(got, given, repeats, name):
 
 LAUNCH = """
 from plugins import conv3x3_upsample as kernels
-def launch(out, x, weight, bias, result, repeats):
-    kernels.launch(x, weight, bias, result, repeats)
+def launch(out, x, weight, bias, result, repeats, nearest=False):
+    kernels.launch(x, weight, bias, result, repeats, nearest)
 def swapped(out, x, weight, bias, result, repeats):  # rows and columns of the 2x2
     weight, bias = (t.unflatten(0, (2, 2, -1)).transpose(0, 1).reshape(t.shape) for t in (weight, bias))
     launch(out, x, weight, bias, result, repeats)
 def unrepeated(out, x, weight, bias, result, repeats):
     launch(out, x, weight, bias, result, 0)
 """
+
+
+# Of `nearest`: N of which blocks have a power of two that divides it, and one that has none of use
+NEAREST = [(2, 5, 7, 32, 16, 2), (1, 4, 3, 48, 80, 0), (1, 3, 6, 40, 10, 1)]
+
+
+def of_repeated_pixels(shape, dtype, device="cpu"):
+    """x, weight (N, C, 3, 3) and bias of a convolution of x with each pixel four times."""
+    x, weight, bias = inputs(shape, dtype, device)
+    outputs = shape[4]
+    return x, weight[:outputs].permute(0, 3, 1, 2).contiguous(), bias[:outputs]
+
+
+def plain_nearest(x, weight, bias, repeats):
+    """Operator by operator, as sana_ref.autoencoder.UpBlock."""
+    x = x.permute(0, 3, 1, 2)
+    y = F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+    return (y + F.pixel_shuffle(repeat_channels(x, repeats), 2) if repeats else y).permute(0, 2, 3, 1)
+
+
+def by_corner(x, weight, bias):
+    return x, of_corners(weight).permute(0, 2, 3, 1).contiguous(), bias.repeat(4)
 
 
 @pytest.fixture(scope="module")
@@ -78,11 +101,33 @@ def interpreted(tmp_path_factory):
         batch, height, width, _, outputs, repeats = shape
         out = torch.empty(batch, 2 * height, 2 * width, outputs, dtype=DTYPES[dtype])
         calls.append(((out, *inputs(shape, dtype)), {"repeats": repeats}))
+    for shape in NEAREST:
+        batch, height, width, _, outputs, repeats = shape
+        out = torch.empty(batch, 2 * height, 2 * width, outputs)
+        calls.append(((out, *by_corner(*of_repeated_pixels(shape, "fp32"))), {"repeats": repeats, "nearest": True}))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         outputs = interpret("upsample_launch:launch", calls)
         wrong = {name: interpret(f"upsample_launch:{name}", calls[:1])[0] for name in ("swapped", "unrepeated")}
-    return dict(zip(INTERPRETED, outputs, strict=True)) | wrong
+    return dict(zip([*INTERPRETED, *NEAREST], outputs, strict=True)) | wrong
+
+
+@pytest.mark.parametrize("shape", NEAREST, ids=str)
+def test_kernel_of_repeated_pixels(interpreted, shape):
+    """Leaving five of nine taps out changes nothing, and it is the convolution of a picture whose pixels were repeated."""
+    given = of_repeated_pixels(shape, "fp32")
+    check(interpreted[shape], by_corner(*given), shape[-1], f"kernel {shape}")
+    exact = [t.double() for t in given]
+    truth = conv_ops.conv3x3_upsample(*by_corner(*exact), shape[-1], nearest=True)
+    torch.testing.assert_close(truth, plain_nearest(*exact, shape[-1]), rtol=1e-9, atol=1e-9)
+
+
+def test_corners_have_four_taps():
+    weight = of_corners(torch.ones(1, 1, 3, 3))
+    assert weight.shape == (4, 1, 3, 3)
+    for corner, taps in enumerate(weight[:, 0]):
+        i, j = divmod(corner, 2)
+        assert taps[i : i + 2, j : j + 2].sum() == taps.sum() == 9
 
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
@@ -153,7 +198,7 @@ def test_cubins(target):
     assert launch.inputs == ["bf16"] * 3
     dims = [(batch, height, width, channels)]
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, 2 * height, 2 * width, outputs]
-    chosen = op.plan(int(target.removeprefix("sm")), "bf16", channels, outputs, repeats)
+    chosen = op.plan(int(target.removeprefix("sm")), "bf16", channels, outputs, repeats, False)
     rows, columns = -(-height * width // chosen.block_m), -(-4 * outputs // chosen.block_n)
     assert [evaluate(size, dims) for size in launch.grid] == [rows * columns, batch, 1]
     assert [evaluate(arg[1], dims) for arg in launch.args if arg[0] == "i32"] == [height, width]
@@ -163,7 +208,7 @@ def test_cubins(target):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capability", cubin.CAPABILITIES)
 def test_largest_blocks_fit(capability, dtype):
-    assert op.compile_cubin(capability, dtype, 256, 128, 2).shared <= cubin.max_shared(capability)
+    assert op.compile_cubin(capability, dtype, 256, 128, 2, True).shared <= cubin.max_shared(capability)
 
 
 @pytest.mark.parametrize(
