@@ -234,7 +234,7 @@ def test_ops_on_gpu(shape, dtype, kind):
     with torch.backends.cudnn.flags(allow_tf32=False):
         got = run(kind, *given)
         check(got, given, kind, f"op {shape} {dtype}")
-    assert torch.equal(run(kind, *given), got)
+        assert torch.equal(run(kind, *given), got)
 
 
 @pytest.mark.gpu
