@@ -26,6 +26,7 @@ from engines.parity_report import ComponentParity
 from engines.spec import AHEAD_OF_TIME_TARGETS, Precision, Target
 from engines.store import Store
 from export.cases import Arrays
+from export.compile_processes import compile_ahead
 from export.components import Component, Profile
 from export.fingerprint import code, versions
 from export.fp8_nodes import DATA_NAME as FP8_DATA_NAME
@@ -177,6 +178,8 @@ class Runner:
                 if component.precision is Precision.FP8:
                     added = use_fp8(model, folder)
                     more |= added | {linear.OP: more[linear.OP] - added[linear.FP8]}
+                onnx.save(model, folder / TYPED_NAME)
+                compile_ahead(folder / TYPED_NAME, targets)
                 add_cubins(model, targets)
                 onnx.save(model, folder / TYPED_NAME)
                 report = tensorrt.build_engine_file(
