@@ -1,0 +1,266 @@
+"""Times launch plans of the Triton kernels on the GPU that is here, beside the plan in the source.
+
+    python benchmarks/kernel_plans.py --out benchmarks/results/kernel_plans_h200.json
+
+For each kernel, at sizes of Sana-1.6B and 0.6B and of DC-AE's decoder: milliseconds in a CUDA graph of every plan that fits, the
+best ones and the source's printed. The constants at the top of each file in plugins/ come from such a run; change them where
+another plan is better at most sizes. Beside the convolution stands cuDNN's, of PyTorch's choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks.figures import machine, versions
+from plugins import (
+    conv3x3,
+    cross_attention,
+    fp8_quantize,
+    gated_depthwise_conv,
+    modulated_norm,
+    qkv_linear_attention,
+)
+
+SHARED = 227 * 1024  # bytes a block may have on compute capability 9.0
+CALLS, ROUNDS = 6, 10
+BEST = 4  # plans that are printed
+Call = Callable[[], object]
+Plan = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at a size. launch: a call for a plan. peer: another's program for the same, by name."""
+
+    name: str
+    plans: list[Plan]
+    launch: Callable[[Plan], Call]
+    source: Plan
+    peers: Mapping[str, Call] = field(default_factory=dict)
+
+
+def grid_of(**choices: tuple[Any, ...]) -> list[Plan]:
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+
+
+def half(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", dtype=dtype)
+
+
+def gated_convolution() -> Iterator[Case]:
+    module = gated_depthwise_conv
+    for batch, side, inner in ((2, 32, 5600), (2, 64, 5600), (2, 128, 5600), (2, 32, 2880)):
+        x, y = half(batch, side, side, 2 * inner), half(batch, side, side, inner)
+        weight, bias = half(2 * inner, 1, 3, 3), half(2 * inner)
+
+        def launch(plan: Plan, x=x, y=y, weight=weight, bias=bias, side=side, inner=inner, batch=batch) -> Call:  # type: ignore[no-untyped-def]
+            programs = (-(-inner // plan["C"]), -(-side // module.COLUMNS) * -(-side // plan["rows"]), batch)
+            return lambda: module.gate_kernel[programs](
+                x, weight, bias, x, y, side, side, inner, plan["rows"], C=plan["C"], BACKWARD=False, num_warps=plan["num_warps"]
+            )
+
+        _, options = module.plan(batch=batch, height=side, width=side, channels=inner)
+        source = {name: options[name] for name in ("rows", "C", "num_warps")}
+        plans = [
+            p
+            for p in grid_of(rows=(8, 16, 32), C=(64, 128, 256), num_warps=(1, 2, 4))
+            if p["C"] // (32 * p["num_warps"]) in (1, 2, 4)
+        ]
+        yield Case(f"gated_depthwise_conv {batch}x{side}x{side}x{inner} fp16", plans, launch, source)
+
+
+def linear_attention() -> Iterator[Case]:
+    module, head_dim = qkv_linear_attention, 32
+    for tokens, heads in ((1024, 70), (4096, 70), (16384, 70), (1024, 36)):
+        qkv, out = half(2, tokens, 3 * heads * head_dim), half(2, tokens, heads * head_dim)
+        most = torch.randn(2, heads, 64, head_dim + 1, head_dim, device="cuda")
+
+        def state(plan: Plan, qkv=qkv, most=most, tokens=tokens, heads=heads) -> Call:  # type: ignore[no-untyped-def]
+            parts = -(-tokens // plan["part"])
+            options = {"D": head_dim, "BLOCK_N": plan["BLOCK_N"], "num_warps": plan["num_warps"], "num_stages": 3}
+            return lambda: module.state_kernel[2 * heads, parts](
+                qkv, most, heads, tokens, plan["part"], INTERLEAVED=False, **options
+            )
+
+        def apply(plan: Plan, qkv=qkv, most=most, out=out, tokens=tokens, heads=heads) -> Call:  # type: ignore[no-untyped-def]
+            options = {"D": head_dim, "BLOCK_N": plan["BLOCK_N"], "num_warps": plan["num_warps"], "num_stages": 1}
+            numbers = (heads, tokens, plan["tile"], module.num_parts(tokens), module.EPS)
+            precision = module.PRECISIONS["fp16"]
+            return lambda: module.apply_kernel[2 * heads, -(-tokens // plan["tile"])](
+                qkv, most, out, *numbers, INTERLEAVED=False, PRECISION=precision, **options
+            )
+
+        size = f"2x{tokens} tokens, {heads} heads fp16"
+        plans = [
+            plan
+            for plan in grid_of(part=(64, 128, 256, 512, 1024), BLOCK_N=(32, 64, 128), num_warps=(1, 2, 4))
+            if plan["BLOCK_N"] <= plan["part"] and tokens // plan["part"] <= 64
+        ]
+        block, warps, _ = module.PLANS[module.STATE]
+        part = -(-tokens // (module.num_parts(tokens) * block)) * block
+        yield Case(f"{module.STATE} {size}", plans, state, {"part": part, "BLOCK_N": block, "num_warps": warps})
+        plans = [
+            plan
+            for plan in grid_of(tile=(64, 128, 256, 512), BLOCK_N=(32, 64, 128), num_warps=(1, 2, 4))
+            if plan["BLOCK_N"] <= plan["tile"]
+        ]
+        block, warps, _ = module.PLANS[module.APPLY]
+        yield Case(f"{module.APPLY} {size}", plans, apply, {"tile": module.TILE, "BLOCK_N": block, "num_warps": warps})
+
+
+def text_attention() -> Iterator[Case]:
+    module, keys_count = cross_attention, 300
+    for tokens, heads, dim in ((1024, 20, 112), (4096, 20, 112), (16384, 20, 112), (1024, 16, 72)):
+        q, out = half(2, tokens, heads * dim), half(2, tokens, heads * dim)
+        keys, values = half(4, 2, 1, heads, keys_count, dim), half(4, 2, 1, heads, keys_count, dim)
+        bias = torch.full((2, keys_count), -10000.0, device="cuda", dtype=torch.float16)
+        bias[0, :1] = bias[1, :40] = 0  # an empty prompt, and one of forty tokens
+        constants = module.plan("fp16", keys_count, dim)
+
+        def launch(plan: Plan, given=(q, keys, values, bias, out), tokens=tokens, heads=heads, constants=constants) -> Call:  # type: ignore[no-untyped-def]
+            blocks = {name: plan[name] for name in ("BLOCK_M", "BLOCK_N")}
+            options = {"num_warps": plan["num_warps"], "num_stages": plan["num_stages"]}
+            return lambda: module.kernel[-(-tokens // plan["BLOCK_M"]), heads, 2](
+                *given, tokens, keys_count, 3, **{**constants, **blocks}, **options
+            )
+
+        source = {"BLOCK_M": constants["BLOCK_M"], "BLOCK_N": constants["BLOCK_N"]}
+        source |= {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}
+        plans = grid_of(BLOCK_M=(64, 128), BLOCK_N=(32, 64), num_warps=(4, 8), num_stages=(1, 2))
+        yield Case(f"{module.OP} 2x{tokens} tokens, {heads} heads of {dim} fp16", plans, launch, source)
+
+
+def norms() -> Iterator[Case]:
+    module = modulated_norm
+    for tokens, dim, quantized in ((1024, 2240, False), (4096, 2240, False), (1024, 1152, False), (1024, 2240, True)):
+        x, branch, hidden, normed = (half(2, tokens, dim) for _ in range(4))
+        time, table = half(2, 6 * dim), half(6, dim)
+        variant = module.Variant(dim=dim, rows=(0, 1, 5), time_rows=6, gate_time_rows=6, quantized=quantized)
+        bits, scale = torch.empty(2, tokens, dim, device="cuda", dtype=torch.int8), torch.empty(2, tokens, device="cuda")
+        outputs = (hidden, bits, scale) if quantized else (hidden, normed)
+
+        def launch(plan: Plan, given=(x, branch, time, table), outputs=outputs, variant=variant) -> Call:  # type: ignore[no-untyped-def]
+            inputs, written = (*given, *given[2:]), (*outputs, None)[:3]  # the gate's time and table are the same
+            rows, tokens = 2 * given[0].shape[1], given[0].shape[1]
+            return lambda: module.norm_kernel[(rows,)](
+                *inputs, *written, tokens, 1e-6, **variant.constants, num_warps=plan["num_warps"]
+            )
+
+        name = f"{module.GATED} 2x{tokens}x{dim} fp16{' to fp8' if quantized else ''}"
+        yield Case(name, grid_of(num_warps=(1, 2, 4, 8)), launch, {"num_warps": variant.num_warps})
+
+
+def quantizing() -> Iterator[Case]:
+    module = fp8_quantize
+    for rows, dim in ((2048, 2240), (2048, 5600), (8192, 5600)):
+        x = half(rows, dim)
+        bits, scale = torch.empty(rows, dim, device="cuda", dtype=torch.int8), torch.empty(rows, device="cuda")
+
+        def launch(plan: Plan, x=x, bits=bits, scale=scale, rows=rows, dim=dim) -> Call:  # type: ignore[no-untyped-def]
+            block = triton.next_power_of_2(dim)
+            return lambda: module.quantize_kernel[(rows,)](x, bits, scale, D=dim, BLOCK=block, num_warps=plan["num_warps"])
+
+        yield Case(f"{module.OP} {rows}x{dim} fp16", grid_of(num_warps=(1, 2, 4, 8)), launch, {"num_warps": module.num_warps(dim)})
+
+
+def convolutions() -> Iterator[Case]:
+    module, dtype = conv3x3, torch.bfloat16
+    for side, channels, outputs in ((1024, 128, 128), (512, 256, 256), (256, 512, 512), (1024, 128, 3)):
+        x, weight = half(1, side, side, channels, dtype=dtype), half(outputs, 3, 3, channels, dtype=dtype)
+        bias, y = half(outputs, dtype=dtype), half(1, side, side, outputs, dtype=dtype)
+
+        def launch(plan: Plan, given=(x, weight, bias, y), side=side, channels=channels, outputs=outputs) -> Call:  # type: ignore[no-untyped-def]
+            programs = (-(-side * side // plan["BLOCK_M"]) * -(-outputs // plan["BLOCK_N"]), 1)
+            constants = {"C": channels, "N": outputs, "ACTIVATION": "silu", "GROUP_M": module.GROUP_M}
+            return lambda: module.conv_kernel[programs](*given, side, side, **constants, **plan)
+
+        chosen = module.plan(module.OP, 90, "bf16", channels, outputs)
+        source = {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_K": chosen.block_k}
+        source |= {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+        widest = max(16, triton.next_power_of_2(outputs))
+        plans = [
+            plan
+            for plan in grid_of(BLOCK_M=(128, 256), BLOCK_N=(16, 128, 256), BLOCK_K=(64,), num_warps=(4, 8), num_stages=(3, 4))
+            if plan["BLOCK_N"] <= widest
+            and (plan["BLOCK_N"] == 16) == (widest == 16)
+            and plan["BLOCK_M"] * plan["BLOCK_N"] <= 128 * 256
+            and 2 * (plan["BLOCK_M"] + plan["BLOCK_N"]) * plan["BLOCK_K"] * plan["num_stages"] <= SHARED
+        ]
+        first, filters = x.permute(0, 3, 1, 2), weight.permute(0, 3, 1, 2)
+        peer = {
+            "cudnn": lambda first=first, filters=filters, bias=bias: torch.nn.functional.conv2d(first, filters, bias, padding=1)
+        }
+        yield Case(f"{module.OP} {side}x{side}x{channels} to {outputs} bf16", plans, launch, source, peer)
+
+
+CASES: Mapping[str, Callable[[], Iterator[Case]]] = {
+    "gated_depthwise_conv": gated_convolution,
+    "qkv_linear_attention": linear_attention,
+    "cross_attention": text_attention,
+    "modulated_norm": norms,
+    "fp8_quantize": quantizing,
+    "conv3x3": convolutions,
+}
+
+
+def graph_ms(call: Call) -> float:
+    """Median of ROUNDS, of a graph of CALLS."""
+    for _ in range(2):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS):
+            call()
+    times = []
+    for _ in range(ROUNDS):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / CALLS)
+    return round(statistics.median(times), 5)
+
+
+def measured(case: Case) -> dict[str, Any]:
+    plans = case.plans if case.source in case.plans else [*case.plans, case.source]
+    rows = sorted(({"ms": graph_ms(case.launch(plan)), **plan} for plan in plans), key=lambda row: row["ms"])
+    own = next(row for row in rows if {name: row[name] for name in case.source} == dict(case.source))
+    return {"kernel": case.name, "source": own, "peers": {name: graph_ms(call) for name, call in case.peers.items()}, "plans": rows}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", default=",".join(CASES), help="some of them, joined by commas")
+    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    options = parser.parse_args()
+    if unknown := [name for name in options.kernels.split(",") if name not in CASES]:
+        parser.error(f"--kernels: got {', '.join(unknown)}; expected some of {', '.join(CASES)}")
+    if not torch.cuda.is_available():
+        parser.error("got no GPU; expected one: plans are measured")
+    torch.backends.cudnn.benchmark = True
+    found = []
+    for name in options.kernels.split(","):
+        for case in CASES[name]():
+            found.append(measured(case))
+            best = "; ".join(str(row) for row in found[-1]["plans"][:BEST])
+            print(f"{case.name}: source {found[-1]['source']}; best {best}; {found[-1]['peers']}", flush=True)
+    if options.out:
+        record = {"machine": machine(), "versions": versions(), "kernels": found}
+        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,33 @@
+"""Launch plans of kernels, timed."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import kernel_plans
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--kernels", "conv3x3,sorting"], "got sorting; expected some of gated_depthwise_conv"), ([], "got no GPU; expected one")],
+)
+def test_refused(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["kernel_plans.py", *arguments])
+    with pytest.raises(SystemExit):
+        kernel_plans.main()
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kernel", kernel_plans.CASES)
+def test_the_source_is_among_the_plans(monkeypatch, tmp_path, kernel):
+    out = tmp_path / "plans.json"
+    monkeypatch.setattr("sys.argv", ["kernel_plans.py", "--kernels", kernel, "--out", str(out)])
+    assert kernel_plans.main() == 0
+    for found in json.loads(out.read_text())["kernels"]:
+        assert found["source"] in found["plans"]
+        assert all(row["ms"] > 0 for row in found["plans"])
