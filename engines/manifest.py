@@ -153,10 +153,11 @@ class Manifest(BundleInfo):
             if set(named) != set(self.components):
                 raise ValueError(f"{what}: got {', '.join(named) or 'nothing'}; expected {', '.join(self.components)}")
         text, step = self.precision.get("text_projection"), self.precision.get("denoiser")
-        if text and step and text is not step:
+        between = Precision.FP16 if step is Precision.FP8 else step  # whose layers alone are FP8
+        if text and step and text is not between:
             raise ValueError(
-                f"precision: got {text} for text_projection and {step} for denoiser; expected one for both, since the second reads "
-                "what the first wrote"
+                f"precision: got {text} for text_projection and {step} for denoiser; expected {between} for the first, since the "
+                "second reads what it wrote"
             )
         for component in self.components:
             missing = [sm for sm in self.targets if self.engine_name(component, sm) is None]

@@ -112,12 +112,14 @@ def test_manifest_is_checked_when_it_is_built_too():
     with pytest.raises(ValidationError, match="expected text_encoder, text_projection, denoiser, decoder"):
         Manifest(**dict(fake_info(plugins={})), files=VALID.files)
     unlike = {**VALID.precision, "text_projection": Precision.BF16}
-    with pytest.raises(ValidationError, match="got bf16 for text_projection and fp16 for denoiser; expected one for both"):
+    with pytest.raises(ValidationError, match="got bf16 for text_projection and fp16 for denoiser; expected fp16 for the first"):
         Manifest(**dict(fake_info(precision=unlike)), files=VALID.files)
     with pytest.raises(ValidationError, match="expected both or neither"):
         fake_info(tensorrt=None, targets=(Target.SM80,))
     with pytest.raises(ValidationError, match="expected the same"):
         fake_info(prompt=PromptInfo(complex_human_instruction="", max_sequence_length=9))
+    quantized = {**VALID.precision, "denoiser": Precision.FP8, "text_projection": Precision.FP16}
+    assert Manifest(**dict(fake_info(precision=quantized)), files=VALID.files).precision == quantized
 
 
 def test_an_engines_name_lists_its_targets():

@@ -23,7 +23,7 @@ def answer(capsys, *options: str) -> tuple[int, str]:
     ("options", "code", "words"),
     [
         (("--precision", "int8"), 2, ["int8", "does not exist yet", "fp32, fp16, bf16"]),
-        (("--precision", "fp8"), 2, ["fp8", "does not exist yet", "fp32, fp16, bf16"]),
+        (("--precision", "fp8", "--target", "sm89"), 2, ["got fp8 for sm89", "expected sm90 alone", "--precision fp16"]),
         (("--precision", "nvfp4"), 2, ["nvfp4", "does not exist yet", "fp32, fp16, bf16"]),
         (("--precision", "fp61"), 2, ["got 'fp61'", "did you mean"]),
         (("--target", "sm90"), 2, ["sm90", "--target current", "on that GPU"][:1]),

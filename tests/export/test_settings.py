@@ -60,7 +60,7 @@ def test_a_file_of_ones_own_inherits(tmp_path, capsys):
         (["max_batch='3'"], {}, "max_batch: got '3'; expected a valid integer (command line)"),
         (["variant=fp32"], {}, "variant: got 'fp32'; "),
         ([], {"precision": "int8"}, "precision: got 'int8', which does not exist yet"),
-        (["precision=fp61"], {}, "precision: got 'fp61'; did you mean 'fp16'? Valid: fp32, fp16, bf16 (command line)"),
+        (["precision=fp61"], {}, "precision: got 'fp61'; did you mean 'fp16'? Valid: fp32, fp16, bf16, fp8 (command line)"),
         (["target=[]"], {}, "target: got (); "),
         (["target=[1]"], {}, "target.0: got 1; expected a valid string"),
         (["target=null"], {}, "target: got None; expected a valid "),
