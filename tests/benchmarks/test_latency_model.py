@@ -16,6 +16,7 @@ from tiny_build import quiet, request, tiny
 
 from benchmarks import figures, latency, latency_figures, latency_session
 from benchmarks.latency_figures import record_figures
+from benchmarks.latency_floor import Floor
 from benchmarks.latency_history import History
 from benchmarks.latency_parity import engine_errors
 from benchmarks.latency_peers import PEERS
@@ -90,7 +91,10 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SanaEngi
 
 
 @pytest.mark.parametrize(("parameters", "step_name"), [(1_600_000_000, "step_1600m_64px"), (30_000_000, "step_tiny_64px")])
-def test_figures_have_the_peers_beside_them(engine: SanaEngine, recorded: Path, parameters: int, step_name: str) -> None:
+def test_figures_have_the_peers_beside_them(
+    engine: SanaEngine, recorded: Path, parameters: int, step_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.latency_figures.floor_of", lambda *_: Floor(products_ms=0.75, traffic_ms=0.125))
     stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
     errors = {name: {"engine": stats, "pytorch": stats} for name in ("denoiser", "decoder")}
     size = {"width": 64, "height": 64}
@@ -104,8 +108,10 @@ def test_figures_have_the_peers_beside_them(engine: SanaEngine, recorded: Path, 
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
     found = {line["figure"]: line for line in lines}
     step = found[f"{step_name}_fp16_ms"]
-    assert step["peer"] == {"diffusers_eager": 30.0, "torch_compile_max_autotune": 15.0}
+    assert step["peer"] == {"diffusers_eager": 30.0, "torch_compile_max_autotune": 15.0, "floor": 0.875}
     assert step["value"] == pytest.approx(1.0)  # the fake's events are a millisecond apart
-    assert step["note"].startswith("rms error 1.00 x PyTorch's; random weights; TensorRT for RTX on compute capability 9.0")
+    assert step["note"].startswith(
+        "rms error 1.00 x PyTorch's; floor: products 0.75 ms, traffic 0.12; random weights; TensorRT for RTX on compute capability 9.0"
+    )
     assert ("tiny_picture_gpu_ms" in found) == (parameters < 100_000_000)
     assert len(lines) == (3 if parameters < 100_000_000 else 2)
