@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 import triton
 
 from benchmarks.figures import machine, versions
+from benchmarks.graph_timing import graph_ms
 from plugins import (
     conv3x3,
     cross_attention,
@@ -32,7 +32,7 @@ from plugins import (
 )
 
 SHARED = 227 * 1024  # bytes a block may have on compute capability 9.0
-CALLS, ROUNDS = 6, 10
+CALLS = 6  # in a graph
 BEST = 4  # plans that are printed
 Call = Callable[[], object]
 Plan = Mapping[str, Any]
@@ -213,31 +213,20 @@ CASES: Mapping[str, Callable[[], Iterator[Case]]] = {
 }
 
 
-def graph_ms(call: Call) -> float:
-    """Median of ROUNDS, of a graph of CALLS."""
-    for _ in range(2):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(CALLS):
-            call()
-    times = []
-    for _ in range(ROUNDS):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        began.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended) / CALLS)
-    return round(statistics.median(times), 5)
+def milliseconds(call: Call) -> float:
+    return round(graph_ms([call] * CALLS) / CALLS, 5)
 
 
 def measured(case: Case) -> dict[str, Any]:
     plans = case.plans if case.source in case.plans else [*case.plans, case.source]
-    rows = sorted(({"ms": graph_ms(case.launch(plan)), **plan} for plan in plans), key=lambda row: row["ms"])
+    rows = sorted(({"ms": milliseconds(case.launch(plan)), **plan} for plan in plans), key=lambda row: row["ms"])
     own = next(row for row in rows if {name: row[name] for name in case.source} == dict(case.source))
-    return {"kernel": case.name, "source": own, "peers": {name: graph_ms(call) for name, call in case.peers.items()}, "plans": rows}
+    return {
+        "kernel": case.name,
+        "source": own,
+        "peers": {name: milliseconds(call) for name, call in case.peers.items()},
+        "plans": rows,
+    }
 
 
 def main() -> int:

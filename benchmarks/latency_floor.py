@@ -7,7 +7,6 @@ GEMM. Both are measured in the run that compares with them. FP8 products have a 
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.graph_timing import graph_ms
 from benchmarks.latency_yardstick import copy_rate, gemm_rate
 from engines.spec import PX_PER_LATENT
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 __all__ = ["Floor", "Product", "decoder_floor", "decoder_flops", "denoiser_floor", "products", "traffic_bytes"]
 
 BIG_GEMM = (8192, 8192, 8192)
-ROUNDS = 20
 HALF = 2  # bytes
 
 
@@ -74,7 +73,7 @@ def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, te
     rows = texts * (width // PX_PER_LATENT // config.patch_size) * (height // PX_PER_LATENT // config.patch_size)
     calls = [_call(product, precision) for _ in range(config.num_layers) for product in products(config, rows)]
     traffic = config.num_layers * traffic_bytes(config, rows) / copy_rate(gpu=True)
-    return Floor(_graph_ms(calls), 1000 * traffic)
+    return Floor(graph_ms(calls), 1000 * traffic)
 
 
 def _call(product: Product, precision: str) -> Callable[[], object]:
@@ -87,25 +86,6 @@ def _call(product: Product, precision: str) -> Callable[[], object]:
     x_bits, w_bits = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
     x_scale, w_scale = torch.ones(product.rows, 1, device="cuda"), torch.ones(1, product.columns, device="cuda")
     return lambda: torch._scaled_mm(x_bits, w_bits.t(), x_scale, w_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
-
-
-def _graph_ms(calls: list[Callable[[], object]]) -> float:
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(ROUNDS):
-        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        began.record()
-        graph.replay()
-        ended.record()
-        ended.synchronize()
-        times.append(began.elapsed_time(ended))
-    return statistics.median(times[2:])
 
 
 def decoder_flops(config: AutoencoderDCConfig, *, width: int, height: int, batch: int) -> int:
