@@ -90,15 +90,16 @@ class _Graph:
             if cast is None or helper.get_node_attr_value(cast, "to") != kind.elem_type:
                 return 0
             last = cast
-        inputs = [x, weight]
+        inputs, (columns, depth) = [x, weight], self.sizes(weight)
         if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2]:
             inputs.append(self.uncast(node.input[2]))
         elif added := self.only_user(last, "Add"):
-            bias = next((each for each in added.input if each in self.constants and len(self.constants[each].dims) == 1), None)
+            bias = next(
+                (each for each in added.input if each in self.constants and [*self.constants[each].dims] == [columns]), None
+            )
             if bias is not None:
                 inputs.append(bias)
                 last = added
-        columns, depth = self.sizes(weight)
         out = last.output[0]
         attributes: dict[str, Any] = linear.attributes(
             _NARROW[kind.elem_type], len(kind.shape.dim), columns, depth, bias=len(inputs) == 3

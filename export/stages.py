@@ -57,9 +57,11 @@ _EXPORT_CODE = (
     "export/widen.py",
 )
 _ENGINE_CODE = (
+    "sana_ref/fp8.py",
     "plugins/*.py",
     "engines/tensorrt.py",
     "engines/tensorrt_library.py",
+    "export/fp8_nodes.py",
     "export/linear_nodes.py",
     "export/plugin_nodes.py",
 )

@@ -219,7 +219,7 @@ class SanaTransformerBlock(nn.Module):
         self,
         hidden: Tensor,
         normed: Tensor,
-        text: Tensor | KeysValues,
+        text: Text,
         text_bias: Tensor | None,
         time6: Tensor,
         size: tuple[int, int],
@@ -319,7 +319,7 @@ class SanaTransformer2DModel(nn.Module):
     def _normed(
         self,
         hidden: Tensor,
-        texts: Sequence[Tensor | KeysValues],
+        texts: Sequence[Text],
         text_bias: Tensor | None,
         time6: Tensor,
         time: Tensor,

@@ -17,11 +17,11 @@ HALF, FLOAT, BF16 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BFLOAT16
 
 
 def model(nodes, *, kind=HALF, shape=("batch", ROWS, DEPTH), more=()):
-    """x -> y. Weights: w (COLUMNS, DEPTH), v (COLUMNS, DEPTH), bias (COLUMNS,)."""
+    """x -> y. Weights: w (COLUMNS, DEPTH), v (COLUMNS, DEPTH), bias (COLUMNS,), one (1,)."""
     rng = np.random.default_rng(0)
     constants = [
         helper.make_tensor(name, kind, size, rng.normal(size=int(np.prod(size))).astype(np.float16))
-        for name, size in (("w", (COLUMNS, DEPTH)), ("v", (COLUMNS, DEPTH)), ("bias", (COLUMNS,)))
+        for name, size in (("w", (COLUMNS, DEPTH)), ("v", (COLUMNS, DEPTH)), ("bias", (COLUMNS,)), ("one", (1,)))
     ]
     graph = helper.make_graph(
         [helper.make_node(op, inputs, outputs, name=f"n{i}", **more) for i, (op, inputs, outputs, more) in enumerate(nodes)],
@@ -123,6 +123,11 @@ def test_a_result_that_is_used_before_its_bias_keeps_it_apart():
         ("Mul", ["narrow", "added"], ["y"], {}),
     ]
     assert ops(rewritten(nodes)) == [linear.OP, "Add", "Mul"]
+
+
+def test_what_is_added_to_all_columns_alike_is_no_bias():
+    nodes = [*PRODUCT, cast("sums", "narrow", HALF), ("Add", ["narrow", "one"], ["y"], {})]
+    assert ops(rewritten(nodes)) == [linear.OP, "Add"]
 
 
 @pytest.mark.parametrize(
