@@ -36,8 +36,7 @@ FORMATS: tuple[Format, ...] = ("none", "int8", "fp8", "nvfp4")
 #   smooth (depth,)              activations are divided by it and weights multiplied
 #   low_rank_down (rank, depth)  V above
 #   low_rank_up (columns, rank)  U above
-#   weight_scale (columns,)      int8 and fp8: what the largest integer (127), or 448, of a row stands for over that; without, from
-#                                the row's largest number
+#   weight_scale (columns,)      int8 and fp8: real = number * scale, a row; without, the row's largest number is 127, or 448
 TENSORS = ("smooth", "low_rank_down", "low_rank_up", "weight_scale")
 _GROUPS = re.compile(
     r"(transformer_blocks\.\d+\.)(?:(attn1)\.to_[qkv]|(attn1\.to_out\.0|attn2\.to_q|attn2\.to_out\.0|ff\.conv_inverted|ff\.conv_point))"
