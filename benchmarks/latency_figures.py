@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import statistics
@@ -80,38 +79,55 @@ def record_figures(
     pictures: int,
     note: str,
 ) -> bool:
-    """Append figures of the first size, batch 1, with the peers of its components beside them.
+    """Append figures of what was measured at the first size: a step and a decode at batch 1, two texts, pictures; with their peers.
 
     Steps and decode are timed as the runtime's loop runs them: all steps of several pictures. False, and nothing is appended, if
     the same request gave different pictures. errors: by component, as latency_parity.engine_errors has them.
     """
     from engines import tensorrt
 
-    first = next(found for found in records if found.component == "denoiser")
-    times = picture_times(engine, first.width, first.height, steps, pictures)
-    if not times["same_bytes"]:
-        print("the same request gave different pictures; nothing is recorded")
-        return False
-    print(json.dumps(times, indent=1))
     size, unsupported = size_name(checkpoint), UNSUPPORTED if device_info().capability == (9, 0) else ""
-    keep = functools.partial(record, unit="ms", extra_versions={"tensorrt": f"{tensorrt.flavor()} {tensorrt.version()}"})
+    versions = {"tensorrt": f"{tensorrt.flavor()} {tensorrt.version()}"}
+    first = next((found for found in records if found.component != "text_encoder"), records[0])
     px = f"{first.width}px" if first.width == first.height else f"{first.width}x{first.height}px"
-    names = {"denoiser": f"step_{size}_{px}", "decoder": f"decode_{px}" if size != "tiny" else f"decode_tiny_{px}"}
-    for component, stage in (("denoiser", "step"), ("decoder", "decode")):
-        ratio = errors[component]["engine"].rms / errors[component]["pytorch"].rms
-        beside = next(
-            found for found in records
-            if (found.component, found.width, found.height, found.batch) == (component, first.width, first.height, 1)
-        )  # fmt: skip
-        floor = floor_of(checkpoint, beside)
-        peers = {name: round(other.ms, 4) for name, other in beside.references.items() if other.rms_error is not None}
-        words = f"floor: products {floor.products_ms:.2f} ms, traffic {floor.traffic_ms:.2f}"
-        keep(
-            f"{names[component]}_{beside.precision}_ms",
-            times[f"{stage}_ms"],
-            peer=peers | {"floor": round(floor.ms, 4)},
-            note="; ".join(filter(None, (f"rms error {ratio:.2f} x PyTorch's", words, note, unsupported))),
-        )
-    if size == "tiny":
-        keep("tiny_picture_gpu_ms", times["wall_ms"], note=f"{steps} steps, {px}, prompt to PNG; {unsupported}")
+
+    def keep(name: str, value: float, *words: str, peer: dict[str, float] | None = None) -> None:
+        record(name, value, "ms", peer=peer, note="; ".join(filter(None, (*words, note, unsupported))), extra_versions=versions)
+
+    found = {each.component: each for each in records if (each.width, each.height, each.batch) == (first.width, first.height, 1)}
+    if {"denoiser", "decoder"} <= set(found):
+        times = picture_times(engine, first.width, first.height, steps, pictures)
+        if not times["same_bytes"]:
+            print("the same request gave different pictures; nothing is recorded")
+            return False
+        print(json.dumps(times, indent=1))
+        names = {"denoiser": f"step_{size}_{px}", "decoder": f"decode_{px}" if size != "tiny" else f"decode_tiny_{px}"}
+        for component, stage in (("denoiser", "step"), ("decoder", "decode")):
+            ratio = errors[component]["engine"].rms / errors[component]["pytorch"].rms
+            floor = floor_of(checkpoint, found[component])
+            words = f"floor: products {floor.products_ms:.2f} ms, traffic {floor.traffic_ms:.2f}"
+            keep(
+                f"{names[component]}_{found[component].precision}_ms",
+                times[f"{stage}_ms"],
+                f"rms error {ratio:.2f} x PyTorch's",
+                words,
+                peer=_peers(found[component]) | {"floor": round(floor.ms, 4)},
+            )
+        if size == "tiny":
+            keep("tiny_picture_gpu_ms", times["wall_ms"], f"{steps} steps, {px}, prompt to PNG")
+    if "picture" in found:
+        picture = found["picture"]
+        sprint = "sprint_" if checkpoint.transformer_config.guidance_embeds else "picture_"
+        name = f"{sprint}{size}_{px}_{picture.steps}step_" + ("" if sprint == "sprint_" else f"{picture.precision}_")
+        words = f"prompt to PNG; GPU {picture.device.p50:.1f} ms, p90 {picture.device.p90:.1f}; in all {picture.wall.p50:.1f} ms"
+        if sprint == "sprint_":
+            keep(f"{name}gpu_ms", picture.device.p50, words)
+        keep(f"{name}wall_ms" if sprint == "sprint_" else f"{name}ms", picture.wall.p50, words)
+    for text in records:
+        if (text.component, text.batch) == ("text_encoder", 2) and size != "tiny":
+            keep(f"encode_text_{text.precision}_ms", text.device.p50, f"p90 {text.device.p90:.2f} ms", peer=_peers(text))
     return True
+
+
+def _peers(found: Record) -> dict[str, float]:
+    return {name: round(other.ms, 4) for name, other in found.references.items() if other.rms_error is not None}

@@ -1,12 +1,14 @@
 """What the runtime adds to its engines: start, memory, launches, and the host's time; of a bundle through TensorRT.
 
     python benchmarks/runtime_figures.py out/sana --name 1600m --record
+    python benchmarks/runtime_figures.py out/sana --decoder --side 4096 --record
 
 - start_<name>_s: from SanaEngine(bundle) to the first picture, in a new process, engines in the page cache (the second of two).
 - peak_<name>_<px>px_{fp16,low_memory}_gb: most GPU memory in use while pictures are drawn, beyond what was in use before.
 - host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU: pictures of N and of N / 2 steps.
 - launches_per_picture: graph launches, and engine launches beside them, for a text that is known; the note says it for a new one.
 - kernels_per_step: kernel nodes in a CUDA graph of one denoiser step.
+- decode_<px>px_<precision>_peak_gb, with --decoder: most GPU memory in use while the decoder alone is loaded and runs.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from benchmarks.latency_figures import UNSUPPORTED
 from benchmarks.latency_run import gpu_memory_used
 from benchmarks.latency_work import PROMPT, Work, open_task
 from engines import tensorrt
+from engines.bundle import Bundle
 from engines.errors import RequestError, SanaError
 from engines.gpu import device_info
 from runtime import SanaEngine
@@ -48,7 +51,7 @@ def in_new_process(mode: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def child(mode: str, options: argparse.Namespace) -> dict[str, float]:
-    """ "start", "memory" or "low_memory", in a process of its own."""
+    """ "start", "memory", "low_memory" or "decoder", in a process of its own."""
     sizes = {"steps": options.steps, "width": options.side, "height": options.side}
     if mode == "start":
         began = time.perf_counter()
@@ -71,6 +74,12 @@ def child(mode: str, options: argparse.Namespace) -> dict[str, float]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     try:
+        if mode == "decoder":
+            with SanaEngine(options.bundle, backend="tensorrt", progress=False) as engine:
+                with open_task(engine, Work(component="decoder", width=options.side, height=options.side, batch=1)) as task:
+                    for _ in range(3):
+                        task.stopwatch(task.call)
+            return {"peak_gb": (peak - before) / 1e9}
         with SanaEngine(options.bundle, backend="tensorrt", progress=False, low_memory=mode == "low_memory") as engine:
             for prompt in (PROMPT, PROMPT, f"{PROMPT}, in the rain"):  # the second is captured as a graph
                 engine.generate(prompt, **sizes)
@@ -144,6 +153,10 @@ def kernels_per_step(engine: SanaEngine, side: int) -> int:
 def measure(options: argparse.Namespace) -> dict[str, tuple[float, str, str]]:
     """value, unit and note by the figure's name."""
     name, px = options.name, f"{options.side}px"
+    if options.decoder:
+        precision = Bundle.open(options.bundle).manifest.precision["decoder"]
+        peak = in_new_process("decoder", options)["peak_gb"]
+        return {f"decode_{px}_{precision}_peak_gb": (peak, "GB", "batch 1, no tiles; beyond CUDA's own context")}
     in_new_process("start", options)  # engines come into the page cache
     start = in_new_process("start", options)
     found = {f"start_{name}_s": (start["start_s"], "s", f"{options.steps} steps, {px}; opened after {start['open_s']:.2f} s")}
@@ -169,9 +182,10 @@ def main() -> int:
     parser.add_argument("--name", default="1600m", help="of the model, in the figures' names")
     parser.add_argument("--side", type=int, default=1024, help="px")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--decoder", action="store_true", help="its memory alone, and nothing else")
     parser.add_argument("--note", default="")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/figures.jsonl")
-    parser.add_argument("--child", choices=("start", "memory", "low_memory"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", choices=("start", "memory", "low_memory", "decoder"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
         if options.steps < 2:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from engines.disk import human_bytes
 from engines.errors import DiskFullError, RequestError, SanaError
 from runtime.picture_info import PictureInfo, parse_picture_info
+from runtime.png import encode_png
 
-__all__ = ["INFO_KEY", "read_picture", "read_picture_info", "save_png", "to_images"]
+__all__ = ["INFO_KEY", "png_bytes", "read_picture", "read_picture_info", "save_png", "to_images"]
 
 INFO_KEY = "sana"  # the keyword of the PNG's iTXt chunk, and the key in PIL's Image.info
 
@@ -27,32 +27,43 @@ def to_images(decoded: NDArray[np.float32]) -> list[Image.Image]:
     decoded: (B, 3, H, W) float32, RGB, nominally -1 to 1. Clamped, scaled to 0..255 and rounded half to even, in float32, as
     diffusers' VaeImageProcessor does it. Raises SanaError if a number is not finite.
     """
-    if not np.isfinite(decoded).all():
+    if not (np.isfinite(decoded.max()) and np.isfinite(decoded.min())):
         bad = int(np.size(decoded) - np.isfinite(decoded).sum())
         raise SanaError(
             f"decoder: got {bad} pixels that are not finite numbers; expected none. A precision is too narrow for this model: "
             "rebuild with --precision bf16 or fp32."
         )
-    unit = np.clip(decoded * np.float32(0.5) + np.float32(0.5), 0, 1).transpose(0, 2, 3, 1)
-    return [Image.fromarray(picture) for picture in (unit * np.float32(255)).round().astype(np.uint8)]
+    levels = decoded * np.float32(0.5)
+    levels += np.float32(0.5)
+    np.clip(levels, 0, 1, out=levels)
+    levels *= np.float32(255)
+    np.rint(levels, out=levels)
+    return [Image.fromarray(picture) for picture in np.ascontiguousarray(levels.astype(np.uint8).transpose(0, 2, 3, 1))]
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """A PNG file of `image`, which is RGB, with the PictureInfo that generate() put into it, if any. Raises RequestError for
+    another mode."""
+    if image.mode != "RGB":
+        raise RequestError(f"picture: got the mode {image.mode!r}; expected RGB. Convert it: image.convert('RGB').")
+    text = {INFO_KEY: image.info[INFO_KEY]} if INFO_KEY in image.info else {}
+    return encode_png(np.asarray(image), text)
 
 
 def save_png(image: Image.Image, path: Path | str) -> Path:
     """Write `image` with the PictureInfo that generate() put into it, if any. Appears whole or not at all.
 
-    Missing folders are made. Raises RequestError for another suffix than .png, DiskFullError.
+    Missing folders are made. Raises RequestError for another suffix than .png and as png_bytes, DiskFullError.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise RequestError(f"picture file: got {path.name!r}; expected a name that ends in .png, which keeps pixels and metadata.")
-    info = PngInfo()
-    if INFO_KEY in image.info:
-        info.add_itxt(INFO_KEY, image.info[INFO_KEY])
+    data = png_bytes(image)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with open(temporary, "xb") as file:
-            image.save(file, format="PNG", pnginfo=info)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
