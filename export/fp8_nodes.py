@@ -1,9 +1,10 @@
 """FP8 linear layers in a graph for TensorRT: weights in 8 bits with a scale a row, activations quantised a token at a time.
 
 Nothing is calibrated: a token's scale is its largest number over 448, found by the kernel that quantises it, and where a modulated
-norm makes the activations, that is the norm's kernel. cuBLASLt multiplies (plugins/cublas_lt.py); sums and results are as in fp16.
-Quantised are the layers of the transformer's blocks. The embeddings and the last projection, small in work, stay fp16, and so does
-linear attention between the layers, whose sums over all tokens would gather the error.
+norm or a block's gated sum makes the activations, that is their kernel (plugins/gated_sum.py). cuBLASLt multiplies
+(plugins/cublas_lt.py); sums and results are as in fp16. Quantised are the layers of the transformer's blocks. The embeddings and
+the last projection, small in work, stay fp16, and so does linear attention between the layers, whose sums over all tokens would
+gather the error.
 
 sana_ref/fp8.py is the same in PyTorch. TensorRT knows the bits as int8, which plugins take and give.
 """
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.linear_nodes import remove_unused
-from plugins import fp8_quantize, linear, modulated_norm
+from plugins import fp8_quantize, gated_sum, linear, modulated_norm
 from sana_ref.fp8 import quantize_rows
 
 __all__ = ["DATA_NAME", "QUANTIZED", "use_fp8"]
@@ -28,6 +29,7 @@ DATA_NAME = "fp8.bin"  # beside the graph, as long as it is compiled
 QUANTIZED = "quantized"  # the attribute of a modulated norm whose second output is bits, with a third, their scales
 _BLOCKS = "transformer_blocks."
 _NORMS = (modulated_norm.GATED, modulated_norm.PLAIN)
+_LARGEST = float(gated_sum.LARGEST.value)
 
 
 def use_fp8(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
@@ -39,14 +41,15 @@ def use_fp8(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
     graph = _Graph(model.graph, folder)
     chosen = [node for node in model.graph.node if node.op_type == linear.OP and _BLOCKS in " ".join(graph.sources(node.input[1]))]
     quantized: dict[str, tuple[str, str]] = {}
-    counts = {linear.FP8: 0, fp8_quantize.OP: 0}
+    counts = {linear.FP8: 0, fp8_quantize.OP: 0, gated_sum.OP: 0}
     with (folder / DATA_NAME).open("wb") as file:
         for node in chosen:
             x, weight, *bias = node.input
             source = graph.norm_behind(x, node, chosen) or x
             if source not in quantized:
                 quantized[source], added = graph.quantize(source, chosen)
-                counts[fp8_quantize.OP] += added
+                if added is not None:
+                    counts[added] += 1
             bits, scale = graph.add_weight(weight, file.write, file.tell)
             columns, depth = graph.shapes[weight]
             made = linear.fp8_attributes(graph.rank(source), columns, depth, bias=bool(bias))
@@ -55,7 +58,7 @@ def use_fp8(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
             node.CopyFrom(replacement)
             counts[linear.FP8] += 1
     remove_unused(model.graph)
-    return counts
+    return {op: count for op, count in counts.items() if count}
 
 
 class _Graph:
@@ -105,19 +108,56 @@ class _Graph:
         """Whether a reshape to this shape asks for nothing that depends on the shape before."""
         return shape not in self.constants or 0 not in numpy_helper.to_array(self.constants[shape])
 
-    def quantize(self, x: str, chosen: list[onnx.NodeProto]) -> tuple[tuple[str, str], int]:
-        """The names of x's bits and scales; and 1 if a node was added for them, 0 if the norm that makes x does it."""
+    def quantize(self, x: str, chosen: list[onnx.NodeProto]) -> tuple[tuple[str, str], str | None]:
+        """The names of x's bits and scales; and the op that was added for them, None if the norm that makes x does it."""
         bits, scale = f"{x}_bits", f"{x}_scale"
         maker = self.maker.get(x)
         if maker is not None and maker.op_type in _NORMS and all(node in chosen for node in self.readers(x)):
             maker.output[1] = bits
             maker.output.append(scale)
             maker.attribute.append(helper.make_attribute(QUANTIZED, 1))
-            return (bits, scale), 0
+            return (bits, scale), None
+        if maker is not None and (gated := self.gated_sum(maker)) is not None:
+            inputs, row = gated
+            maker.CopyFrom(helper.make_node(gated_sum.OP, inputs, [x, bits, scale], name=bits, domain=linear.DOMAIN, row=row))
+            return (bits, scale), gated_sum.OP
         node = helper.make_node(fp8_quantize.OP, [x], [bits, scale], name=bits, domain=linear.DOMAIN)
         first = next(index for index, each in enumerate(self.graph.node) if x in each.input)
         self.graph.node.insert(first, node)
-        return (bits, scale), 1
+        return (bits, scale), fp8_quantize.OP
+
+    def gated_sum(self, node: onnx.NodeProto) -> tuple[list[str], int] | None:
+        """(inputs of a gated sum, the gate's row) if the node is the last of
+
+        Add(x, Mul(Add(Gather(table), Unsqueeze(Gather(Reshape(time)))), Clip(branch))), as a block has it in fp16.
+        """
+        if node.op_type != "Add":
+            return None
+        for x, product in (tuple(node.input), tuple(node.input)[::-1]):
+            mul = self.made(product, "Mul")
+            clip = mul and next((found for name in mul.input if (found := self.made(name, "Clip"))), None)
+            gate = mul and next((found for name in mul.input if (found := self.made(name, "Add"))), None)
+            if clip is None or gate is None or len(clip.input) != 3:
+                continue
+            limits = [float(self.value(name)) if name in self.constants else 0.0 for name in clip.input[1:]]
+            row_of_table = self.made(gate.input[0], "Gather")
+            wide = self.made(gate.input[1], "Unsqueeze")
+            row_of_time = wide and self.made(wide.input[0], "Gather")
+            rows_of_time = row_of_time and self.made(row_of_time.input[0], "Reshape")
+            if row_of_table is None or row_of_time is None or rows_of_time is None or limits != [-_LARGEST, _LARGEST]:
+                continue
+            table, time = row_of_table.input[0], rows_of_time.input[0]
+            row, same = (self.value(each.input[1]) for each in (row_of_table, row_of_time))
+            axes = [(helper.get_node_attr_value(each, "axis") if each.attribute else 0) for each in (row_of_table, row_of_time)]
+            whole = table in self.constants and self.rank(time) == 2
+            if whole and row.ndim == 0 and row == same and axes == [0, 1]:
+                return [x, clip.input[0], time, table], int(row)
+        return None
+
+    def made(self, name: str, op: str) -> onnx.NodeProto | None:
+        """The node of this op that makes it."""
+        node = self.maker.get(name)
+        return node if node is not None and node.op_type == op else None
 
     def value(self, name: str) -> NDArray[Any]:
         """Of a constant, evaluated."""

@@ -18,6 +18,7 @@ from plugins import (
     cross_attention,
     fp8_quantize,
     gated_depthwise_conv,
+    gated_sum,
     linear,
     modulated_norm,
     qkv_linear_attention,
@@ -81,6 +82,12 @@ def _fp8_quantize(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Ite
     return fp8_quantize.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value, len(x.shape.dim))
 
 
+def _gated_sum(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    dim = type_of[node.input[0]].shape.dim[-1].dim_value
+    rows = type_of[node.input[2]].shape.dim[-1].dim_value // dim  # of the time
+    return gated_sum.compile_cubins(targets, dim, helper.get_node_attr_value(node, "row"), rows)
+
+
 def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     x = type_of[node.input[0]]
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -103,6 +110,7 @@ _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     conv3x3_upsample.OP: _conv3x3_upsample,
     cross_attention.OP: _cross_attention,
     fp8_quantize.OP: _fp8_quantize,
+    gated_sum.OP: _gated_sum,
     gated_depthwise_conv.OP: _gated_depthwise_conv,
     modulated_norm.GATED: _modulated_norm,
     modulated_norm.PLAIN: _modulated_norm,

@@ -49,7 +49,7 @@ CHANNELS, MAX_WARPS = 64, 16  # channels a thread
 
 
 @triton.jit
-def _row(time, table, image, d_D, live_D, ROW: tl.constexpr, TIME_ROWS: tl.constexpr, D: tl.constexpr):
+def modulation_row(time, table, image, d_D, live_D, ROW: tl.constexpr, TIME_ROWS: tl.constexpr, D: tl.constexpr):
     """(D,), fp32: a row of the table and of the time."""
     time_D = tl.load(time + (image * TIME_ROWS + ROW % TIME_ROWS) * D + d_D, mask=live_D, other=0.0)
     table_D = tl.load(table + ROW * D + d_D, mask=live_D, other=0.0)
@@ -86,13 +86,13 @@ def norm_kernel(
     at_D = token.to(tl.int64) * D + d_D  # int64: 64 images of 4096 px pass 2**31 elements
     branch_D = tl.load(branch + at_D, mask=live_D, other=0.0).to(tl.float32)
     if GATE >= 0:
-        branch_D *= _row(gate_time, gate_table, image, d_D, live_D, GATE, GATE_TIME_ROWS, D)
+        branch_D *= modulation_row(gate_time, gate_table, image, d_D, live_D, GATE, GATE_TIME_ROWS, D)
     hidden_D = tl.load(x + at_D, mask=live_D, other=0.0).to(tl.float32) + branch_D
     tl.store(hidden + at_D, hidden_D.to(hidden.dtype.element_ty), mask=live_D)
     if not RMS:
         hidden_D = tl.where(live_D, hidden_D - tl.sum(hidden_D, axis=0) * (1.0 / D), 0.0)
-    scale_D = _row(time, table, image, d_D, live_D, SCALE, TIME_ROWS, D)
-    shift_D = _row(time, table, image, d_D, live_D, SHIFT, TIME_ROWS, D)
+    scale_D = modulation_row(time, table, image, d_D, live_D, SCALE, TIME_ROWS, D)
+    shift_D = modulation_row(time, table, image, d_D, live_D, SHIFT, TIME_ROWS, D)
     # Not rsqrt, which is off by two units in the last place, the same for a whole row: one number a row costs nothing.
     norm_D = hidden_D * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(hidden_D * hidden_D, axis=0) * (1.0 / D) + eps))
     normed_D = norm_D * (1.0 + scale_D) + shift_D

@@ -35,6 +35,7 @@ OPS = (
     "Conv3x3Norm",
     "Conv3x3Upsample",
     "CrossAttention",
+    "Fp8GatedSum",
     "Fp8Linear",
     "Fp8Quantize",
     "GatedDepthwiseConv",

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from tiny_build import component, runner
 
 from engines.errors import SpecError
@@ -17,6 +17,7 @@ from export.plugin_nodes import add_cubins
 from export.stages import _beside
 from export.weights import DATA_NAME as WEIGHTS_NAME
 from sana_ref.fp8 import quantize_rows
+from sana_ref.transformer import GATE_ATTN
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,11 @@ def quantized(tmp_path_factory):
 
 
 def test_nodes(quantized):
-    """One block has six layers. The norm before the mix-FFN quantises; the first norm is no plugin, the last has no FP8 layer."""
+    """One block has six layers. The norm before the mix-FFN quantises, and so does the sum before the text's attention; the first
+    norm is no plugin, the last has no FP8 layer."""
     model, _, counts = quantized
     found = Counter(node.op_type for node in model.graph.node if node.domain == "sana")
-    assert counts == {"Fp8Linear": 6, "Fp8Quantize": 5}
+    assert counts == {"Fp8GatedSum": 1, "Fp8Linear": 6, "Fp8Quantize": 4}
     assert {op: found[op] for op in counts} == counts
     assert found["Linear"] == 4  # of the time, and the last one
     norms = {node.op_type: node for node in model.graph.node if node.op_type.endswith("ModulatedNorm")}
@@ -44,6 +46,10 @@ def test_nodes(quantized):
         True,
         False,
     ]
+    (gated,) = (node for node in model.graph.node if node.op_type == "Fp8GatedSum")
+    assert gated.input[3] == "transformer.transformer_blocks.0.scale_shift_table"
+    assert helper.get_node_attr_value(gated, "row") == GATE_ATTN
+    assert gated.output[0] in norms["ModulatedNorm"].input
     made = {name for node in model.graph.node for name in node.output}
     made |= {value.name for value in (*model.graph.input, *model.graph.initializer)}
     for node in model.graph.node:  # in order: nothing reads what comes later

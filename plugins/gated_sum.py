@@ -1,0 +1,131 @@
+"""A gated residual sum in front of an FP8 product: the sum and its quantisation in one pass, and its cubins.
+
+    hidden = x + gate clip(branch),  bits and scale: hidden, quantised as in plugins/fp8_quantize.py
+
+clip is to fp16's largest number, 65504, as Sana's self-attention has it: what a product in fp16 overflowed to is no infinity.
+TensorRT makes one kernel of the sum and the clip; a program that has one row of D in its registers also finds the row's scale, so
+that hidden, rounded to fp16, is written and not read again.
+
+Only graphs for TensorRT have such nodes, which export/fp8_nodes.py puts there, so no function body is needed. The meaning is
+`gated_sum_truth` below.
+
+Dimensions: B images, N tokens, D channels, R rows of a table. x, branch, hidden (B, N, D) fp16; bits (B, N, D) int8; scale (B, N)
+fp32; table (R, D) and time (B, R D) fp16, whose sum has the gate in a row.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from plugins import cubin
+from plugins.cubin import Cubin
+from plugins.fp8_quantize import check_target, num_warps, quantized
+from plugins.launch import Output
+from plugins.modulated_norm import modulation_row
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DOMAIN", "INPUTS", "LARGEST", "OP", "compile_cubin", "compile_cubins", "gated_sum_truth", "launch"]
+
+OP = "Fp8GatedSum"
+DOMAIN = "sana"
+INPUTS = ("x", "branch", "time", "table")
+LARGEST = tl.constexpr(65504.0)  # of fp16
+
+
+def gated_sum_truth(
+    x: "torch.Tensor", branch: "torch.Tensor", time: "torch.Tensor", table: "torch.Tensor", row: int
+) -> "torch.Tensor":
+    """hidden, at the inputs' precision."""
+    gate = table[row] + time.unflatten(1, table.shape)[:, row, None]
+    return x + gate * branch.clip(-LARGEST.value, LARGEST.value)
+
+
+@triton.jit
+def sum_kernel(
+    x, branch, time, table, hidden, bits, scale, tokens, ROW: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A program: one token."""
+    token = tl.program_id(0)
+    d_D = tl.arange(0, BLOCK)
+    live_D = d_D < D
+    at_D = token.to(tl.int64) * D + d_D  # int64: 64 images of 4096 px pass 2**31 elements
+    branch_D = tl.load(branch + at_D, mask=live_D, other=0.0).to(tl.float32)
+    # Not tl.clamp: a NaN has to stay one.
+    branch_D = tl.where(branch_D > LARGEST, LARGEST, tl.where(branch_D < -LARGEST, -LARGEST, branch_D))
+    gate_D = modulation_row(time, table, token // tokens, d_D, live_D, ROW, ROWS, D)
+    hidden_D = tl.load(x + at_D, mask=live_D, other=0.0).to(tl.float32) + gate_D * branch_D
+    hidden_D = hidden_D.to(hidden.dtype.element_ty)
+    tl.store(hidden + at_D, hidden_D, mask=live_D)
+    bits_D, row_scale = quantized(hidden_D, live_D)
+    tl.store(bits + at_D, bits_D, mask=live_D)
+    tl.store(scale + token, row_scale)
+
+
+def _constants(dim: int, row: int, rows: int) -> dict[str, int]:
+    if dim < 1 or not 0 <= row < rows:
+        raise ValueError(f"{OP}: got rows of {dim} channels, gate {row} of {rows}; expected at least 1, and a row that there is")
+    return {"ROW": row, "ROWS": rows, "D": dim, "BLOCK": triton.next_power_of_2(dim)}
+
+
+def launch(
+    inputs: "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]",
+    outputs: "tuple[torch.Tensor, torch.Tensor, torch.Tensor]",
+    row: int,
+) -> None:
+    """Write the outputs hidden, bits and scale of the inputs x, branch, time and table: shapes and types as in the module's
+    docstring, all contiguous, on the current GPU, else ValueError."""
+    x, _, _, table = inputs
+    batch, tokens, dim = x.shape
+    rows = table.shape[0]
+    half, tensors = "torch.float16", (*inputs, *outputs)
+    kinds = [(x.shape, half)] * 2 + [((batch, rows * dim), half), ((rows, dim), half)]
+    kinds += [(x.shape, half), (x.shape, "torch.int8"), (x.shape[:-1], "torch.float32")]
+    if [(t.shape, str(t.dtype)) for t in tensors] != kinds or not all(t.is_contiguous() and t.device == x.device for t in tensors):
+        seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in tensors)
+        raise ValueError(
+            f"{OP}: got {seen}; expected twice (B, N, D), (B, R D), (R, D), (B, N, D) fp16, (B, N, D) int8, (B, N) fp32, all "
+            "contiguous"
+        )
+    if x.numel() == 0:
+        return
+    sum_kernel[(batch * tokens,)](*tensors, tokens, **_constants(dim, row, rows), num_warps=num_warps(dim))
+
+
+@functools.cache
+def compile_cubin(capability: int, dim: int, row: int, rows: int) -> Cubin:
+    """For an SM such as 89; ValueError for an older one."""
+    check_target(OP, capability)
+    constants = _constants(dim, row, rows)
+    pointers = dict.fromkeys((*INPUTS, "hidden"), "*fp16") | {"bits": "*i8", "scale": "*fp32"}
+    return cubin.compile_cubin(
+        sum_kernel,
+        capability,
+        op=OP,
+        signature=pointers | {"tokens": "i32"} | dict.fromkeys(constants, "constexpr"),
+        constants=constants,
+        aligned=pointers,
+        num_warps=num_warps(dim),
+    )
+
+
+def compile_cubins(targets: Iterable[str], dim: int, row: int, rows: int) -> dict[str, str | bytes]:
+    """Every attribute of a `sana::Fp8GatedSum` node for the GPU architectures `targets` ("sm89", "sm90", ...).
+
+    dim: D. row: of the gate, of `rows` in table and time. Raises ValueError for a row that is not there and a target before sm89.
+    """
+    shape = [["dim", 0, axis] for axis in range(2)]
+    whole = [*shape, dim]
+    return cubin.attributes(
+        OP,
+        targets,
+        lambda capability: compile_cubin(capability, dim, row, rows),
+        inputs=["fp16"] * len(INPUTS),
+        outputs=[Output(type="fp16", shape=whole), Output(type="int8", shape=whole), Output(type="fp32", shape=shape)],
+        grid=[["mul", *shape], 1, 1],
+        args=[*(["in", index] for index in range(4)), *(["out", index] for index in range(3)), ["i32", shape[1]]],
+    )
