@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.figures import record
 from benchmarks.latency_figures import UNSUPPORTED
 from benchmarks.latency_run import gpu_memory_used
-from benchmarks.latency_work import PROMPT, Work, open_task
+from benchmarks.latency_work import PROMPT, Work, graph_inputs, open_task, queued
 from engines import tensorrt
 from engines.bundle import Bundle
 from engines.errors import RequestError, SanaError
@@ -132,14 +132,15 @@ def kernels_per_step(engine: SanaEngine, side: int) -> int:
             raise SanaError(f"CUDA: got {result[0]}; expected success")
         return result[1:]
 
-    with engine.session("denoiser") as session:
+    work = Work(component="denoiser", width=side, height=side, batch=1)
+    inputs = graph_inputs(engine, work)
+    with engine.session("denoiser") as session, queued(session, inputs) as launch:
         stream = session._cuda.stream  # type: ignore[attr-defined]
-    with open_task(engine, Work(component="denoiser", width=side, height=side, batch=1)) as task:
-        task.call()
+        launch()
         checked(driver.cuStreamSynchronize(stream))
         checked(driver.cuStreamBeginCapture(stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL))
         try:
-            task.call()
+            launch()
         finally:
             (graph,) = checked(driver.cuStreamEndCapture(stream))
     _, count = checked(driver.cuGraphGetNodes(graph))

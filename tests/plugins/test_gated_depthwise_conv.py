@@ -223,7 +223,7 @@ def test_op_on_gpu(shape, dtype):
     with torch.backends.cudnn.flags(allow_tf32=False):
         got = both_ways(ops.gated_depthwise_conv, *given)
         check(got, given, f"op {shape} {dtype}")
-    again = both_ways(ops.gated_depthwise_conv, *given)
+        again = both_ways(ops.gated_depthwise_conv, *given)
     assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
 
 
