@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,7 +159,7 @@ def _on_gpu(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Iterator[Task]:
 
 
 @contextmanager
-def queued(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Iterator[Call]:
+def queued(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Iterator[Callable[[], None]]:
     """What queues one run on the session's stream, with inputs that are on the device already, and does not wait."""
     cuda = session._cuda  # its stream is where events must be
     cuda.make_current()
@@ -170,7 +170,11 @@ def queued(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Iterator[Call]:
         for name, shape in shapes.items():
             addresses[name] = slots[name].reserve(session.output_size(name, shape))
         cuda.synchronize()
-        yield lambda: session.launch(addresses)
+
+        def launch() -> None:
+            session.launch(addresses)
+
+        yield launch
     finally:
         cuda.make_current()
         for slot in slots.values():
