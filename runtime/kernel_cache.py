@@ -24,7 +24,7 @@ from engines.strict import read_bounded
 
 __all__ = ["MAX_FILE_BYTES", "MAX_TOTAL_BYTES", "KernelCache", "Kernels", "kernel_folder"]
 
-MAX_FILE_BYTES = 1 << 30  # Sana-1.6B's denoiser has some hundred kernels, of some ten kB each
+MAX_FILE_BYTES = 1 << 30  # what is read into memory, at most
 MAX_TOTAL_BYTES = 4 << 30  # of all files; those that were used longest ago go first
 
 _log = logging.getLogger("runtime")

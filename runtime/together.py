@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 __all__ = ["together"]
@@ -20,11 +21,27 @@ def together(work: Mapping[Key, Callable[[], Result]], *, discard: Callable[[Res
     """
     if not work:
         return {}
+    # Work begins when all threads are there: Ctrl-C while they are made can make the pool forget one, which then does nothing.
+    decided, complete = threading.Event(), threading.Event()
+
+    def begin(call: Callable[[], Result]) -> Result:
+        decided.wait()
+        if not complete.is_set():
+            raise CancelledError
+        return call()
+
+    futures: dict[Key, Future[Result]] = {}
+    interrupted: BaseException | None = None
     with ThreadPoolExecutor(len(work), thread_name_prefix="sana") as pool:
-        futures = {key: pool.submit(call) for key, call in work.items()}
-        interrupted: BaseException | None = None
+        try:
+            for key, call in work.items():
+                futures[key] = pool.submit(begin, call)
+            complete.set()
+        except BaseException as error:
+            interrupted = error
         while True:
             try:
+                decided.set()
                 wait(futures.values())
                 break
             except BaseException as error:  # Ctrl-C, perhaps several times
