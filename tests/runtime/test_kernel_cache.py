@@ -93,6 +93,10 @@ def test_kernels_are_there_after_the_picture_and_not_at_the_end_alone(
             engine.generate("a cat", **REQUEST)
             assert len(files(tmp_path)) == len(COMPONENTS), number
         assert engine._backend._cuda.graphs  # type: ignore[union-attr]
+        before = {path: path.stat().st_ino for path in files(tmp_path)}
+        engine.generate("a cat", **(REQUEST | {"height": 128}))
+        changed = [path for path in files(tmp_path) if path.stat().st_ino != before[path]]
+        assert len(changed) == 2  # the denoiser's and the decoder's: other sizes are other kernels
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "swapped", "large", "folder", "fifo", "refused"])
