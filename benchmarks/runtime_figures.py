@@ -3,7 +3,8 @@
     python benchmarks/runtime_figures.py out/sana --name 1600m --record
     python benchmarks/runtime_figures.py out/sana --decoder --side 4096 --record
 
-- start_<name>_s: from SanaEngine(bundle) to the first picture, in a new process, engines in the page cache (the second of two).
+- start_<name>_s: from SanaEngine(bundle) to the first picture, in a new process, engines in the page cache and what was compiled in
+  a kernel cache (the second of two). The note has the first one, which compiles it, and where the time goes.
 - peak_<name>_<px>px_{fp16,low_memory}_gb: most GPU memory in use while pictures are drawn, beyond what was in use before.
 - host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU: pictures of N and of N / 2 steps.
 - launches_per_picture: graph launches, and engine launches beside them, for a text that is known; the note says it for a new one.
@@ -18,6 +19,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -40,10 +42,11 @@ ROUNDS = 7
 SAMPLE_S = 0.002  # between two looks at the GPU's memory
 
 
-def in_new_process(mode: str, options: argparse.Namespace) -> dict[str, float]:
-    """What `child` prints there. Raises SanaError if it fails."""
+def in_new_process(mode: str, options: argparse.Namespace, kernel_cache: str = "") -> dict[str, float]:
+    """What `child` prints there. kernel_cache: a folder; "" for none. Raises SanaError if it fails."""
     command = [sys.executable, __file__, str(options.bundle), "--steps", str(options.steps), "--side", str(options.side)]
-    found = subprocess.run([*command, "--child", mode], capture_output=True, text=True)
+    command += ["--child", mode, "--kernel-cache", kernel_cache]
+    found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
         raise SanaError(f"{mode}: the process ended with {found.returncode}. It said: {found.stderr[-2000:]}")
     answer: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
@@ -55,10 +58,14 @@ def child(mode: str, options: argparse.Namespace) -> dict[str, float]:
     sizes = {"steps": options.steps, "width": options.side, "height": options.side}
     if mode == "start":
         began = time.perf_counter()
-        with SanaEngine(options.bundle, backend="tensorrt", progress=False) as engine:
+        kernels = Path(options.kernel_cache) if options.kernel_cache else False
+        with SanaEngine(options.bundle, backend="tensorrt", progress=False, kernel_cache=kernels) as engine:
             opened = time.perf_counter()
             engine.generate(PROMPT, **sizes)
-            return {"open_s": opened - began, "start_s": time.perf_counter() - began}
+            drawn = time.perf_counter()
+            loads = {f"load_{name}_s": seconds for name, seconds in engine._backend.load_s.items()}  # type: ignore[union-attr]
+            picture = sum(timings.total_s for timings in engine.last_timings)
+            return {"open_s": opened - began, "start_s": drawn - began, "picture_s": picture, **loads}
     import torch
 
     torch.cuda.init()
@@ -75,12 +82,13 @@ def child(mode: str, options: argparse.Namespace) -> dict[str, float]:
     watcher.start()
     try:
         if mode == "decoder":
-            with SanaEngine(options.bundle, backend="tensorrt", progress=False) as engine:
+            with SanaEngine(options.bundle, backend="tensorrt", progress=False, kernel_cache=False) as engine:
                 with open_task(engine, Work(component="decoder", width=options.side, height=options.side, batch=1)) as task:
                     for _ in range(3):
                         task.stopwatch(task.call)
             return {"peak_gb": (peak - before) / 1e9}
-        with SanaEngine(options.bundle, backend="tensorrt", progress=False, low_memory=mode == "low_memory") as engine:
+        low_memory = mode == "low_memory"
+        with SanaEngine(options.bundle, backend="tensorrt", progress=False, low_memory=low_memory, kernel_cache=False) as engine:
             for prompt in (PROMPT, PROMPT, f"{PROMPT}, in the rain"):  # the second is captured as a graph
                 engine.generate(prompt, **sizes)
     finally:
@@ -151,6 +159,12 @@ def kernels_per_step(engine: SanaEngine, side: int) -> int:
     return found
 
 
+def _parts(start: dict[str, float]) -> str:
+    """Where a start's time went, in words. Engines load at the same time."""
+    loads = ", ".join(f"{key[5:-2].replace('_', ' ')} {value:.2f} s" for key, value in start.items() if key.startswith("load_"))
+    return f"opened and verified after {start['open_s']:.2f} s, engines loaded in {loads}, picture {start['picture_s']:.2f} s"
+
+
 def measure(options: argparse.Namespace) -> dict[str, tuple[float, str, str]]:
     """value, unit and note by the figure's name."""
     name, px = options.name, f"{options.side}px"
@@ -158,16 +172,18 @@ def measure(options: argparse.Namespace) -> dict[str, tuple[float, str, str]]:
         precision = Bundle.open(options.bundle).manifest.precision["decoder"]
         peak = in_new_process("decoder", options)["peak_gb"]
         return {f"decode_{px}_{precision}_peak_gb": (peak, "GB", "batch 1, no tiles; beyond CUDA's own context")}
-    in_new_process("start", options)  # engines come into the page cache
-    start = in_new_process("start", options)
-    found = {f"start_{name}_s": (start["start_s"], "s", f"{options.steps} steps, {px}; opened after {start['open_s']:.2f} s")}
+    with tempfile.TemporaryDirectory() as kernels:
+        in_new_process("start", options)  # engines come into the page cache; no kernels are kept
+        first, start = (in_new_process("start", options, kernels) for _ in range(2))
+    note = f"{options.steps} steps, {px}; {_parts(start)}; without a kernel cache {first['start_s']:.2f} s: {_parts(first)}"
+    found = {f"start_{name}_s": (start["start_s"], "s", note)}
     for mode, word in (("memory", "fp16"), ("low_memory", "low_memory")):
         found[f"peak_{name}_{px}_{word}_gb"] = (
             in_new_process(mode, options)["peak_gb"],
             "GB",
             "beyond CUDA's own context",
         )
-    with SanaEngine(options.bundle, backend="tensorrt", progress=False) as engine:
+    with SanaEngine(options.bundle, backend="tensorrt", progress=False, kernel_cache=False) as engine:
         found["host_per_step_ms"] = (host_per_step(engine, options), "ms", f"{name}, {px}")
         graphs, engines = launches(engine, options, PROMPT)
         more = launches(engine, options, f"{PROMPT}, in the snow")
@@ -187,6 +203,7 @@ def main() -> int:
     parser.add_argument("--note", default="")
     parser.add_argument("--record", action="store_true", help="append to benchmarks/results/figures.jsonl")
     parser.add_argument("--child", choices=("start", "memory", "low_memory", "decoder"), help=argparse.SUPPRESS)
+    parser.add_argument("--kernel-cache", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
         if options.steps < 2:

@@ -7,11 +7,12 @@ graphs say their weights are, digests. After that, a file of the bundle holds th
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from engines.digest import file_sha256
+from engines.digest import files_sha256
 from engines.errors import (
     ArchitectureError,
     DigestError,
@@ -96,20 +97,20 @@ class Bundle:
         data = read_bounded(path / MANIFEST_NAME)
         manifest = parse_manifest(data, source=str(path / MANIFEST_NAME))
         bundle = cls(path=path, manifest=manifest, digest=hashlib.sha256(data).hexdigest())
-        try:
+        with bundle._still_there():
             bundle._check_files()
             bundle._check_external_data()
-            if verify:
-                bundle.verify(progress=progress)
-        except FileNotFoundError as error:  # it was there a moment ago
-            raise MissingFileError(
-                f"{path}: the bundle was replaced while it was read ({error.filename}). Open it again."
-            ) from None
+        if verify:
+            bundle.verify(progress=progress)
         return bundle
 
-    def verify(self, *, progress: TotalProgress | None = None) -> None:
-        """Compare the SHA-256 of every file with the manifest's. Raises DigestError for the first that differs."""
-        total = sum(entry.size for entry in self.manifest.files.values())
+    def verify(self, names: Iterable[str] | None = None, *, progress: TotalProgress | None = None) -> None:
+        """Compare the SHA-256 of these files, or of every file, with the manifest's. Raises DigestError for one that differs.
+
+        progress: called with the bytes digested so far and the bytes in all, from other threads, one at a time.
+        """
+        entries = {name: self.manifest.files[name] for name in dict.fromkeys(self.manifest.files if names is None else names)}
+        total = sum(entry.size for entry in entries.values())
         done = 0
 
         def advance(num_bytes: int) -> None:
@@ -118,8 +119,9 @@ class Bundle:
             if progress is not None:
                 progress(done, total)
 
-        for name, entry in self.manifest.files.items():
-            got = file_sha256(self.file(name), progress=advance)
+        with self._still_there():
+            digests = files_sha256([self.file(name) for name in entries], progress=advance)
+        for (name, entry), got in zip(entries.items(), digests, strict=True):
             if got != entry.sha256:
                 raise DigestError(
                     f"{self.path}: {name} was changed: got SHA-256 {got}; expected {entry.sha256}. Copy the file again, or rebuild."
@@ -134,6 +136,11 @@ class Bundle:
     def onnx_path(self, component: ComponentName) -> Path:
         """The portable graph of `component`; its weights lie beside it. Raises MissingFileError."""
         return self.file(graph_name(component))
+
+    def portable_files(self, component: ComponentName) -> tuple[str, ...]:
+        """The portable graph of `component` and the files of its weights, as the manifest names them."""
+        weights = (f"{component}/{location}" for location in external_locations(self.onnx_path(component)))
+        return (graph_name(component), *sorted(weights))
 
     def engine_path(self, component: ComponentName, sm: str) -> Path | None:
         """The TensorRT engine that runs `component` on the architecture `sm` ("sm89"), or None if there is none."""
@@ -163,6 +170,15 @@ class Bundle:
                 f"this program runs {names.get(flavor, flavor)} {version}. Install that version, rebuild the bundle with this one, "
                 "or run the portable graphs with --backend onnxruntime."
             )
+
+    @contextmanager
+    def _still_there(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:  # it was there a moment ago
+            raise MissingFileError(
+                f"{self.path}: the bundle was replaced while it was read ({error.filename}). Open it again."
+            ) from None
 
     def _check_files(self) -> None:
         for name, entry in self.manifest.files.items():

@@ -78,7 +78,7 @@ def build_engine_file(
     """
     trt, logs, start = load(), logger(), time.monotonic()
     check_parser()
-    logs.errors.clear()
+    logs.clear()
     logs.listener = log
     try:
         if register_plugins is not None:
@@ -257,7 +257,7 @@ def deserialize(engine: bytes | Path, *, register_plugins: RegisterPlugins | Non
 
 
 def _deserialize(trt: Any, data: Any, name: str, register_plugins: RegisterPlugins | None) -> Any:
-    logger().errors.clear()
+    logger().clear()
     runtime = trt.Runtime(logger())
     diagnosis = trt.EngineInvalidityDiagnostics
     _, flags = runtime.get_engine_validity(data)

@@ -14,6 +14,7 @@ import logging
 import shutil
 import sys
 import tempfile
+import threading
 from collections import deque
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -92,7 +93,7 @@ def version() -> str:
 
 @functools.cache
 def logger() -> Any:
-    """TensorRT's messages in Python's log, and the latest errors in `.errors`. One for the process: TensorRT keeps the first."""
+    """TensorRT's messages in Python's log, and the latest errors for why(). One for the process: TensorRT keeps the first."""
     trt: Any = load()
     severity = trt.ILogger.Severity
     levels = {severity.VERBOSE: logging.DEBUG, severity.INFO: logging.DEBUG, severity.WARNING: logging.WARNING}
@@ -100,7 +101,9 @@ def logger() -> Any:
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.errors: deque[str] = deque(maxlen=20)
+            # the thread that asked for what failed, or 0 for a thread of TensorRT's own; the message
+            self.errors: deque[tuple[int, str]] = deque(maxlen=50)
+            self.lock = threading.Lock()
             self.listener: Callable[[str], object] | None = None
 
         def log(self, level: Any, message: str) -> None:
@@ -108,17 +111,32 @@ def logger() -> Any:
             if rank == logging.ERROR and _NO_DRIVER in message:
                 rank = logging.DEBUG
             if rank == logging.ERROR:
-                self.errors.append(message.strip())
+                # Engines load in several threads at once: each is told of its own errors. Python has a dummy for foreign threads.
+                own = not isinstance(threading.current_thread(), threading._DummyThread)
+                with self.lock:
+                    self.errors.append((threading.get_ident() if own else 0, message.strip()))
             if rank > logging.DEBUG and self.listener is not None:
                 self.listener(message)
             LOG.log(rank, "%s", message)
+
+        def clear(self) -> None:
+            """Forget the errors of this thread, and of TensorRT's own."""
+            with self.lock:
+                kept = [entry for entry in self.errors if entry[0] not in (0, threading.get_ident())]
+                self.errors.clear()
+                self.errors.extend(kept)
+
+        def mine(self) -> list[str]:
+            """The errors of this thread, and of TensorRT's own."""
+            with self.lock:
+                return [message for thread, message in self.errors if thread in (0, threading.get_ident())]
 
     return Logger()
 
 
 def why() -> str:
-    """The errors that TensorRT logged since they were last cleared, as the end of a message."""
-    errors = "\n  ".join(logger().errors)
+    """The errors that TensorRT logged for this thread since they were last cleared, as the end of a message."""
+    errors = "\n  ".join(logger().mine())
     return f" TensorRT says:\n  {errors}" if errors else " TensorRT gave no reason."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from pathlib import Path
 from typing import get_args
 
 from engines.bundle import Bundle
@@ -17,17 +18,24 @@ _WORDS = ("auto", *get_args(BackendName))
 
 
 def make_backend(
-    bundle: Bundle, wanted: str, *, num_threads: int | None = None, cuda_graphs: bool = True, low_memory: bool = False
+    bundle: Bundle,
+    wanted: str,
+    *,
+    num_threads: int | None = None,
+    cuda_graphs: bool = True,
+    low_memory: bool = False,
+    kernel_cache: Path | None = None,
 ) -> tuple[Backend, str]:
     """The backend and the reason for it, which also goes to the logger "runtime".
 
+    Opens no file of the bundle yet. kernel_cache: the folder where TensorRT's kernels are kept, if there is one.
     wanted: "tensorrt", "onnxruntime", or "auto": TensorRT where there is a GPU that the bundle has engines for, else ONNX Runtime.
     Raises RequestError for another word, and NoGpuError, ArchitectureError or TensorRTVersionError if "tensorrt" was named in vain.
     """
     if wanted not in _WORDS:
         raise RequestError(f"backend: got {wanted!r}; {nearest(str(wanted), _WORDS)}.")
     level = logging.INFO
-    gpu = functools.partial(_tensorrt, bundle, cuda_graphs=cuda_graphs, low_memory=low_memory)
+    gpu = functools.partial(_tensorrt, bundle, cuda_graphs=cuda_graphs, low_memory=low_memory, kernel_cache=kernel_cache)
     cpu = functools.partial(_onnxruntime, bundle, num_threads=num_threads, low_memory=low_memory)
     if wanted != "auto":
         backend = gpu() if wanted == "tensorrt" else cpu()
@@ -53,7 +61,7 @@ def _onnxruntime(bundle: Bundle, *, num_threads: int | None, low_memory: bool) -
     return OrtBackend(bundle, num_threads=num_threads, low_memory=low_memory)
 
 
-def _tensorrt(bundle: Bundle, *, cuda_graphs: bool, low_memory: bool) -> Backend:
+def _tensorrt(bundle: Bundle, *, cuda_graphs: bool, low_memory: bool, kernel_cache: Path | None) -> Backend:
     from runtime.trt_backend import open_tensorrt
 
-    return open_tensorrt(bundle, cuda_graphs=cuda_graphs, low_memory=low_memory)
+    return open_tensorrt(bundle, cuda_graphs=cuda_graphs, low_memory=low_memory, kernel_cache=kernel_cache)

@@ -27,6 +27,7 @@ from engines.errors import RequestError, SanaError
 from engines.spec import PX_PER_LATENT
 from runtime.choose import make_backend
 from runtime.image import INFO_KEY, to_images
+from runtime.kernel_cache import kernel_folder
 from runtime.noise import normal_batch
 from runtime.picture_info import PictureInfo, RecipeInfo
 from runtime.progress import StepBar
@@ -36,6 +37,8 @@ from runtime.schedule import Schedule
 from runtime.session import Backend, BackendName, Job, Session, Text, Timings
 
 __all__ = ["OnStep", "SanaEngine"]
+
+_TOKENIZER = "tokenizer/tokenizer.json"
 
 # on_step(step, total, latents): after each step, counted from 1 over all batches of the request. latents: (B, C, h, w) float32 of
 # the batch being drawn, a copy. Whatever it raises cancels the request and comes out of generate().
@@ -58,19 +61,23 @@ class SanaEngine:
         num_threads: int | None = None,
         cuda_graphs: bool = True,
         low_memory: bool = False,
+        kernel_cache: Path | str | bool = True,
         progress: bool | None = None,
     ) -> None:
         """bundle: a folder, or a Bundle that is open already.
 
         backend: "tensorrt", "onnxruntime", or "auto" (TensorRT where there is a GPU that the bundle has engines for).
-        verify: compare the SHA-256 of every file first. num_threads: of ONNX Runtime; all that this process may use unless given.
+        verify: first compare the SHA-256 of every file that this backend and the tokenizer open; `Bundle.verify` compares all. A
+            Bundle that is open already is taken as it is. num_threads: of ONNX Runtime; all that this process may use unless given.
         cuda_graphs: with TensorRT, all of a picture's steps and its decoding are one launch, from the second picture of a size on.
             Without, Python queues each kernel, which takes it longer than a GPU of today needs to run it.
         low_memory: the text encoder is unloaded after use, and loaded for the next text.
+        kernel_cache: with TensorRT for RTX, the folder where kernels that it compiled are kept for the next start; True means
+            `kernels` in $SANA_CACHE_DIR or ~/.cache/sana, False none. It changes how long the first picture of a size takes.
         progress: a bar on stderr for what lasts over a second; None means if stderr is a terminal.
         Raises BundleError for a bad bundle, and what runtime.choose.make_backend raises.
         """
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=verify)
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, verify=False)
         self.manifest = self.bundle.manifest
         prompt = self.manifest.prompt
         template = PromptTemplate(
@@ -78,10 +85,21 @@ class SanaEngine:
             max_sequence_length=prompt.max_sequence_length,
             lowercase=prompt.lowercase,
         )
-        self._tokenizer = PromptTokenizer(self.bundle.file("tokenizer/tokenizer.json"), template)
         made, self.backend_reason = make_backend(
-            self.bundle, backend, num_threads=num_threads, cuda_graphs=cuda_graphs, low_memory=low_memory
+            self.bundle,
+            backend,
+            num_threads=num_threads,
+            cuda_graphs=cuda_graphs,
+            low_memory=low_memory,
+            kernel_cache=kernel_folder(kernel_cache),
         )
+        try:
+            if verify and self.bundle is not bundle:
+                self.bundle.verify((_TOKENIZER, *made.files()))
+            self._tokenizer = PromptTokenizer(self.bundle.file(_TOKENIZER), template)
+        except BaseException:
+            made.close()
+            raise
         self._backend: Backend | None = made
         self.backend: BackendName = made.name
         self.device = made.device

@@ -30,6 +30,9 @@ class OrtBackend:
             lambda ids, mask: self.session("text_encoder").run({"input_ids": ids, "attention_mask": mask})["prompt_embeds"]
         )
 
+    def files(self) -> tuple[str, ...]:
+        return tuple(name for component in self._bundle.manifest.components for name in self._bundle.portable_files(component))
+
     def session(self, component: ComponentName) -> OrtSession:
         if component not in self._sessions:
             self._sessions[component] = OrtSession(

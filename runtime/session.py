@@ -93,6 +93,10 @@ class Backend(Protocol):
     device: str  # in words
     max_batch: int  # pictures in one job
 
+    def files(self) -> tuple[str, ...]:
+        """What it opens of the bundle, by the manifest's names."""
+        ...
+
     def draw(self, job: Job, on_step: StepCallback | None, tick: Callable[[], None]) -> Drawn:
         """Draw a batch. `tick` is called whenever a step has been given to the device (for progress bars)."""
         ...

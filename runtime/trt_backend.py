@@ -7,8 +7,10 @@ buffers holds the latents (and the prediction) that it reads and writes.
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +19,10 @@ from engines.bundle import Bundle
 from engines.spec import COMPONENTS, ComponentName
 from runtime.cuda import ALIGNMENT, Cuda, GpuMemoryError, Marks, Slot
 from runtime.graphs import Loops
+from runtime.kernel_cache import KernelCache
 from runtime.session import BackendName, Drawn, Job, StepCallback, Timings
 from runtime.text_cache import TextCache
+from runtime.together import together
 from runtime.trt_session import Arena, TensorRT, TensorRTSession
 
 __all__ = ["TensorRTBackend", "open_tensorrt"]
@@ -27,9 +31,12 @@ _POLL_S = 2e-4  # a step takes some milliseconds
 _ROW = ALIGNMENT // 4  # float32s from one row of the table to the next on the device, so that every row is aligned
 
 
-def open_tensorrt(bundle: Bundle, *, cuda_graphs: bool = True, low_memory: bool = False) -> TensorRTBackend:
+def open_tensorrt(
+    bundle: Bundle, *, cuda_graphs: bool = True, low_memory: bool = False, kernel_cache: Path | None = None
+) -> TensorRTBackend:
     """The backend for the GPU that is here. Cheapest check first; nothing of TensorRT loads before all have passed.
 
+    kernel_cache: the folder where compiled kernels are kept; None keeps none.
     Raises NoGpuError, ArchitectureError if the bundle has no engine for this GPU, TensorRTVersionError.
     """
     from engines import tensorrt, tensorrt_library
@@ -39,17 +46,31 @@ def open_tensorrt(bundle: Bundle, *, cuda_graphs: bool = True, low_memory: bool 
     for component in COMPONENTS:
         bundle.require_engine(component, info.sm)
     bundle.check_tensorrt(flavor=tensorrt.flavor(), version=tensorrt.version())
-    library = TensorRT(
-        module=tensorrt.load(),
-        load=lambda path: tensorrt.deserialize(path, register_plugins=shell.register),
-        why=tensorrt_library.why,
+    tensorrt_library.logger()  # engines load in several threads: what is made once is made before
+    shell.register(tensorrt.load())
+    library = TensorRT(module=tensorrt.load(), load=tensorrt.deserialize, why=tensorrt_library.why)
+    kernels = None
+    if kernel_cache is not None:
+        machine = {"gpu": info.name, "sm": info.sm, "driver": info.driver_cuda}
+        machine["tensorrt"] = f"{tensorrt.flavor()} {tensorrt.version()}"
+        kernels = KernelCache(kernel_cache, machine=machine)
+    return TensorRTBackend(
+        bundle,
+        tensorrt=library,
+        cuda=Cuda(),
+        sm=info.sm,
+        device=info.name,
+        cuda_graphs=cuda_graphs,
+        low_memory=low_memory,
+        kernel_cache=kernels,
     )
-    options = {"cuda_graphs": cuda_graphs, "low_memory": low_memory}
-    return TensorRTBackend(bundle, tensorrt=library, cuda=Cuda(), sm=info.sm, device=info.name, **options)
 
 
 class TensorRTBackend:
-    """Engines load when they are first used, and stay; with low_memory the text encoder goes after each use."""
+    """Engines load for the first picture, all at the same time, and stay.
+
+    With low_memory the text encoder loads first and alone, and goes after each use.
+    """
 
     name: BackendName = "tensorrt"
 
@@ -63,13 +84,23 @@ class TensorRTBackend:
         device: str,
         cuda_graphs: bool = True,
         low_memory: bool = False,
+        kernel_cache: KernelCache | None = None,
     ) -> None:
         """sm: the device's architecture, "sm89". cuda_graphs: launch a picture's work as one graph from its second time on.
+        kernel_cache: where compiled kernels are kept.
 
         Raises ArchitectureError if a component has no engine for it.
         """
         self.device, self.max_batch = device, bundle.manifest.ranges.max_batch
         self._paths = {component: bundle.require_engine(component, sm) for component in COMPONENTS}
+        names = {component: bundle.manifest.engine_name(component, sm) or "" for component in COMPONENTS}
+        self._files = tuple(names.values())
+        self._kernels = (
+            {}
+            if kernel_cache is None
+            else {component: kernel_cache.kernels(bundle.manifest.files[name].sha256) for component, name in names.items()}
+        )
+        self.load_s: dict[ComponentName, float] = {}  # how long each engine took the last time
         self._tensorrt, self._cuda, self._arena = tensorrt, cuda, Arena(cuda)
         self._sessions: dict[ComponentName, TensorRTSession] = {}
         self._slots: dict[str, Slot] = {}
@@ -80,18 +111,42 @@ class TensorRTBackend:
             lambda ids, mask: self.session("text_encoder").run({"input_ids": ids, "attention_mask": mask})["prompt_embeds"]
         )
 
+    def files(self) -> tuple[str, ...]:
+        return self._files
+
     def session(self, component: ComponentName) -> TensorRTSession:
-        if component not in self._sessions:
-            self._cuda.make_current()
-            self._sessions[component] = TensorRTSession(
-                self._paths[component], tensorrt=self._tensorrt, cuda=self._cuda, arena=self._arena
-            )
+        self._cuda.make_current()
+        self._load([component])
         return self._sessions[component]
+
+    def _load(self, components: Iterable[ComponentName]) -> None:
+        """Those that are not there yet, at the same time: TensorRT's bindings let go of Python's lock while they load.
+
+        If one fails, none of them stays.
+        """
+        work = {component: functools.partial(self._open, component) for component in components if component not in self._sessions}
+        self._sessions |= together(work, discard=TensorRTSession.close)
+
+    def _open(self, component: ComponentName) -> TensorRTSession:
+        began = time.perf_counter()
+        self._cuda.make_current()  # of this thread
+        session = TensorRTSession(
+            self._paths[component],
+            tensorrt=self._tensorrt,
+            cuda=self._cuda,
+            arena=self._arena,
+            kernels=self._kernels.get(component),
+        )
+        self.load_s[component] = time.perf_counter() - began
+        return session
 
     def draw(self, job: Job, on_step: StepCallback | None, tick: Callable[[], None]) -> Drawn:
         self._cuda.make_current()
         try:
-            return self._draw(job, on_step, tick)
+            drawn = self._draw(job, on_step, tick)
+            for session in self._sessions.values():
+                session.save_kernels()
+            return drawn
         except GpuMemoryError:
             self._free_buffers()  # else what grew for this request would be missing to a smaller one
             raise
@@ -101,13 +156,16 @@ class TensorRTBackend:
                 slot.settled()
 
     def _draw(self, job: Job, on_step: StepCallback | None, tick: Callable[[], None]) -> Drawn:
-        projection, denoiser, decoder = self.session("text_projection"), self.session("denoiser"), self.session("decoder")
         schedule = job.schedule
+        if not self._low_memory:
+            self._load(COMPONENTS)
         began = time.perf_counter()
         embeds = self._texts.embed_job(job)
         if self._low_memory and (encoder := self._sessions.pop("text_encoder", None)):
             encoder.close()
         text_s = time.perf_counter() - began
+        self._load(component for component in COMPONENTS if component != "text_encoder")
+        projection, denoiser, decoder = (self._sessions[name] for name in ("text_projection", "denoiser", "decoder"))
 
         shape = job.latents.shape
         embeds_address = self._slot("prompt_embeds").write(embeds)

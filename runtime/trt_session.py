@@ -3,6 +3,7 @@
 Memory for activations belongs to the `Arena` that all engines of a bundle share: they run one after another on one stream, so the
 arena is as large as the largest need and not the sum. Shape-specialised kernels are compiled eagerly, when a shape is first seen:
 TensorRT for RTX would else run a fallback kernel until a background thread is done, and the pixels would depend on when that was.
+runtime/kernel_cache.py keeps them for the next process.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from engines.errors import BundleError, RequestError, SanaError
 from plugins import shell
 from runtime.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.cuda import ALIGNMENT, Cuda, Slot
+from runtime.kernel_cache import Kernels
 from runtime.session import Arrays
 
 __all__ = ["Arena", "TensorRT", "TensorRTSession"]
@@ -59,8 +61,11 @@ class TensorRT:
 class TensorRTSession:
     """One engine's file with its execution context. Loads it at once."""
 
-    def __init__(self, path: Path, *, tensorrt: TensorRT, cuda: Cuda, arena: Arena) -> None:
-        """Raises what engines.tensorrt.deserialize raises."""
+    def __init__(self, path: Path, *, tensorrt: TensorRT, cuda: Cuda, arena: Arena, kernels: Kernels | None = None) -> None:
+        """kernels: those that were compiled for this engine before, and where new ones are kept; None keeps none.
+
+        CUDA's context must be current. Raises what engines.tensorrt.deserialize raises.
+        """
         trt, engine = tensorrt.module, tensorrt.load(path)
         self._engine, self._tensorrt, self._cuda, self._arena, self._path = engine, tensorrt, cuda, arena, path
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -75,6 +80,9 @@ class TensorRTSession:
         self._needed = 0  # bytes of the arena, for those shapes
         self._memory = (0, 0)  # address and size of the arena that the context was told of
         self._slots: dict[str, Slot] = {}
+        self._kernels = kernels
+        self._compiled: set[frozenset[tuple[str, Shape]]] = set()  # shapes that have their kernels
+        self._unsaved = True  # kernels were compiled since they were last saved
         self._context = self._make_context()
 
     def _make_context(self) -> Any:
@@ -83,6 +91,8 @@ class TensorRTSession:
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):  # TensorRT for RTX only
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._kernels is not None:
+            self._kernels.attach(config)
         context = self._engine.create_execution_context(config)
         if context is None:
             raise SanaError(f"{self._path}: TensorRT made no execution context for it.{self._why()}")
@@ -104,6 +114,9 @@ class TensorRTSession:
                     raise SanaError(f"{self._path}: TensorRT refused the shape {shape} of {name!r}.{self._why()}")
             self._needed = max(ALIGNMENT, int(self._context.update_device_memory_size_for_shapes()))
             self._shapes = wanted
+            if (shapes_of_all := frozenset(wanted.items())) not in self._compiled:
+                self._compiled.add(shapes_of_all)
+                self._unsaved = True
         self._arena.require(self._needed)
         return {name: tuple(self._context.get_tensor_shape(name)) for name in self.outputs}
 
@@ -173,6 +186,16 @@ class TensorRTSession:
             slot.close()
         self._slots.clear()
 
+    def save_kernels(self) -> None:
+        """Keep what was compiled since the last time. Not while a CUDA graph is captured."""
+        if self._kernels is not None and self._unsaved:
+            self._kernels.save()
+        self._unsaved = False
+
     def close(self) -> None:
         self.free_buffers()
-        self._context = self._engine = None  # in this order: a context must not outlive its engine
+        self.save_kernels()
+        self._context = None  # first: a context must not outlive its kernels and its engine
+        if self._kernels is not None:
+            self._kernels.close()
+        self._engine = None

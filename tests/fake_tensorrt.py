@@ -7,7 +7,7 @@ is freed while in use, and a missing wait all give wrong numbers here, as they w
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ import onnxruntime
 from engines.bundle import Bundle
 from runtime.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.cuda import GpuMemoryError
+from runtime.kernel_cache import KernelCache
 from runtime.trt_backend import TensorRTBackend
 from runtime.trt_session import TensorRT
 
@@ -166,9 +167,42 @@ MODULE = SimpleNamespace(
 )
 
 
+class FakeRuntimeCache:
+    """The interface of IRuntimeCache: a line for each kernel. refuses: what TensorRT does with one of another environment."""
+
+    refuses = False
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.kernels: set[str] = set()
+
+    def deserialize(self, blob: bytes) -> bool:
+        if self.refuses:
+            return False
+        lines = bytes(blob).decode().splitlines()
+        assert lines.pop(0) == "kernels", "TensorRT was given bytes that are no cache"
+        self.kernels.update(lines)
+        return True
+
+    def serialize(self) -> bytes:
+        assert self.cuda._captured is None, "a cache is not written in a capture"
+        return "\n".join(["kernels", *sorted(self.kernels)]).encode()
+
+
 class FakeConfig:
     dynamic_shapes_kernel_specialization_strategy = "lazy"
     allocation = "static"
+    kernels: FakeRuntimeCache | None = None
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def create_runtime_cache(self) -> FakeRuntimeCache:
+        return FakeRuntimeCache(self.cuda)
+
+    def set_runtime_cache(self, cache: FakeRuntimeCache) -> bool:
+        self.kernels = cache
+        return True
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self.allocation = strategy
@@ -211,23 +245,31 @@ class FakeEngine:
         return [(1,) * self.ranks[name], (2,) * self.ranks[name], (16,) * self.ranks[name]]
 
     def create_runtime_config(self) -> FakeConfig:
-        return FakeConfig()
+        return FakeConfig(self.cuda)
 
     def create_execution_context(self, config: FakeConfig) -> FakeContext:
         assert config.allocation == "user"
         assert config.dynamic_shapes_kernel_specialization_strategy == "eager"
-        self.contexts.append(FakeContext(self))
+        self.contexts.append(FakeContext(self, config.kernels))
         return self.contexts[-1]
 
 
 class FakeContext:
-    def __init__(self, engine: FakeEngine) -> None:
-        self.engine, self.cuda = engine, engine.cuda
+    def __init__(self, engine: FakeEngine, kernels: FakeRuntimeCache | None) -> None:
+        self.engine, self.cuda, self.kernels = engine, engine.cuda, kernels
+        self.compiled: list[str] = []  # what no cache had
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.memory = (0, 0)
         self.launches: list[dict[str, int]] = []
         self.fails = False
+
+    def _compile(self, kernel: str) -> None:
+        have = self.kernels.kernels if self.kernels is not None else set(self.compiled)
+        if kernel not in have:
+            assert self.cuda._captured is None, "compiled in a capture"
+            self.compiled.append(kernel)
+            have.add(kernel)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
@@ -252,6 +294,7 @@ class FakeContext:
         assert self.memory[1] >= self.engine.activations
         addresses, shapes, memory = dict(self.addresses), dict(self.shapes), self.memory
         self.launches.append(addresses)
+        self._compile(" ".join(f"{name}{shapes[name]}" for name in sorted(shapes)))
 
         def work() -> None:
             self.cuda.check(*memory)
@@ -270,26 +313,46 @@ class FakeContext:
         return not self.fails
 
 
+MACHINE = {"gpu": "a fake GPU", "sm": "sm89", "driver": "13.0", "tensorrt": "rtx 1.2.3"}
 ACTIVATIONS = {"text_encoder": 5000, "text_projection": 6000, "denoiser": 70_000, "decoder": 30_000}  # bytes
 
 
 def fake_backend(
-    bundle: Bundle, *, cuda: FakeCuda | None = None, sm: str = "sm89", narrow: Any = None, **options: bool
+    bundle: Bundle,
+    *,
+    cuda: FakeCuda | None = None,
+    sm: str = "sm89",
+    narrow: Any = None,
+    kernel_cache: Path | None = None,
+    machine: Mapping[str, str] = MACHINE,
+    before_load: Callable[[str], None] = lambda component: None,
+    **options: bool,
 ) -> TensorRTBackend:
     """A TensorRT backend whose engines are the bundle's portable graphs. `.engines` holds those that were loaded.
 
-    narrow: type of the text's keys and values on the device: np.float16 or "bf16".
+    narrow: type of the text's keys and values on the device: np.float16 or "bf16". machine: what kernels depend on.
+    before_load: called with a component before its engine loads, in the thread that loads it.
     """
     cuda = cuda or FakeCuda()
     engines: dict[str, FakeEngine] = {}
 
     def load(path: Path) -> FakeEngine:
         component = path.parent.name
+        before_load(component)
         engines[component] = FakeEngine(path.parent / "model.onnx", cuda, activations=ACTIVATIONS[component])
         engines[component].narrow = narrow
         return engines[component]
 
     library = TensorRT(module=MODULE, load=load, why=lambda: " TensorRT says: no.")
-    backend = TensorRTBackend(bundle, tensorrt=library, cuda=cuda, sm=sm, device="a fake GPU", **options)  # type: ignore[arg-type]
+    kernels = None if kernel_cache is None else KernelCache(kernel_cache, machine=machine)
+    backend = TensorRTBackend(
+        bundle,
+        tensorrt=library,
+        cuda=cuda,
+        sm=sm,
+        device="a fake GPU",
+        kernel_cache=kernels,
+        **options,  # type: ignore[arg-type]
+    )
     backend.engines = engines  # type: ignore[attr-defined]
     return backend

@@ -244,7 +244,7 @@ def fill_fake_bundle(folder: Path, info: BundleInfo, *, seed: int = 0, wrong_wei
             outputs[name] = OutputParity(pytorch=error, onnxruntime=error, bound=bound_from(error))
         reports[component] = ComponentParity(precision=info.precision[component], outputs=outputs)
         if info.targets:
-            (folder / component / f"{'-'.join(info.targets)}.engine").write_bytes(b"not a real engine")
+            (folder / component / f"{'-'.join(info.targets)}.engine").write_bytes(f"not a real engine of {component}".encode())
     report = ParityReport(reference="fp32 PyTorch", components=reports, machine="tests", versions={})
     (folder / "parity.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
     save_fake_tokenizer(folder / "tokenizer" / "tokenizer.json")

@@ -64,7 +64,7 @@ def bundle(tmp_path_factory) -> Bundle:
 
 @pytest.fixture(scope="module")
 def engine(bundle: Bundle) -> Iterator[SanaEngine]:
-    with SanaEngine(bundle) as made:
+    with SanaEngine(bundle, kernel_cache=False) as made:
         yield made
 
 
@@ -108,6 +108,21 @@ def test_ten_runs_give_one_digest(engine: SanaEngine, bundle: Bundle) -> None:
         digests += [sha(other.generate(["a cat", "a house"], seed=5, width=96)[0]) for _ in range(2)]
     assert len(digests) == 10
     assert len(set(digests)) == 1
+
+
+@pytest.mark.gpu
+def test_kernels_from_the_cache_draw_the_same_pixels(engine: SanaEngine, bundle: Bundle, tmp_path: Path) -> None:
+    request = {"seed": 5, "width": 96, "height": 64}
+    digests = [sha(engine.generate("a cat", **request)[0])]
+    seen = []
+    for _ in range(3):
+        with SanaEngine(bundle, kernel_cache=tmp_path / "kernels") as other:
+            digests += [sha(other.generate("a cat", **request)[0]) for _ in range(3)]  # the second and third are graphs
+        seen.append({path.name: (path.stat().st_ino, path.read_bytes()) for path in (tmp_path / "kernels").iterdir()})
+    assert len(set(digests)) == 1
+    if tensorrt.flavor() == "rtx":
+        assert len(seen[0]) == len(COMPONENTS)
+        assert seen[1] == seen[2]  # nothing was compiled, and nothing written
 
 
 @pytest.mark.gpu
