@@ -1,11 +1,11 @@
-"""FP8 linear layers in a graph for TensorRT: weights in 8 bits with a scale a row, activations quantised a token at a time.
+"""FP8 linear layers in a graph for TensorRT: weights in 8 bits with a scale a row, activations with a scale a token or a layer.
 
 A token's scale is its largest number over 448, found by the kernel that quantises it, and where a modulated norm or a block's gated
 sum makes the activations, that is their kernel (plugins/gated_sum.py). Those of attention and of the depth-wise convolution do not
 see a whole token; where a scale was calibrated for the layer behind them, they quantise with that (plugins/static_scale.py).
-cuBLASLt multiplies (plugins/cublas_lt.py); sums and results are as in fp16. Quantised are the layers of the transformer's blocks. The embeddings and
-the last projection, small in work, stay fp16, and so does linear attention between the layers, whose sums over all tokens would
-gather the error.
+cuBLASLt multiplies (plugins/cublas_lt.py); sums and results are as in fp16. Quantised are the layers of the transformer's blocks.
+The embeddings and the last projection, small in work, stay fp16, and so does linear attention between the layers, whose sums over
+all tokens would gather the error.
 
 sana_ref/fp8.py is the same in PyTorch. TensorRT knows the bits as int8, which plugins take and give.
 """

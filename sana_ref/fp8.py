@@ -1,6 +1,7 @@
 """FP8 linear layers in PyTorch: what an engine of that precision is held against.
 
-Numbers are e4m3 times a scale a row, of activations as of weights: a row's largest number becomes 448, the largest of e4m3.
+Numbers are e4m3 times a scale a row, of activations as of weights: a row's largest number becomes 448, the largest of e4m3. A
+layer's activations may have one scale for all rows instead.
 Products are summed in fp32 and rounded once, to the layer's own type. Which layers: export/fp8_nodes.py.
 """
 
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from sana_ref.quantization import group_of
 
-__all__ = ["Fp8Linears", "quantize_rows"]
+__all__ = ["LARGEST", "Fp8Linears", "quantize_rows"]
 
 LARGEST = 448.0  # of e4m3
 LEAST_SCALE = 2.0**-126  # as plugins/fp8_quantize.py has it

@@ -5,8 +5,9 @@ import torch
 from tiny_build import component, runner
 
 from engines.spec import Precision
+from export import reference
 from export.input_scales import MARGIN, InputScales
-from export.reference import loaded
+from export.reference import PyTorchErrors, loaded, make_reference
 from export.wide import Wide
 
 GROUPS = {f"transformer_blocks.0.{layer}" for layer in ("attn1.to_out.0", "attn2.to_out.0", "ff.conv_point")}
@@ -65,3 +66,22 @@ def test_no_scale_without_a_number(step):
         module(*inputs(part))
     with pytest.raises(ValueError, match=r"to_out.0: got inputs up to nan"):
         watch.scales()
+
+
+def test_references_have_scales_and_their_own_error_is_with_them(step, monkeypatch):
+    part, _ = step
+    given = {t.name: x.numpy() for t, x in zip(part.spec.inputs, inputs(part), strict=True)}
+    found = []
+
+    class Recorded(reference.Fp8Linears):
+        def __init__(self, transformer, input_scales):
+            found.append(input_scales)
+            super().__init__(transformer, input_scales)
+
+    monkeypatch.setattr(reference, "Fp8Linears", Recorded)
+    _, errors = make_reference(part, {"case": given}, runner().loader(part))
+    assert errors.input_scales.keys() == GROUPS
+    assert found == [errors.input_scales]
+    assert PyTorchErrors.model_validate_json(errors.model_dump_json(), strict=False) == errors
+    fp16 = component("denoiser", Precision.FP16)
+    assert make_reference(fp16, {"case": given}, runner().loader(fp16))[1].input_scales == {}
