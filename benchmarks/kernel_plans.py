@@ -66,7 +66,10 @@ def gated_convolution() -> Iterator[Case]:
         def launch(plan: Plan, x=x, y=y, weight=weight, bias=bias, side=side, inner=inner, batch=batch) -> Call:  # type: ignore[no-untyped-def]
             programs = (-(-inner // plan["C"]), -(-side // module.COLUMNS) * -(-side // plan["rows"]), batch)
             return lambda: module.gate_kernel[programs](
-                x, weight, bias, x, y, side, side, inner, plan["rows"], C=plan["C"], BACKWARD=False, num_warps=plan["num_warps"]
+                *(x, weight, bias, x, y, None, side, side, inner, plan["rows"], None),
+                C=plan["C"],
+                BACKWARD=False,
+                num_warps=plan["num_warps"],
             )
 
         _, options = module.plan(batch=batch, height=side, width=side, channels=inner)
@@ -94,10 +97,10 @@ def linear_attention() -> Iterator[Case]:
 
         def apply(plan: Plan, qkv=qkv, most=most, out=out, tokens=tokens, heads=heads) -> Call:  # type: ignore[no-untyped-def]
             options = {"D": head_dim, "BLOCK_N": plan["BLOCK_N"], "num_warps": plan["num_warps"], "num_stages": 1}
-            numbers = (heads, tokens, plan["tile"], module.num_parts(tokens), module.EPS)
+            numbers = (heads, tokens, plan["tile"], module.num_parts(tokens), module.EPS, None)
             precision = module.PRECISIONS["fp16"]
             return lambda: module.apply_kernel[2 * heads, -(-tokens // plan["tile"])](
-                qkv, most, out, *numbers, INTERLEAVED=False, PRECISION=precision, **options
+                qkv, most, out, None, *numbers, INTERLEAVED=False, PRECISION=precision, **options
             )
 
         size = f"2x{tokens} tokens, {heads} heads fp16"
@@ -131,7 +134,7 @@ def text_attention() -> Iterator[Case]:
             blocks = {name: plan[name] for name in ("BLOCK_M", "BLOCK_N")}
             options = {"num_warps": plan["num_warps"], "num_stages": plan["num_stages"]}
             return lambda: module.kernel[-(-tokens // plan["BLOCK_M"]), heads, 2](
-                *given, tokens, keys_count, 3, **{**constants, **blocks}, **options
+                *given, None, tokens, keys_count, 3, None, **{**constants, **blocks}, **options
             )
 
         source = {"BLOCK_M": constants["BLOCK_M"], "BLOCK_N": constants["BLOCK_N"]}

@@ -1,6 +1,6 @@
 """From a checkpoint to a bundle: the stages in order, and the folder that they end in.
 
-    read the checkpoint -> export each component -> compile each engine -> check parity -> write the bundle
+    read the checkpoint -> export each component -> run the references -> compile each engine -> check parity -> write the bundle
 
 Nothing at `out` changes before everything has passed, and then it changes at once.
 """
@@ -30,7 +30,7 @@ from export.progress import Progress
 from export.reference import reference_dtype
 from export.references import make_references, schedule_info
 from export.request import BuildRequest, shape_range
-from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of
+from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of, pytorch_of
 from export.weights import DATA_NAME, PORTABLE_NAME
 from runtime.ort_session import cpu_name
 from runtime.prompt import PromptTokenizer
@@ -94,6 +94,7 @@ def _run_stages(request: BuildRequest, runner: Runner, everything: Mapping[Compo
     tokenizer = PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt)
     wanted = {name: everything[name] for name in request.components}
     graphs = {name: runner.export(component) for name, component in wanted.items()}
+    references = make_references(runner, everything, request.components, ranges)
     engines: dict[ComponentName, list[EngineFile]] = {}
     for name, component in wanted.items():
         profile = profiles(
@@ -103,8 +104,8 @@ def _run_stages(request: BuildRequest, runner: Runner, everything: Mapping[Compo
             embedded_guidance=checkpoint.transformer_config.guidance_embeds,
         )
         groups = engine_groups(request.targets)
-        engines[name] = [runner.engine(component, graphs[name], targets, profile) for targets in groups]
-    references = make_references(runner, everything, request.components, ranges)
+        scales = pytorch_of(references[name]).input_scales
+        engines[name] = [runner.engine(component, graphs[name], targets, profile, scales) for targets in groups]
     parity = {name: runner.parity(component, graphs[name], references[name], engines[name]) for name, component in wanted.items()}
     return _Parts(components=wanted, graphs=graphs, engines=engines, references=references, parity=parity)
 

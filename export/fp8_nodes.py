@@ -1,16 +1,18 @@
-"""FP8 linear layers in a graph for TensorRT: weights in 8 bits with a scale a row, activations quantised a token at a time.
+"""FP8 linear layers in a graph for TensorRT: weights in 8 bits with a scale a row, activations with a scale a token or a layer.
 
-Nothing is calibrated: a token's scale is its largest number over 448, found by the kernel that quantises it, and where a modulated
-norm or a block's gated sum makes the activations, that is their kernel (plugins/gated_sum.py). cuBLASLt multiplies
-(plugins/cublas_lt.py); sums and results are as in fp16. Quantised are the layers of the transformer's blocks. The embeddings and
-the last projection, small in work, stay fp16, and so does linear attention between the layers, whose sums over all tokens would
-gather the error.
+A token's scale is its largest number over 448, found by the kernel that quantises it, and where a modulated norm or a block's gated
+sum makes the activations, that is their kernel (plugins/gated_sum.py). Those of attention and of the depth-wise convolution do not
+see a whole token; where a scale was calibrated for the layer behind them, they quantise with that (plugins/static_scale.py).
+cuBLASLt multiplies (plugins/cublas_lt.py); sums and results are as in fp16. Quantised are the layers of the transformer's blocks.
+The embeddings and the last projection, small in work, stay fp16, and so does linear attention between the layers, whose sums over
+all tokens would gather the error.
 
 sana_ref/fp8.py is the same in PyTorch. TensorRT knows the bits as int8, which plugins take and give.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from export.linear_nodes import remove_unused
-from plugins import fp8_quantize, gated_sum, linear, modulated_norm
+from plugins import cross_attention, fp8_quantize, gated_depthwise_conv, gated_sum, linear, modulated_norm, qkv_linear_attention
+from plugins.static_scale import OUT_SCALE
 from sana_ref.fp8 import quantize_rows
+from sana_ref.quantization import group_of
 
 __all__ = ["DATA_NAME", "QUANTIZED", "use_fp8"]
 
@@ -29,25 +33,33 @@ DATA_NAME = "fp8.bin"  # beside the graph, as long as it is compiled
 QUANTIZED = "quantized"  # the attribute of a modulated norm whose second output is bits, with a third, their scales
 _BLOCKS = "transformer_blocks."
 _NORMS = (modulated_norm.GATED, modulated_norm.PLAIN)
+_STATIC = (cross_attention.OP, gated_depthwise_conv.OP, qkv_linear_attention.APPLY)  # kernels that quantise with a given scale
 _LARGEST = float(gated_sum.LARGEST.value)
 
 
-def use_fp8(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
+def use_fp8(model: onnx.ModelProto, folder: Path, input_scales: Mapping[str, float] = MappingProxyType({})) -> dict[str, int]:
     """Rewrite, in place, each `sana::Linear` of a transformer block. Returns how many nodes of each op were added.
 
-    folder: where the graph's weights are; their bits are written to DATA_NAME there. Raises ValueError for a weight whose sides are
-    no multiples of linear.FP8_MULTIPLE.
+    folder: where the graph's weights are; their bits are written to DATA_NAME there. input_scales: by group of layers
+    (sana_ref/quantization.py), one for all tokens; other layers have a scale for each token, found while they run.
+    Raises ValueError for a weight whose sides are no multiples of linear.FP8_MULTIPLE, and for a scale of a layer before which no
+    kernel takes it.
     """
     graph = _Graph(model.graph, folder)
     chosen = [node for node in model.graph.node if node.op_type == linear.OP and _BLOCKS in " ".join(graph.sources(node.input[1]))]
     quantized: dict[str, tuple[str, str]] = {}
+    unused = dict(input_scales)
     counts = {linear.FP8: 0, fp8_quantize.OP: 0, gated_sum.OP: 0}
     with (folder / DATA_NAME).open("wb") as file:
         for node in chosen:
             x, weight, *bias = node.input
-            source = graph.norm_behind(x, node, chosen) or x
+            group = next((found for name in graph.sources(weight) if (found := group_of(name))), "")
+            source = graph.maker_behind(x, node, chosen, _STATIC if group in input_scales else _NORMS) or x
             if source not in quantized:
-                quantized[source], added = graph.quantize(source, chosen)
+                scale_of_all = graph.give_scale(source, input_scales[group]) if group in input_scales else None
+                quantized[source], added = (scale_of_all, None) if scale_of_all else graph.quantize(source, chosen)
+                if scale_of_all:
+                    del unused[group]
                 if added is not None:
                     counts[added] += 1
             bits, scale = graph.add_weight(weight, file.write, file.tell)
@@ -57,6 +69,11 @@ def use_fp8(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
             replacement = helper.make_node(linear.FP8, inputs, [*node.output], name=node.name, domain=linear.DOMAIN, **made)
             node.CopyFrom(replacement)
             counts[linear.FP8] += 1
+    if unused:
+        raise ValueError(
+            f"input_scales: got {', '.join(sorted(unused))}; expected layers behind one of {', '.join(_STATIC)}, alone. Leave the "
+            "others out: their scales are found while they run"
+        )
     remove_unused(model.graph)
     return {op: count for op, count in counts.items() if count}
 
@@ -89,8 +106,8 @@ class _Graph:
                 else:
                     yield node
 
-    def norm_behind(self, x: str, reader: onnx.NodeProto, chosen: list[onnx.NodeProto]) -> str | None:
-        """What a modulated norm made, where x is that or a reshape of it, and layers that will be FP8 are all that read it.
+    def maker_behind(self, x: str, reader: onnx.NodeProto, chosen: list[onnx.NodeProto], ops: tuple[str, ...]) -> str | None:
+        """What one of these ops made, where x is that or a reshape of it, and layers that will be FP8 are all that read it.
 
         A layer that reads it before it was reshaped has another shape as well: only where that is reshaped next, it may.
         """
@@ -98,7 +115,8 @@ class _Graph:
         while name in self.maker and self.maker[name].op_type == "Reshape":
             name = self.maker[name].input[0]
         maker = self.maker.get(name)
-        if maker is None or maker.op_type not in _NORMS or maker.output[1] not in (name, f"{name}_bits"):
+        result = 1 if ops is _NORMS else 0  # a norm's first output is the sum
+        if maker is None or maker.op_type not in ops or maker.output[result] not in (name, f"{name}_bits"):
             return None
         next_nodes = [node for node in self.graph.node if reader.output[0] in node.input]
         free = name == x or all(node.op_type == "Reshape" and self._is_whole(node.input[1]) for node in next_nodes)
@@ -125,6 +143,16 @@ class _Graph:
         first = next(index for index, each in enumerate(self.graph.node) if x in each.input)
         self.graph.node.insert(first, node)
         return (bits, scale), fp8_quantize.OP
+
+    def give_scale(self, x: str, scale: float) -> tuple[str, str] | None:
+        """The names of x's bits and scales, where the kernel that makes x takes a scale and one layer reads it; else None."""
+        maker = self.maker.get(x)
+        if maker is None or maker.op_type not in _STATIC or len(list(self.readers(x))) != 1:
+            return None
+        maker.output[0] = f"{x}_bits"
+        maker.output.append(f"{x}_scale")
+        maker.attribute.append(helper.make_attribute(OUT_SCALE, scale))
+        return f"{x}_bits", f"{x}_scale"
 
     def gated_sum(self, node: onnx.NodeProto) -> tuple[list[str], int] | None:
         """(inputs of a gated sum, the gate's row) if the node is the last of

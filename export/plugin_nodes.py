@@ -24,10 +24,16 @@ from plugins import (
     qkv_linear_attention,
     relu_linear_attention,
 )
+from plugins.static_scale import OUT_SCALE
 
 __all__ = ["add_cubins"]
 
 _TYPE_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
+
+
+def _out_scale(node: onnx.NodeProto) -> float | None:
+    """What export/fp8_nodes.py gave the node."""
+    return next((attribute.f for attribute in node.attribute if attribute.name == OUT_SCALE), None)
 
 
 def _relu_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
@@ -42,12 +48,12 @@ def _cross_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: 
     heads, length, head_dim = (dim.dim_value for dim in keys.shape.dim[3:])
     (block,) = (attribute.i for attribute in node.attribute if attribute.name == "block")
     sizes = {"heads": heads, "n_keys": length, "head_dim": head_dim, "block": block}
-    return cross_attention.compile_cubins(targets, _TYPE_NAMES[keys.elem_type], **sizes)
+    return cross_attention.compile_cubins(targets, _TYPE_NAMES[keys.elem_type], **sizes, out_scale=_out_scale(node))
 
 
 def _gated_depthwise_conv(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     x = type_of[node.input[0]]
-    return gated_depthwise_conv.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value)
+    return gated_depthwise_conv.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value, _out_scale(node))
 
 
 def _qkv_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
@@ -57,7 +63,8 @@ def _qkv_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targ
     heads, head_dim = given["split"][2 if interleaved else 3], given["split"][4]
     eps = given.get("eps", qkv_linear_attention.EPS)
     dtype = _TYPE_NAMES[qkv.elem_type]
-    return qkv_linear_attention.compile_cubins(node.op_type, targets, dtype, heads, head_dim, eps, interleaved=interleaved)
+    options = {"interleaved": interleaved, "out_scale": _out_scale(node)}
+    return qkv_linear_attention.compile_cubins(node.op_type, targets, dtype, heads, head_dim, eps, **options)
 
 
 def _conv3x3(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:

@@ -7,12 +7,12 @@ the reference is fp32.
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from engines.golden import Golden
@@ -20,6 +20,7 @@ from engines.parity_report import ErrorStats, measure
 from engines.spec import Precision
 from export.cases import Arrays
 from export.components import TORCH_DTYPES, Component
+from export.input_scales import InputScales
 from export.wide import Wide
 from sana_ref.fp8 import Fp8Linears
 
@@ -31,11 +32,15 @@ CaseStats = dict[str, dict[str, ErrorStats]]  # case: output: its error
 
 
 class PyTorchErrors(BaseModel):
-    """PyTorch against the reference, by case and output. fp32: with the same weights; none if that is `own` or the reference."""
+    """PyTorch against the reference, by case and output. fp32: with the same weights; none if that is `own` or the reference.
+
+    input_scales: of layers in FP8, by group, found while the reference ran. `own` has them, and so have engines.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     own: CaseStats  # at the component's precision
     fp32: CaseStats | None
+    input_scales: dict[str, float] = Field(default_factory=dict)
 
 
 def loaded(module: nn.Module, load: Callable[[str], Tensor], dtype: torch.dtype) -> nn.Module:
@@ -46,11 +51,16 @@ def loaded(module: nn.Module, load: Callable[[str], Tensor], dtype: torch.dtype)
 
 
 def run_module(
-    module: nn.Module, component: Component, inputs: Arrays, wide: torch.dtype | None = None
+    module: nn.Module,
+    component: Component,
+    inputs: Arrays,
+    wide: torch.dtype | None = None,
+    watch: AbstractContextManager[object] | None = None,
 ) -> dict[str, NDArray[np.generic]]:
-    """The outputs on the CPU, by name; 16-bit ones as fp32. wide: compute in this type; None: as the module does."""
+    """The outputs on the CPU, by name; 16-bit ones as fp32. wide: compute in this type; None: as the module does. watch: a mode
+    that sees the module's calls as they are written."""
     arguments = [torch.from_numpy(np.ascontiguousarray(inputs[t.name])).to(t.torch_dtype) for t in component.spec.inputs]
-    with torch.inference_mode(), nullcontext() if wide is None else Wide(wide):
+    with torch.inference_mode(), nullcontext() if wide is None else Wide(wide), watch or nullcontext():
         results = module(*arguments)
     results = (results,) if isinstance(results, Tensor) else results
     results = [result.float() if result.itemsize == 2 else result for result in results]
@@ -71,13 +81,19 @@ def make_reference(
     """
     module = loaded(component.module, load, TORCH_DTYPES[component.precision])
     exact_dtype = reference_dtype(component)
-    golden = {case: Golden(inputs=dict(i), outputs=run_module(module, component, i, exact_dtype)) for case, i in cases.items()}
-    with Fp8Linears(module.get_submodule("transformer")) if component.precision is Precision.FP8 else nullcontext():
+    fp8 = component.precision is Precision.FP8
+    watch = InputScales(module.get_submodule("transformer")) if fp8 else None
+    golden = {
+        case: Golden(inputs=dict(inputs), outputs=run_module(module, component, inputs, exact_dtype, watch))
+        for case, inputs in cases.items()
+    }
+    scales = watch.scales() if watch else {}
+    with Fp8Linears(module.get_submodule("transformer"), scales) if fp8 else nullcontext():
         own = _errors(golden, lambda inputs: run_module(module, component, inputs))
     fp32 = None
     if component.precision is not Precision.FP32 and exact_dtype is torch.float64:
         fp32 = _errors(golden, lambda inputs: run_module(module, component, inputs, torch.float32))
-    return golden, PyTorchErrors(own=own, fp32=fp32)
+    return golden, PyTorchErrors(own=own, fp32=fp32, input_scales=scales)
 
 
 def _errors(golden: Mapping[str, Golden], run: Callable[[Arrays], Mapping[str, NDArray[np.generic]]]) -> CaseStats:

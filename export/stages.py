@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -58,6 +59,7 @@ _EXPORT_CODE = (
 )
 _ENGINE_CODE = (
     "sana_ref/fp8.py",
+    "sana_ref/quantization.py",
     "plugins/*.py",
     "engines/tensorrt.py",
     "engines/tensorrt_library.py",
@@ -69,6 +71,7 @@ _REFERENCE_CODE = (
     "sana_ref/*.py",
     "export/cases.py",
     "export/components.py",
+    "export/input_scales.py",
     "export/reference.py",
     "export/references.py",
     "export/wide.py",
@@ -168,8 +171,15 @@ class Runner:
         }
         return self._run(f"export {component.name}", content, make, needed=self._weights_bytes(component))
 
-    def engine(self, component: Component, graphs: Result, targets: tuple[Target, ...], profile: Profile) -> EngineFile:
-        """Compile the typed graph for `targets`, which share one engine."""
+    def engine(
+        self,
+        component: Component,
+        graphs: Result,
+        targets: tuple[Target, ...],
+        profile: Profile,
+        input_scales: Mapping[str, float] = MappingProxyType({}),
+    ) -> EngineFile:
+        """Compile the typed graph for `targets`, which share one engine. input_scales: of FP8 layers (export/input_scales.py)."""
         name = "-".join(targets) + ".engine"
 
         def make(folder: Path, stage: Stage) -> None:
@@ -178,7 +188,7 @@ class Runner:
             log: list[str] = []
             with _beside(graphs.folder / DATA_NAME, folder), (folder / name).open("wb") as file:
                 if component.precision is Precision.FP8:
-                    added = use_fp8(model, folder)
+                    added = use_fp8(model, folder, input_scales)
                     more |= added | {linear.OP: more[linear.OP] - added[linear.FP8]}
                 onnx.save(model, folder / TYPED_NAME)
                 compile_ahead(folder / TYPED_NAME, targets)
@@ -204,6 +214,7 @@ class Runner:
             "targets": targets,
             "precision": component.precision,
             "profile": profile,
+            "input_scales": dict(input_scales),
             "tensorrt": [tensorrt.flavor(), tensorrt.version()],
             "code": code(_ENGINE_CODE),
             "versions": versions(),

@@ -8,6 +8,9 @@ A program takes BLOCK_M tokens of one head of one picture through the keys, BLOC
 (FlashAttention, arXiv:2205.14135). A text is short and padded to 300 keys, so the loop ends behind the last key that can count.
 A key as far below the best as padding is adds exactly nothing, so the result is the whole loop's to the last bit.
 
+Where an FP8 product follows, a build for TensorRT gives a node an `out_scale`, known before: its outputs are then bits (kB, N, H D)
+int8, those of e4m3(out / out_scale), and that number for each token, (kB, N) fp32. A row's own largest number would need all heads.
+
 Precision: scores, softmax and sums in fp32; products of half-precision inputs on tensor cores, with the probabilities in v's type.
 
 Dimensions: k texts of B pictures, kB together; H heads, N tokens, L keys, D channels per head. q, out (kB, N, H D); keys, values
@@ -24,11 +27,14 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.launch import Output
+from plugins.fp8_quantize import e4m3
+from plugins.static_scale import check_outputs, output_kinds, quantized_outputs
 
 if TYPE_CHECKING:
     import onnx
     import torch
+
+    from plugins.static_scale import Quantized
 
 OP = "CrossAttention"
 DOMAIN = "sana"
@@ -53,9 +59,11 @@ def kernel(
     values,
     bias,
     out,
+    out_scales,
     n_tokens,
     n_keys,
     block,
+    out_scale,
     D: tl.constexpr,
     SCALE: tl.constexpr,
     FAR: tl.constexpr,
@@ -64,6 +72,7 @@ def kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
+    """out_scales and out_scale: both None, or out is of bits."""
     first, head, picture = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     heads, pictures = tl.num_programs(1), tl.num_programs(2)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, PADDED_D)
@@ -93,7 +102,14 @@ def kernel(
         sum_M = sum_M * shrink_M + tl.sum(p_MN, axis=1)
         out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision="ieee")
         top_M = new_top_M
-    tl.store(out + tokens + at_MD, tl.div_rn(out_MD, sum_M[:, None]).to(out.dtype.element_ty), mask=live_MD)
+    if out_scales is None:
+        out_MD = tl.div_rn(out_MD, sum_M[:, None])
+    else:
+        out_MD = e4m3(out_MD * (1.0 / (sum_M * out_scale))[:, None])
+        if head == 0:
+            scales = out_scales + picture.to(tl.int64) * n_tokens + first
+            tl.store(scales + m, tl.full((BLOCK_M,), 0.0, tl.float32) + out_scale, mask=first + m < n_tokens)
+    tl.store(out + tokens + at_MD, out_MD.to(out.dtype.element_ty), mask=live_MD)
 
 
 def plan(dtype: str, n_keys: int, head_dim: int) -> dict[str, Any]:
@@ -113,18 +129,27 @@ def plan(dtype: str, n_keys: int, head_dim: int) -> dict[str, Any]:
 
 
 def launch(
-    q: "torch.Tensor", keys: "torch.Tensor", values: "torch.Tensor", bias: "torch.Tensor", out: "torch.Tensor", block: int
+    q: "torch.Tensor",
+    keys: "torch.Tensor",
+    values: "torch.Tensor",
+    bias: "torch.Tensor",
+    out: "torch.Tensor",
+    block: int,
+    quantized: "Quantized | None" = None,
 ) -> None:
     """Write the attention of q (kB, N, H D) to a block's keys and values into out: contiguous, one dtype, on the current GPU.
 
-    Shapes as in the module's docstring; fp16, bf16 or fp32. Raises ValueError unless that holds and D is at most MAX_HEAD_DIM.
+    Shapes as in the module's docstring; fp16, bf16 or fp32. quantized: out is int8; also write these scales. Raises ValueError
+    unless that holds and D is at most MAX_HEAD_DIM.
     """
     tensors = (q, keys, values, bias, out)
     fits = q.ndim == 3 and keys.ndim == 6 and keys.shape == values.shape and out.shape == q.shape and 0 <= block < keys.shape[0]
     if fits:
         _, texts, batch, heads, n_keys, head_dim = keys.shape
         fits = (q.shape[0], q.shape[2]) == (texts * batch, heads * head_dim) and bias.shape == (texts * batch, n_keys)
-    alike = all(t.dtype == q.dtype and t.device == q.device and t.is_contiguous() for t in tensors)
+    alike = all(t.device == q.device and t.is_contiguous() for t in tensors)
+    alike = alike and all(t.dtype == q.dtype for t in (tensors[:-1] if quantized else tensors))
+    check_outputs(OP, out, quantized)
     if not fits or not alike:
         seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in tensors)
         raise ValueError(
@@ -136,46 +161,55 @@ def launch(
     if out.numel() == 0:
         return
     grid = (math.ceil(q.shape[1] / BLOCK_M[dtype]), heads, texts * batch)
-    numbers = (q.shape[1], n_keys, block)
-    kernel[grid](q, keys, values, bias, out, *numbers, **constants, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+    scales, scale = quantized or (None, None)
+    numbers = (q.shape[1], n_keys, block, scale)
+    kernel[grid](q, keys, values, bias, out, scales, *numbers, **constants, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
 
 
 @functools.cache
-def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int) -> Cubin:
-    """For an SM such as 89. n_keys: L."""
-    constants = plan(dtype, n_keys, head_dim)
-    tensors = ("q", "keys", "values", "bias", "out")
+def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int, quantized: bool = False) -> Cubin:
+    """For an SM such as 89. n_keys: L. Raises ValueError for one that has no fp8, if quantized."""
+    sizes = plan(dtype, n_keys, head_dim)
+    kinds, constants = output_kinds(OP, capability, dtype, quantized)
+    tensors = dict.fromkeys(("q", "keys", "values", "bias"), f"*{dtype}")
     numbers = dict.fromkeys(("n_tokens", "n_keys", "block"), "i32")
+    outputs = {name: kinds[name] for name in ("out", "out_scales")}
     return cubin.compile_cubin(
         kernel,
         capability,
         op=OP,
-        signature=dict.fromkeys(tensors, f"*{dtype}") | numbers | dict.fromkeys(constants, "constexpr"),
-        constants=constants,
-        aligned=tensors,
+        signature=tensors | outputs | numbers | {"out_scale": kinds["out_scale"]} | dict.fromkeys(sizes, "constexpr"),
+        constants=sizes | constants,
+        aligned=(*tensors, *outputs),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )
 
 
 def compile_cubins(
-    targets: Iterable[str], dtype: str, *, heads: int, n_keys: int, head_dim: int, block: int
+    targets: Iterable[str], dtype: str, *, heads: int, n_keys: int, head_dim: int, block: int, out_scale: float | None = None
 ) -> dict[str, str | bytes | int]:
     """Every attribute of a node for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of all tensors; n_keys: L, which a graph has to fix. Raises ValueError where `plan` does. The
-    function body reads `block`.
+    dtype "fp16", "bf16" or "fp32" of all tensors; n_keys: L, which a graph has to fix. out_scale: of bits, where they are the
+    output. Raises ValueError where `plan` does. The function body reads `block`.
     """
     plan(dtype, n_keys, head_dim)
+    outputs, more_args, last_args = quantized_outputs(dtype, [["dim", 0, 0], ["dim", 0, 1]], heads * head_dim, out_scale)
     pictures, tokens = ["dim", 0, 0], ["dim", 0, 1]
     found = cubin.attributes(
         OP,
         targets,
-        lambda capability: compile_cubin(capability, dtype, n_keys, head_dim),
+        lambda capability: compile_cubin(capability, dtype, n_keys, head_dim, out_scale is not None),
         inputs=[dtype] * 4,
-        outputs=[Output(type=dtype, shape=[pictures, tokens, heads * head_dim])],
+        outputs=outputs,
         grid=[["ceildiv", tokens, BLOCK_M[dtype]], heads, pictures],
-        args=[*(["in", i] for i in range(4)), ["out", 0], *(["i32", number] for number in (tokens, n_keys, block))],
+        args=[
+            *(["in", i] for i in range(4)),
+            *more_args,
+            *(["i32", number] for number in (tokens, n_keys, block)),
+            *last_args,
+        ],
     )
     return found | {"block": block}
 

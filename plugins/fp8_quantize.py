@@ -30,7 +30,7 @@ from plugins.launch import Output
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DOMAIN", "OP", "OUTPUTS", "check_target", "compile_cubin", "compile_cubins", "launch", "num_warps", "quantized"]
+__all__ = ["DOMAIN", "OP", "OUTPUTS", "check_target", "compile_cubin", "compile_cubins", "e4m3", "launch", "num_warps", "quantized"]
 
 OP = "Fp8Quantize"
 DOMAIN = "sana"
@@ -44,6 +44,13 @@ SMALLEST = tl.constexpr(2.0**-126)  # of a scale: fp32's smallest normal number
 
 
 @triton.jit
+def e4m3(x):
+    """The bits, int8, of x in fp32. What is beyond ±448 becomes that, infinities too (PTX has the conversion only with .satfinite);
+    NaN stays NaN."""
+    return x.to(tl.float8e4nv).to(tl.int8, bitcast=True)
+
+
+@triton.jit
 def quantized(row_D, live_D):
     """(bits (D,) int8, scale fp32) of the row's channels that are live; the bits of others are 0."""
     row_D = tl.where(live_D, row_D.to(tl.float32), 0.0)
@@ -52,8 +59,7 @@ def quantized(row_D, live_D):
     scale = tl.div_rn(largest, LARGEST)
     scale = tl.where(scale < SMALLEST, SMALLEST, scale)  # not tl.maximum, which would replace NaN
     # Times the reciprocal: one instruction where a division takes about ten, and other bits only within 2^-22 of a tie.
-    bits_D = (row_D * tl.div_rn(1.0, scale)).to(tl.float8e4nv).to(tl.int8, bitcast=True)
-    return bits_D, scale
+    return e4m3(row_D * tl.div_rn(1.0, scale)), scale
 
 
 @triton.jit

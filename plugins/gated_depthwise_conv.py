@@ -10,6 +10,8 @@ a thread has a few channels of all of them, so that the columns to the left and 
 once and its SiLU computed once (half as often again for the two columns beside the strip): computed for every tap, the exponentials
 alone would take longer than the memory.
 
+Where an FP8 product follows, a build for TensorRT gives a node an `out_scale` (plugins/static_scale.py).
+
 Dimensions: B pictures, H x W pixels, E channels of a half; in a program C channels. A row is a tuple: of the strip's four columns,
 or of six, with the one to the left and the one to the right.
 """
@@ -25,11 +27,14 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.launch import Output
+from plugins.fp8_quantize import e4m3
+from plugins.static_scale import check_outputs, output_kinds, quantized_outputs
 
 if TYPE_CHECKING:
     import onnx
     import torch
+
+    from plugins.static_scale import Quantized
 
 OP = "GatedDepthwiseConv"
 DOMAIN = "sana"
@@ -143,14 +148,39 @@ def _store_gradients(conv, row, column, width, channels, channels_C, gates_C, li
 
 
 @triton.jit
+def _times(taps, factor):
+    return taps[0] * factor, taps[1] * factor, taps[2] * factor
+
+
+@triton.jit
 def _store_gated(y, row, column, width, inner, channels_C, live_C, a, g):
-    gated = (a * silu(g)).to(y.dtype.element_ty)
+    gated = a * silu(g)
+    if y.dtype.element_ty == tl.int8:
+        gated = e4m3(gated)
+    gated = gated.to(y.dtype.element_ty)
     tl.store(y + (row * width + column) * inner + channels_C, gated, mask=live_at(column, width, channels_C, live_C))
 
 
 @triton.jit
-def gate_kernel(x, weight, bias, dy, out, height, width, inner, rows, C: tl.constexpr, BACKWARD: tl.constexpr):
-    """out: y (B, H, W, E); if BACKWARD, the gradient of the convolution's result (B, H, W, 2E). rows: of a program."""
+def gate_kernel(
+    x,
+    weight,
+    bias,
+    dy,
+    out,
+    out_scales,
+    height,
+    width,
+    inner,
+    rows,
+    out_scale,
+    C: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """out: y (B, H, W, E); if BACKWARD, the gradient of the convolution's result (B, H, W, 2E). rows: of a program.
+
+    out_scales and out_scale: both None, or y is of bits.
+    """
     channels_C = tl.program_id(0) * C + tl.arange(0, C)
     gates_C, live_C = channels_C + inner, channels_C < inner
     num_strips = tl.cdiv(width, 4)
@@ -163,12 +193,23 @@ def gate_kernel(x, weight, bias, dy, out, height, width, inner, rows, C: tl.cons
         out = picture_at(out, picture, height, width, channels)
     else:
         out = picture_at(out, picture, height, width, inner)
+    if out_scales is not None:
+        if tl.program_id(0) == 0:
+            at = column + tl.arange(0, 4)
+            scales = picture_at(out_scales, picture, height, width, 1) + at
+            for row in range(first, min(first + rows, height)):
+                tl.store(scales + row * width, tl.zeros((4,), tl.float32) + out_scale, mask=at < width)
 
     a0, g0 = taps(weight, 0, channels_C, live_C), taps(weight, 0, gates_C, live_C)
     a1, g1 = taps(weight, 1, channels_C, live_C), taps(weight, 1, gates_C, live_C)
     a2, g2 = taps(weight, 2, channels_C, live_C), taps(weight, 2, gates_C, live_C)
     bias_a = tl.load(bias + channels_C, mask=live_C, other=0.0).to(tl.float32)
     bias_g = tl.load(bias + gates_C, mask=live_C, other=0.0).to(tl.float32)
+    if out_scale is not None:
+        # Of the filter, not of each result: one multiplication less. Not tl.div_rn, for whose slow path the loop has 33 registers
+        # more, which leave room for fewer programs; two units in the last place are nothing beside e4m3's steps.
+        inverse = 1.0 / out_scale
+        a0, a1, a2, bias_a = _times(a0, inverse), _times(a1, inverse), _times(a2, inverse), bias_a * inverse
     start_a, start_g = (bias_a, bias_a, bias_a, bias_a), (bias_g, bias_g, bias_g, bias_g)
 
     # Of the row of results under way all but the last row of taps is summed up, of the next one the first row of taps.
@@ -217,39 +258,50 @@ def check(*tensors: "torch.Tensor") -> None:
         raise ValueError(f"{OP}: got {seen}; expected one dtype and device, all contiguous")
 
 
-def launch(x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor", y: "torch.Tensor") -> None:
+def launch(
+    x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor", y: "torch.Tensor", quantized: "Quantized | None" = None
+) -> None:
     """Write the op's result into y (B, H, W, E). x (B, H, W, 2E), of y's dtype; weight (2E, 1, 3, 3), bias (2E,) of any.
 
-    x and y: contiguous, of bf16, fp16 or fp32, on the current GPU, else ValueError.
+    x and y: contiguous, of bf16, fp16 or fp32, on the current GPU, else ValueError. quantized: y is int8; also write these
+    scales.
     """
-    check(x, y)
+    check_outputs(OP, y, quantized)
+    check(x, *(() if quantized else (y,)))
     batch, height, width, inner = y.shape
     if y.numel() == 0:
         return
     programs, options = plan(batch=batch, height=height, width=width, channels=inner)
-    gate_kernel[programs](x, weight.contiguous(), bias.contiguous(), x, y, height, width, inner, BACKWARD=False, **options)
+    scales, scale = quantized or (None, None)
+    tensors = (x, weight.contiguous(), bias.contiguous(), x, y, scales)
+    gate_kernel[programs](*tensors, height, width, inner, out_scale=scale, BACKWARD=False, **options)
 
 
 @functools.cache
-def compile_cubin(capability: int, dtype: str, whole: bool) -> Cubin:
-    """For an SM such as 89. whole: E is a multiple of 16."""
-    pointers = ("x", "weight", "bias", "dy", "out")
-    signature = dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(("height", "width", "inner", "rows"), "i32")
+def compile_cubin(capability: int, dtype: str, whole: bool, quantized: bool = False) -> Cubin:
+    """For an SM such as 89. whole: E is a multiple of 16. Raises ValueError for an SM without fp8, if quantized."""
+    kinds, absent = output_kinds(OP, capability, dtype, quantized)
+    pointers = dict.fromkeys(("x", "weight", "bias", "dy"), f"*{dtype}")
+    pointers |= {name: kinds[name] for name in ("out", "out_scales")}
+    signature = pointers | dict.fromkeys(("height", "width", "inner", "rows"), "i32") | {"out_scale": kinds["out_scale"]}
     return cubin.compile_cubin(
         gate_kernel,
         capability,
         op=OP,
         signature=signature | {"C": "constexpr", "BACKWARD": "constexpr"},
-        constants={"C": BLOCK_C, "BACKWARD": False},
+        constants={"C": BLOCK_C, "BACKWARD": False} | absent,
         aligned=(*pointers, "inner") if whole else pointers,
         num_warps=NUM_WARPS,
     )
 
 
-def compile_cubins(targets: Iterable[str], dtype: str, channels: int) -> dict[str, str | bytes | int]:
+def compile_cubins(
+    targets: Iterable[str], dtype: str, channels: int, out_scale: float | None = None
+) -> dict[str, str | bytes | int]:
     """Every attribute of a `sana::GatedDepthwiseConv` node for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of all tensors; channels: 2E, which the function body reads. Raises ValueError for others.
+    dtype "fp16", "bf16" or "fp32" of all tensors; channels: 2E, which the function body reads. out_scale: of bits, where they are
+    the output. Raises ValueError for others.
     """
     cubin.check_type(OP, dtype)
     if channels < 2 or channels % 2:
@@ -258,17 +310,19 @@ def compile_cubins(targets: Iterable[str], dtype: str, channels: int) -> dict[st
     batch, height, width = (["dim", 0, axis] for axis in range(3))
     rows = ["min", ROWS, ["max", LEAST_ROWS, ["floordiv", height, 4]]]
     strips = ["mul", ["ceildiv", width, COLUMNS], ["ceildiv", height, rows]]
+    outputs, more_args, last_args = quantized_outputs(dtype, [batch, height, width], inner, out_scale)
     found = cubin.attributes(
         OP,
         targets,
-        lambda capability: compile_cubin(capability, dtype, inner % 16 == 0),
+        lambda capability: compile_cubin(capability, dtype, inner % 16 == 0, out_scale is not None),
         inputs=[dtype] * 3,
-        outputs=[Output(type=dtype, shape=[batch, height, width, inner])],
+        outputs=outputs,
         grid=[-(-inner // BLOCK_C), strips, batch],
         args=[
             *(["in", index] for index in (0, 1, 2, 0)),
-            ["out", 0],
+            *more_args,
             *(["i32", number] for number in (height, width, inner, rows)),
+            *last_args,
         ],
     )
     return found | {"channels": channels}

@@ -8,6 +8,8 @@ Its meaning is `qkv_linear_attention_truth` in sana_ref/ops.py. Two ops, because
 Heads are read where the projection left them and written where the next projection wants them: nothing is transposed in between.
 The number of parts grows with the tokens, so that 4K (16,384 tokens) fills a GPU as 1K does; they are added up in a fixed order.
 
+Where an FP8 product follows, a build for TensorRT gives an Apply an `out_scale` (plugins/static_scale.py).
+
 Precision: the sums, their products with q and the division in fp32. Those products take tensor cores where that costs no bits that
 matter: with bf16 inputs S is two bf16 numbers (16 bits), with fp16 ones three TF32 products stand for one of fp32.
 
@@ -25,11 +27,15 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
+from plugins.fp8_quantize import e4m3
 from plugins.launch import Output
+from plugins.static_scale import check_outputs, output_kinds, quantized_outputs
 
 if TYPE_CHECKING:
     import onnx
     import torch
+
+    from plugins.static_scale import Quantized
 
 STATE, APPLY = "LinearAttentionState", "LinearAttentionApply"
 DOMAIN = "sana"
@@ -98,17 +104,19 @@ def apply_kernel(
     qkv,
     state,
     out,
+    out_scales,
     heads,
     n_tokens,
     n_tile,
     parts,
     eps,
+    out_scale,
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program: one head of an image, n_tile tokens."""
+    """A program: one head of an image, n_tile tokens. out_scales and out_scale: both None, or out is of bits."""
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     d = tl.arange(0, D)
     state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
@@ -120,14 +128,22 @@ def apply_kernel(
     q_D = qkv + tokens * 3 * heads * D + _channel(0, head, heads, D, INTERLEAVED) + d
     out_D = out + tokens * heads * D + head * D + d
     first = tl.program_id(1) * n_tile
+    if out_scales is not None:  # a loop of its own: in the next one it takes ten registers
+        if head == 0:
+            for start in range(first, min(first + n_tile, n_tokens), BLOCK_N):
+                n = start + tl.arange(0, BLOCK_N)
+                tl.store(out_scales + tokens + n, tl.zeros((BLOCK_N,), tl.float32) + out_scale, mask=n < n_tokens)
     for start in range(first, min(first + n_tile, n_tokens), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         n64_N1, live = n.to(tl.int64)[:, None], n[:, None] < n_tokens
         q_ND = _relu(tl.load(q_D[None, :] + n64_N1 * (3 * heads * D), mask=live, other=0.0))
         top_ND = _dot(q_ND, state_DD, PRECISION)
         bottom_N = tl.sum(q_ND.to(tl.float32) * z_D[None, :], axis=1) + eps
-        out_ND = tl.div_rn(top_ND, bottom_N[:, None]).to(out.dtype.element_ty)
-        tl.store(out_D[None, :] + n64_N1 * (heads * D), out_ND, mask=live)
+        if out_scales is None:
+            out_ND = tl.div_rn(top_ND, bottom_N[:, None])
+        else:
+            out_ND = e4m3(top_ND * (1.0 / (bottom_N * out_scale))[:, None])
+        tl.store(out_D[None, :] + n64_N1 * (heads * D), out_ND.to(out.dtype.element_ty), mask=live)
 
 
 def _check(dtype: str, head_dim: int) -> None:
@@ -152,16 +168,25 @@ def _options(op: str, head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "BLOCK_N": block, "num_warps": warps, "num_stages": stages}
 
 
-def launch(qkv: "torch.Tensor", out: "torch.Tensor", num_heads: int, eps: float = EPS, *, interleaved: bool = False) -> None:
+def launch(
+    qkv: "torch.Tensor",
+    out: "torch.Tensor",
+    num_heads: int,
+    eps: float = EPS,
+    *,
+    interleaved: bool = False,
+    quantized: "Quantized | None" = None,
+) -> None:
     """Write the attention of qkv (B, N, 3 H D) into out (B, N, H D): contiguous, one dtype of fp16, bf16, fp32, on the current GPU.
 
-    Raises ValueError unless that holds and D is in HEAD_DIMS.
+    quantized: out is int8; also write these scales. Raises ValueError unless that holds and D is in HEAD_DIMS.
     """
     import torch
 
     batch, tokens, width = out.shape
     fits = qkv.shape == (batch, tokens, 3 * width) and width % num_heads == 0 and qkv.is_contiguous() and out.is_contiguous()
-    if not fits or qkv.dtype != out.dtype or qkv.device != out.device:
+    check_outputs(APPLY, out, quantized)
+    if not fits or (qkv.dtype != out.dtype and not quantized) or qkv.device != out.device:
         seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in (qkv, out))
         raise ValueError(f"{APPLY}: got qkv, out {seen}, {num_heads} heads; expected (B, N, 3 H D) and (B, N, H D), contiguous")
     head_dim = width // num_heads
@@ -175,15 +200,18 @@ def launch(qkv: "torch.Tensor", out: "torch.Tensor", num_heads: int, eps: float 
     state_kernel[batch * num_heads, parts](
         qkv, state, num_heads, tokens, n_part, INTERLEAVED=interleaved, **_options(STATE, head_dim)
     )
+    scales, scale = quantized or (None, None)
     apply_kernel[batch * num_heads, math.ceil(tokens / TILE)](
         qkv,
         state,
         out,
+        scales,
         num_heads,
         tokens,
         TILE,
         parts,
         eps,
+        scale,
         INTERLEAVED=interleaved,
         PRECISION=PRECISIONS[dtype],
         **_options(APPLY, head_dim),
@@ -196,36 +224,46 @@ def layout(heads: int, head_dim: int, *, interleaved: bool) -> dict[str, Any]:
 
 
 @functools.cache
-def compile_cubin(op: str, capability: int, dtype: str, head_dim: int, interleaved: bool) -> Cubin:
-    """For STATE or APPLY and an SM such as 89."""
+def compile_cubin(op: str, capability: int, dtype: str, head_dim: int, interleaved: bool, quantized: bool = False) -> Cubin:
+    """For STATE or APPLY and an SM such as 89. Raises ValueError for one that has no fp8, if quantized."""
     block, warps, stages = PLANS[op]
     constants: dict[str, Any] = {"D": head_dim, "BLOCK_N": block, "INTERLEAVED": interleaved}
     signature = {"qkv": f"*{dtype}", "state": "*fp32"}
     if op == STATE:
         kernel, signature = state_kernel, signature | dict.fromkeys(("heads", "n_tokens", "n_part"), "i32")
     else:
-        constants["PRECISION"] = PRECISIONS[dtype]
-        numbers = dict.fromkeys(("heads", "n_tokens", "n_tile", "parts"), "i32")
-        kernel, signature = apply_kernel, signature | {"out": f"*{dtype}"} | numbers | {"eps": "fp32"}
+        kinds, absent = output_kinds(op, capability, dtype, quantized)
+        numbers = dict.fromkeys(("heads", "n_tokens", "n_tile", "parts"), "i32") | {"eps": "fp32"}
+        outputs = {name: kinds[name] for name in ("out", "out_scales")}
+        kernel, signature = apply_kernel, signature | outputs | numbers | {"out_scale": kinds["out_scale"]}
+        constants |= {"PRECISION": PRECISIONS[dtype]} | absent
     return cubin.compile_cubin(
         kernel,
         capability,
         op=op,
         signature=signature | dict.fromkeys(constants, "constexpr"),
         constants=constants,
-        aligned=("qkv", "state", "out"),
+        aligned=("qkv", "state", "out", "out_scales"),
         num_warps=warps,
         num_stages=stages,
     )
 
 
 def compile_cubins(
-    op: str, targets: Iterable[str], dtype: str, heads: int, head_dim: int, eps: float = EPS, *, interleaved: bool = False
+    op: str,
+    targets: Iterable[str],
+    dtype: str,
+    heads: int,
+    head_dim: int,
+    eps: float = EPS,
+    *,
+    interleaved: bool = False,
+    out_scale: float | None = None,
 ) -> dict[str, str | bytes | float | list[int]]:
     """Every attribute of a node of STATE or APPLY for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of qkv and out; head_dim one of HEAD_DIMS, else ValueError. The function bodies read what
-    layout() gives, and eps.
+    dtype "fp16", "bf16" or "fp32" of qkv and out; head_dim one of HEAD_DIMS, else ValueError. out_scale: of bits, where they are
+    the output (APPLY alone). The function bodies read what layout() gives, and eps.
     """
     _check(dtype, head_dim)
     batch, tokens = ["dim", 0, 0], ["dim", 0, 1]
@@ -245,14 +283,15 @@ def compile_cubins(
             args=[["in", 0], ["out", 0], ["i32", heads], ["i32", tokens], ["i32", n_part]],
         )
     numbers = [["i32", number] for number in (heads, tokens, TILE, ["dim", 1, 2])]
+    outputs, more_args, last_args = quantized_outputs(dtype, [batch, tokens], heads * head_dim, out_scale)
     found = cubin.attributes(
         op,
         targets,
-        lambda capability: compile_cubin(op, capability, dtype, head_dim, interleaved),
+        lambda capability: compile_cubin(op, capability, dtype, head_dim, interleaved, out_scale is not None),
         inputs=[dtype, "fp32"],
-        outputs=[Output(type=dtype, shape=[batch, tokens, heads * head_dim])],
+        outputs=outputs,
         grid=[rows, ["ceildiv", tokens, TILE], 1],
-        args=[["in", 0], ["in", 1], ["out", 0], *numbers, ["f32", eps]],
+        args=[["in", 0], ["in", 1], *more_args, *numbers, ["f32", eps], *last_args],
     )
     return split | found | {"eps": eps}
 

@@ -16,6 +16,8 @@ from export.linear_nodes import use_linear_plugins
 from export.plugin_nodes import add_cubins
 from export.stages import _beside
 from export.weights import DATA_NAME as WEIGHTS_NAME
+from plugins.launch import Launch
+from plugins.static_scale import OUT_SCALE
 from sana_ref.fp8 import quantize_rows
 from sana_ref.transformer import GATE_ATTN
 
@@ -77,6 +79,55 @@ def test_cubins(quantized):
     model = onnx.ModelProto()
     model.CopyFrom(quantized[0])
     assert add_cubins(model, (Target.SM90,)) == 6 + 5
+
+
+SCALES = {
+    "transformer_blocks.0.attn1.to_out.0": 0.5,
+    "transformer_blocks.0.attn2.to_out.0": 0.25,
+    "transformer_blocks.0.ff.conv_point": 2.0,
+}
+MAKERS = dict(zip(SCALES, ("LinearAttentionApply", "CrossAttention", "GatedDepthwiseConv"), strict=True))
+
+
+def with_scales(folder, scales):
+    graphs = runner().export(component("denoiser", Precision.FP8))
+    model = onnx.load(graphs.folder / "typed.onnx", load_external_data=False)
+    use_linear_plugins(model)
+    with _beside(graphs.folder / WEIGHTS_NAME, folder):
+        return model, use_fp8(model, folder, scales)
+
+
+@pytest.mark.parametrize("groups", [[*SCALES], [*SCALES][1:2]], ids=len)
+def test_given_scales(tmp_path, groups):
+    """Kernels quantise what they make with it; without one the pass of before stays."""
+    model, counts = with_scales(tmp_path, {group: SCALES[group] for group in groups})
+    assert counts == {"Fp8GatedSum": 1, "Fp8Linear": 6, "Fp8Quantize": 4 - len(groups)}
+    nodes = {node.op_type: node for node in model.graph.node}
+    for group, op in MAKERS.items():
+        given = [a.f for a in nodes[op].attribute if a.name == OUT_SCALE]
+        assert given == ([SCALES[group]] if group in groups else [])
+        assert len(nodes[op].output) == (2 if group in groups else 1)
+        readers = [node for node in model.graph.node if nodes[op].output[0] in node.input]
+        if group in groups:
+            (reader,) = readers
+            assert (reader.op_type, reader.input[0], reader.input[2]) == ("Fp8Linear", *nodes[op].output)
+    made = {name for node in model.graph.node for name in node.output}
+    made |= {value.name for value in (*model.graph.input, *model.graph.initializer)}
+    assert all(name in made for node in model.graph.node for name in node.input if name)
+    assert add_cubins(model, (Target.SM90,)) == 6 + 5 - len(groups)
+    launches = {
+        node.op_type: Launch.from_json(helper.get_node_attr_value(node, "launch")) for node in model.graph.node if node.domain
+    }
+    for group, op in MAKERS.items():
+        assert (["f32", SCALES[group]] in launches[op].args) == (group in groups)
+
+
+def test_scales_that_no_kernel_takes(tmp_path):
+    wrong = {"transformer_blocks.0.attn1.to_qkv": 1.0, "transformer_blocks.7.ff.conv_point": 1.0}
+    with pytest.raises(
+        ValueError, match=r"input_scales: got transformer_blocks.0.attn1.to_qkv, transformer_blocks.7.ff.conv_point;"
+    ):
+        with_scales(tmp_path, SCALES | wrong)
 
 
 def test_where_it_is_built():

@@ -53,7 +53,7 @@ def test_layers_of_blocks_alone(monkeypatch):
     assert 1e-3 < (rounded - exact).norm() / exact.norm() < 0.2
     assert torch.equal(fused(*INPUTS), exact)
     seen = []
-    monkeypatch.setattr(fp8, "_rounded", lambda x: (seen.append(tuple(x.shape)), x)[1])
+    monkeypatch.setattr(fp8, "_rounded", lambda x, scale=None: (seen.append(tuple(x.shape)), x)[1])
     with Fp8Linears(fused):
         fused(*INPUTS)
     weights = seen[1::2]
@@ -69,3 +69,20 @@ def test_fused_and_plain_round_the_same():
     with Fp8Linears(plain):
         wanted = plain(*INPUTS)  # whose 1x1 convolutions are no linear layers, and stay exact
     assert (got - wanted).norm() / wanted.norm() < 0.1
+
+
+def test_one_scale_for_all_tokens(monkeypatch):
+    """Of the layer that it is for alone, also where the weight is a view; large numbers are cut off, NaN stays."""
+    fused = model()
+    fuse(fused)
+    scales = {"transformer_blocks.1.ff.conv_point": 0.5, "transformer_blocks.0.attn2.to_out.0": 0.25}
+    seen = []
+    rounded = fp8._rounded
+    monkeypatch.setattr(fp8, "_rounded", lambda x, scale=None: (seen.append((tuple(x.shape)[-1], scale)), rounded(x, scale))[1])
+    with Fp8Linears(fused, scales):
+        fused(*INPUTS)
+    assert [each for each in seen if each[1]] == [(32, 0.25), (80, 0.5)]
+    x = torch.tensor([1.0, 1.03, 300.0, -1e6, float("inf"), float("nan")])
+    got = rounded(x, 0.5)
+    assert got[:5].tolist() == [1.0, 1.0, 224.0, -224.0, 224.0]
+    assert got[5].isnan()
