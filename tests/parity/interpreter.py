@@ -1,5 +1,6 @@
 """Runs Triton kernels on a CPU, in a process of its own: Triton reads TRITON_INTERPRET once, when it is first imported."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["interpret"]
+__all__ = ["interpret", "make_language_ready_once"]
 
 Call = tuple[tuple[torch.Tensor, ...], dict[str, object]]
 
@@ -25,6 +26,16 @@ def interpret(function: str, calls: list[Call]) -> list[torch.Tensor]:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == 0, f"the interpreter process failed:\n{done.stderr}"
         return torch.load(Path(folder, "outputs"))
+
+
+def make_language_ready_once() -> None:
+    """Triton's interpreter puts its own functions in the place of the language's, hundreds of them, at each launch and at each
+    call of a function inside a kernel, which takes most of its time. Here, once for each function: the process does nothing else.
+    """
+    from triton.runtime import interpreter
+
+    interpreter._LangPatchScope.restore = lambda scope: None
+    interpreter._patch_lang = functools.cache(interpreter._patch_lang)
 
 
 def _convert_to_e4m3_as_a_gpu_does() -> None:
@@ -47,6 +58,7 @@ def _convert_to_e4m3_as_a_gpu_does() -> None:
 def main(function: str, folder: str) -> None:
     import importlib
 
+    make_language_ready_once()
     _convert_to_e4m3_as_a_gpu_does()
     module, name = function.split(":")
     run = getattr(importlib.import_module(module), name)

@@ -102,8 +102,10 @@ def main(file: str) -> None:
     rounds; both are mended here.
     """
     import triton.language as tl
+    from parity.interpreter import make_language_ready_once
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+    make_language_ready_once()
     plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self, a, b, *rest):

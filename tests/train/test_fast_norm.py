@@ -9,8 +9,10 @@ import sys
 CODE = """
 import torch
 import train.autoencoder.fast_norm as fast_norm
+from parity.interpreter import make_language_ready_once
 from sana_ref.layers import RMSNorm
 
+make_language_ready_once()
 fast_norm.MAX_PROGRAMS = 3  # several rounds of the backward kernel's loop
 torch.manual_seed(0)
 for channels, sides in ((64, (7, 9)), (224, (3, 11)), (24, (1, 1))):
@@ -30,6 +32,6 @@ for channels, sides in ((64, (7, 9)), (224, (3, 11)), (24, (1, 1))):
 
 
 def test_the_kernels_equal_the_reference() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
