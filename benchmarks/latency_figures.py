@@ -95,7 +95,7 @@ def record_figures(
         record(name, value, "ms", peer=peer, note="; ".join(filter(None, (*words, note, unsupported))), extra_versions=versions)
 
     found = {each.component: each for each in records if (each.width, each.height, each.batch) == (first.width, first.height, 1)}
-    if {"denoiser", "decoder"} <= set(found):
+    if {"denoiser", "decoder"} & set(found):
         times = picture_times(engine, first.width, first.height, steps, pictures)
         if not times["same_bytes"]:
             print("the same request gave different pictures; nothing is recorded")
@@ -103,6 +103,8 @@ def record_figures(
         print(json.dumps(times, indent=1))
         names = {"denoiser": f"step_{size}_{px}", "decoder": f"decode_{px}" if size != "tiny" else f"decode_tiny_{px}"}
         for component, stage in (("denoiser", "step"), ("decoder", "decode")):
+            if component not in found:
+                continue
             ratio = errors[component]["engine"].rms / errors[component]["pytorch"].rms
             floor = floor_of(checkpoint, found[component])
             words = f"floor: products {floor.products_ms:.2f} ms, traffic {floor.traffic_ms:.2f}"

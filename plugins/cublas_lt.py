@@ -4,8 +4,8 @@ On compute capability 9.0 TensorRT for RTX has no kernels for Hopper's tensor co
 tokens of Sana-1.6B (columns x depth 11200 x 2240): TensorRT for RTX 1.6.1 0.415 ms, Triton 3.6 0.188, cuBLASLt 13 0.148.
 
 The library is looked for when an engine first needs it: the one that is loaded or on the search path, or the package
-nvidia-cublas. Sums are fp32. The algorithm is the heuristic's first answer, never a measured one, so that the same library on the
-same GPU gives the same bits. Needs the standard library only. Numbers: cublasLt.h of CUDA 13.
+nvidia-cublas. Sums are fp32. The algorithm is the heuristic's first answer that runs, never a measured one, so that the same
+library on the same GPU gives the same bits. Needs the standard library only. Numbers: cublasLt.h of CUDA 13.
 """
 
 import ctypes
@@ -18,6 +18,7 @@ from typing import Any
 __all__ = ["WORKSPACE", "CublasError", "Product"]
 
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for compute capability 9.0
+CANDIDATES = 8  # algorithms that the heuristic is asked for: one that it names may still be refused when it runs
 ALIGNMENT = 16  # bytes, of every tensor
 VERSIONS = (13, 12)
 TYPES = {"fp32": 0, "fp16": 2, "bf16": 14, "fp8": 28}  # cudaDataType; fp8 is e4m3
@@ -26,6 +27,7 @@ _TRANSPOSE_A, _EPILOGUE, _BIAS_POINTER = 3, 7, 8  # attributes of a product
 _TRANSPOSED, _WITH_BIAS = 1, 4
 _SCALE_POINTERS, _SCALE_MODES, _A_NUMBER_A_ROW = (17, 18), (31, 32), 3  # of A, of B
 _FAST_ACCUMULATION = 25  # fp8: sums keep fewer bits than fp32 has between two promotions, as PyTorch's default for inference does
+_REFUSALS = (7, 15)  # CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED: nothing was queued
 _MAX_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # preferences
 
 
@@ -112,7 +114,8 @@ class Product:
             self._describe(_FAST_ACCUMULATION, c_int8(1))
         self._bias = bias
         self._layouts: list[c_void_p] = []
-        self._algorithm = _Heuristic()
+        self._candidates: list[_Heuristic] = []  # best first
+        self._size = (0, 0, 0)
 
     def _describe(self, attribute: int, value: Any) -> None:
         _call("cublasLtMatmulDescSetAttribute", self._description, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
@@ -126,7 +129,7 @@ class Product:
             _call("cublasLtMatrixLayoutCreate", byref(layout), kind, c_uint64(height), c_uint64(width), c_int64(height))
             self._layouts.append(layout)
         w, x, out = self._layouts
-        preference, found = c_void_p(), c_int()
+        preference, found, answers = c_void_p(), c_int(), (_Heuristic * CANDIDATES)()
         _call("cublasLtMatmulPreferenceCreate", byref(preference))
         try:
             for attribute, value in (
@@ -137,12 +140,13 @@ class Product:
             # Any: that there are some decides which algorithms fit.
             self._point(ALIGNMENT, (ALIGNMENT, ALIGNMENT))
             _call(
-                "cublasLtMatmulAlgoGetHeuristic", self._lt, self._description, w, x, out, out, preference, 1,
-                byref(self._algorithm), byref(found),
+                "cublasLtMatmulAlgoGetHeuristic", self._lt, self._description, w, x, out, out, preference,
+                CANDIDATES, answers, byref(found),
             )  # fmt: skip
         finally:
             _call("cublasLtMatmulPreferenceDestroy", preference)
-        if not found.value:
+        self._size, self._candidates = (rows, columns, depth), [each for each in answers[: found.value] if not each.state]
+        if not self._candidates:
             raise CublasError(f"got no algorithm for {rows} x {columns} x {depth}; expected one")
 
     def _point(self, bias: int, scales: tuple[int, int]) -> None:
@@ -154,16 +158,29 @@ class Product:
                 self._describe(attribute, c_void_p(scale))
 
     def run(self, x: int, w: int, bias: int, out: int, workspace: int, stream: int, *, x_scale: int = 0, w_scale: int = 0) -> None:
-        """Queue the product. Device addresses, multiples of ALIGNMENT; workspace: WORKSPACE bytes; bias: 0 if there is none."""
+        """Queue the product. Device addresses, multiples of ALIGNMENT; workspace: WORKSPACE bytes, or 0 for none; bias: 0 if there
+        is none. Raises CublasError if no algorithm runs."""
         self._point(bias, (w_scale, x_scale))
         w_layout, x_layout, out_layout = self._layouts
-        status = self._run(
-            self._lt, self._description, byref(self._alpha), c_void_p(w), w_layout, c_void_p(x), x_layout, byref(self._beta),
-            c_void_p(out), out_layout, c_void_p(out), out_layout, byref(self._algorithm), c_void_p(workspace),
-            c_size_t(WORKSPACE), c_void_p(stream),
-        )  # fmt: skip
-        if status:
-            raise CublasError(f"cublasLtMatmul: got status {status} (CUBLAS_STATUS_…, cublas_api.h); expected 0")
+        while True:
+            if not workspace:
+                self._candidates = [each for each in self._candidates if not each.workspace]
+            if not self._candidates:
+                raise CublasError(f"got no algorithm for {self._size} without a workspace; expected one")
+            algorithm = self._candidates[0]
+            status = self._run(
+                self._lt, self._description, byref(self._alpha), c_void_p(w), w_layout, c_void_p(x), x_layout, byref(self._beta),
+                c_void_p(out), out_layout, c_void_p(out), out_layout, byref(algorithm), c_void_p(workspace),
+                c_size_t(WORKSPACE if workspace else 0), c_void_p(stream),
+            )  # fmt: skip
+            if not status:
+                return
+            if status not in _REFUSALS or len(self._candidates) == 1:
+                raise CublasError(
+                    f"cublasLtMatmul: got status {status} (CUBLAS_STATUS_…, cublas_api.h) for {self._size}, workspace "
+                    f"{workspace:#x}, of which the algorithm needs {algorithm.workspace} bytes; expected 0"
+                )
+            del self._candidates[0]  # for this size it is out
 
     def _free_layouts(self) -> None:
         while self._layouts:

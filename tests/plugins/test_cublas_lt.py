@@ -18,6 +18,8 @@ class Library:
         self.made: dict[int, object] = {}
         self.alive: set[int] = set()
         self.algorithms, self.fails = 1, {}
+        self.needs, self.refuses = [0] * 8, set()  # workspace of each algorithm; those that are refused
+        self.ran: list[int] = []
         self.asked: list[tuple[int, int]] = []  # preferences
 
     def __getattr__(self, name):
@@ -61,6 +63,8 @@ class Library:
 
     def _MatmulAlgoGetHeuristic(self, handle, description, a, b, c, d, preference, wanted, result, found):
         ctypes.cast(found, ctypes.POINTER(c_int))[0] = min(wanted, self.algorithms)
+        for number in range(min(wanted, self.algorithms)):
+            result[number].algo[0], result[number].workspace = number, self.needs[number]
 
     def _matrix(self, address, layout):
         height, width, stride = self.made[layout.value]
@@ -68,6 +72,10 @@ class Library:
         return flat.reshape(width, stride).T[:height]
 
     def _Matmul(self, handle, description, alpha, a, a_at, b, b_at, beta, c, c_at, d, d_at, algo, workspace, size, stream):
+        number = ctypes.cast(algo, ctypes.POINTER(cublas_lt._Heuristic))[0].algo[0]
+        if number in self.refuses or (self.needs[number] and not workspace.value):
+            return 7
+        self.ran.append(number)
         how = self.made[description.value]
         left, right, out = (self._matrix(address, layout) for address, layout in ((a, a_at), (b, b_at), (d, d_at)))
         out[:] = (left.T if how.get(3) else left) @ right
@@ -114,6 +122,36 @@ def test_no_algorithm(library):
     library.algorithms = 0
     with pytest.raises(cublas_lt.CublasError, match="got no algorithm for 5 x 3 x 4; expected one"):
         cublas_lt.Product("fp32", bias=False, context_id=1).prepare(ROWS, COLUMNS, DEPTH)
+
+
+def run_once(library):
+    product = cublas_lt.Product("fp32", bias=False, context_id=1)
+    x, w, out = np.ones((ROWS, DEPTH), np.float32), np.ones((COLUMNS, DEPTH), np.float32), np.zeros((ROWS, COLUMNS), np.float32)
+    product.prepare(ROWS, COLUMNS, DEPTH)
+    for _ in range(2):
+        product.run(at(x), at(w), 0, at(out), 0, 0)
+    assert (out == DEPTH).all()
+
+
+def test_next_algorithm_where_the_first_is_refused(library):
+    library.algorithms, library.refuses = 3, {0}
+    run_once(library)
+    assert library.ran == [1, 1]
+
+
+def test_without_a_workspace_those_that_need_none(library):
+    library.algorithms, library.needs = 3, [4096, 4096, 0]
+    run_once(library)
+    assert library.ran == [2, 2]
+    library.needs = [4096] * 3
+    with pytest.raises(cublas_lt.CublasError, match="without a workspace"):
+        run_once(library)
+
+
+def test_all_refused(library):
+    library.algorithms, library.refuses = 2, {0, 1}
+    with pytest.raises(cublas_lt.CublasError, match=r"got status 7 .* for \(5, 3, 4\), workspace 0x0"):
+        run_once(library)
 
 
 @pytest.mark.parametrize("call", ["cublasLtCreate", "cublasLtMatmulDescCreate", "cublasLtMatmul"])
