@@ -128,7 +128,7 @@ class Kernels:
         self._cache, self._key = cache, key
         self._config: Any = None  # lives as long as what it made
         self._kernels: Any = None  # IRuntimeCache
-        self._stored = b""  # digest of what the file has, or was given in vain
+        self._stored = 0  # bytes of what the file has, or was given in vain
 
     def attach(self, config: Any) -> None:
         """Contexts made with this IRuntimeConfig take their kernels from the file, as far as it has them, and leave theirs here.
@@ -137,13 +137,13 @@ class Kernels:
         """
         if not hasattr(config, "create_runtime_cache"):
             return
-        self._config, self._kernels, self._stored = config, config.create_runtime_cache(), b""
+        self._config, self._kernels, self._stored = config, config.create_runtime_cache(), 0
         if self._kernels is None:
             return
         content = self._cache.read(self._key)
         if content is not None:
             if self._kernels.deserialize(content):
-                self._stored = _digest(self._key, content)
+                self._stored = len(content)
             else:
                 _log.warning("kernel cache: TensorRT does not take %s; its kernels are compiled again", self._cache.path(self._key))
         if config.set_runtime_cache(self._kernels) is False:
@@ -151,14 +151,16 @@ class Kernels:
             self._kernels = None
 
     def save(self) -> None:
-        """Write the file, if it lacks something. Not while a CUDA graph is captured."""
+        """Write the file, if it lacks something. Not while a CUDA graph is captured.
+
+        The same kernels are written in other bytes each time (TensorRT for RTX 1.6.1), but no more of them.
+        """
         content = None if self._kernels is None else self._kernels.serialize()
         if content is None:
             return
         view = memoryview(content).cast("B")
-        digest = _digest(self._key, view)
-        if digest != self._stored:
-            self._stored = digest
+        if len(view) > self._stored:
+            self._stored = len(view)
             self._cache.write(self._key, view)
 
     def close(self) -> None:
