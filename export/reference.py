@@ -7,7 +7,7 @@ the reference is fp32.
 
 import copy
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from engines.spec import Precision
 from export.cases import Arrays
 from export.components import TORCH_DTYPES, Component
 from export.wide import Wide
-from sana_ref.fp8 import Fp8Linears
+from sana_ref.quantization import groups_of
+from sana_ref.quantized import QuantizedLinears, uniform_plan
 
 __all__ = ["CaseStats", "PyTorchErrors", "loaded", "make_reference", "reference_dtype", "run_module"]
 
@@ -67,17 +68,28 @@ def make_reference(
 ) -> tuple[dict[str, Golden], PyTorchErrors]:
     """Run every case in the reference's type, at the component's precision, and in fp32 where that is a third.
 
-    load: parameter name -> tensor as the checkpoint stores it.
+    load: parameter name -> tensor as the checkpoint stores it. A quantized component's own precision is the simulation; where its
+    portable graph is quantized too, PyTorch in fp32 says nothing of it.
     """
     module = loaded(component.module, load, TORCH_DTYPES[component.precision])
     exact_dtype = reference_dtype(component)
     golden = {case: Golden(inputs=dict(i), outputs=run_module(module, component, i, exact_dtype)) for case, i in cases.items()}
-    with Fp8Linears(module.get_submodule("transformer")) if component.precision is Precision.FP8 else nullcontext():
+    with _quantized(component, module):
         own = _errors(golden, lambda inputs: run_module(module, component, inputs))
     fp32 = None
-    if component.precision is not Precision.FP32 and exact_dtype is torch.float64:
+    if component.precision is not Precision.FP32 and component.plan is None and exact_dtype is torch.float64:
         fp32 = _errors(golden, lambda inputs: run_module(module, component, inputs, torch.float32))
     return golden, PyTorchErrors(own=own, fp32=fp32)
+
+
+def _quantized(component: Component, module: nn.Module) -> AbstractContextManager[object]:
+    plan = component.plan
+    if plan is None and component.precision is not Precision.FP8:
+        return nullcontext()
+    transformer = module.get_submodule("transformer")
+    if plan is None:  # cuBLASLt's layers (export/fp8_nodes.py)
+        plan = uniform_plan("fp8", groups_of(name for name, _ in transformer.named_parameters()))
+    return QuantizedLinears(transformer, plan)
 
 
 def _errors(golden: Mapping[str, Golden], run: Callable[[Arrays], Mapping[str, NDArray[np.generic]]]) -> CaseStats:
