@@ -21,7 +21,8 @@ from engines.parity_report import Bound, ErrorStats, bound_from, check, check_si
 from engines.spec import ComponentName, Precision
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import DecoderForExport, TextEncoderForExport
-from sana_ref.fp8 import Fp8Linears
+from sana_ref.quantization import groups_of
+from sana_ref.quantized import QuantizedLinears, uniform_plan
 from sana_ref.step import DenoiserStep
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def _graph_output(
     if component == "denoiser":
         step = DenoiserStep(checkpoint.transformer(dtype, device))
         x |= {name: x[name].to(dtype) for name in ("text_keys", "text_values")}
-        with Fp8Linears(step.transformer) if fp8 else nullcontext():
+        plan = uniform_plan("fp8", groups_of(name for name, _ in step.transformer.named_parameters()))
+        with QuantizedLinears(step.transformer, plan) if fp8 else nullcontext():
             return step(*(x[name] for name in step.input_names))[0]
     return network_output(component, checkpoint, inputs, dtype, device)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engines.paths import check_relative
-from engines.spec import COMPONENTS, ComponentName, Precision, ShapeRange, Target
+from engines.spec import COMPONENTS, QUANTIZED, ComponentName, Precision, ShapeRange, Target
 
 __all__ = [
     "MANIFEST_NAME",
@@ -153,7 +153,7 @@ class Manifest(BundleInfo):
             if set(named) != set(self.components):
                 raise ValueError(f"{what}: got {', '.join(named) or 'nothing'}; expected {', '.join(self.components)}")
         text, step = self.precision.get("text_projection"), self.precision.get("denoiser")
-        between = Precision.FP16 if step is Precision.FP8 else step  # whose layers alone are FP8
+        between = Precision.FP16 if step in QUANTIZED else step  # whose layers alone are FP8
         if text and step and text is not between:
             raise ValueError(
                 f"precision: got {text} for text_projection and {step} for denoiser; expected {between} for the first, since the "

@@ -23,6 +23,7 @@ from engines.spec import ComponentName, Precision
 from engines.strict import validate_json
 
 __all__ = [
+    "FACTOR",
     "Bound",
     "ComponentParity",
     "ErrorStats",

@@ -19,6 +19,7 @@ __all__ = [
     "AHEAD_OF_TIME_TARGETS",
     "COMPONENTS",
     "PX_PER_LATENT",
+    "QUANTIZED",
     "ComponentName",
     "Precision",
     "ShapeRange",
@@ -60,7 +61,8 @@ class Target(StrEnum):
 # TensorRT for RTX compiles for these on any machine. An engine for another architecture is compiled on that GPU, as "current".
 AHEAD_OF_TIME_TARGETS = (Target.SM80, Target.SM86, Target.SM89, Target.SM120, Target.SM121)
 
-_BUILDABLE = (Precision.FP32, Precision.FP16, Precision.BF16, Precision.FP8)
+QUANTIZED = (Precision.INT8, Precision.FP8, Precision.NVFP4)  # of the denoiser's linear layers, which are fp16 otherwise
+_FP4_TARGETS = (Target.SM120, Target.SM121)
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -71,40 +73,47 @@ def nearest(word: str, valid: Iterable[str]) -> str:
 
 
 def parse_precision(text: str) -> Precision:
-    """The precision that `text` names. Raises SpecError for an unknown one, and for those that cannot be built yet."""
+    """The precision that `text` names. Raises SpecError for an unknown one."""
     if text not in set(Precision):
-        raise SpecError(f"precision: got {text!r}; {nearest(text, _BUILDABLE)}.")
-    precision = Precision(text)
-    if precision not in _BUILDABLE:
-        raise SpecError(
-            f"precision: got {text!r}, which does not exist yet: quantized builds are not implemented. "
-            f"Use one of {', '.join(_BUILDABLE)}."
-        )
-    return precision
+        raise SpecError(f"precision: got {text!r}; {nearest(text, Precision)}.")
+    return Precision(text)
 
 
 def component_precision(precision: Precision) -> dict[ComponentName, Precision]:
     """The precision of each component in a build at `precision`.
 
     fp16 is for the denoiser and the text projection, which is a part of its network: Gemma-2's activations pass fp16's largest
-    number (65504), and DC-AE decodes to noise in it. fp8 is for the denoiser alone, which is fp16 otherwise.
-    Raises SpecError for a precision that cannot be built yet.
+    number (65504), and DC-AE decodes to noise in it. int8, fp8 and nvfp4 are for the denoiser alone, which is fp16 otherwise.
     """
-    parse_precision(precision)
-    half = precision in (Precision.FP16, Precision.FP8)
+    half = precision is Precision.FP16 or precision in QUANTIZED
     others = Precision.BF16 if half else precision
     projection = Precision.FP16 if half else precision
     return {"text_encoder": others, "text_projection": projection, "denoiser": precision, "decoder": others}
 
 
 def check_precision(precision: Precision, targets: Iterable[Target]) -> None:
-    """Raises SpecError if `precision` cannot be built for one of the architectures, or for none."""
+    """Raises SpecError if `precision` cannot be built for one of the architectures, naming what can.
+
+    INT8 runs on all of them, FP8 on sm89 and later, NVFP4 on sm120 and sm121. On sm90 FP8 is cuBLASLt's, in a graph of its own.
+    """
     targets = tuple(targets)
-    if precision is Precision.FP8 and targets != (Target.SM90,):
-        got = ", ".join(targets) or "no engines"
+    old = [target for target in targets if target in (Target.SM80, Target.SM86)]
+    if precision is Precision.FP8 and old:
         raise SpecError(
-            f"precision: got fp8 for {got}; expected sm90 alone: FP8 runs through cuBLASLt there, and is not built for others yet. "
-            f"Use --target current on an H100 or H200, or --precision {Precision.FP16}."
+            f"precision: got fp8 for {', '.join(old)}; expected sm89 or later: FP8 needs its hardware. "
+            f"Use --precision {Precision.INT8} there."
+        )
+    if precision is Precision.FP8 and Target.SM90 in targets and len(targets) > 1:
+        raise SpecError(
+            f"precision: got fp8 for {', '.join(targets)}; expected sm90 alone: FP8 runs through cuBLASLt there, whose layers are "
+            f"not those of the others. Build two bundles, or use --precision {Precision.INT8}."
+        )
+    without = [target for target in targets if target not in _FP4_TARGETS]
+    if precision is Precision.NVFP4 and without:
+        instead = Precision.INT8 if set(without) & {Target.SM80, Target.SM86} else Precision.FP8
+        raise SpecError(
+            f"precision: got nvfp4 for {', '.join(without)}; expected {' or '.join(_FP4_TARGETS)}, which have FP4 hardware. "
+            f"Use --precision {instead} there."
         )
 
 

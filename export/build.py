@@ -7,7 +7,7 @@ Nothing at `out` changes before everything has passed, and then it changes at on
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,15 +22,25 @@ from engines.errors import BundleError
 from engines.golden import golden_name
 from engines.manifest import BundleInfo, LatentInfo, PromptInfo, TensorRTInfo, graph_name
 from engines.parity_report import ParityReport
-from engines.spec import COMPONENTS, PX_PER_LATENT, ComponentName, Precision, ShapeRange, check_precision, component_precision
+from engines.spec import (
+    COMPONENTS,
+    PX_PER_LATENT,
+    QUANTIZED,
+    ComponentName,
+    Precision,
+    ShapeRange,
+    check_precision,
+    component_precision,
+)
 from engines.store import Store
 from export.components import Component, components, profiles
 from export.fingerprint import code, versions
+from export.plans import check_request, denoiser_plan, is_cublas
 from export.progress import Progress
 from export.reference import reference_dtype
 from export.references import make_references, schedule_info
 from export.request import BuildRequest, shape_range
-from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of, pytorch_of
+from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of
 from export.weights import DATA_NAME, PORTABLE_NAME
 from runtime.ort_session import cpu_name
 from runtime.prompt import PromptTokenizer
@@ -65,6 +75,7 @@ class _Parts:
 def build(request: BuildRequest, progress: Progress) -> BuildResult:
     """Build the bundle at `request.out`. Raises SanaError, and leaves what is at `out` as it is then."""
     check_precision(request.precision, request.targets)
+    check_request(request)
     with progress.stage("read checkpoint") as stage:
         checkpoint = load(
             request.model,
@@ -75,8 +86,10 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
         )
         stage.note(f"{checkpoint.name}, sha256 {checkpoint.digest[:12]}")
     precisions = component_precision(request.precision)
-    if request.precision is Precision.FP8:
-        progress.say("  fp8 is the denoiser's linear layers alone: the rest of it is fp16, text encoder and decoder are bf16")
+    if request.precision in QUANTIZED:
+        progress.say(
+            f"  {request.precision} is the denoiser's linear layers alone: the rest of it is fp16, text encoder and decoder bf16"
+        )
     if request.precision is Precision.FP16:
         progress.say("  fp16 is the denoiser's alone: Gemma-2 and DC-AE overflow in it, so text encoder and decoder are bf16")
     ranges = shape_range(
@@ -85,7 +98,11 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
         max_sequence_length=checkpoint.prompt.max_sequence_length,
     )
     runner = Runner(checkpoint=checkpoint, store=Store(request.cache), progress=progress)
-    parts = _run_stages(request, runner, components(checkpoint, precisions), ranges)
+    everything = components(checkpoint, precisions)
+    if request.precision in QUANTIZED and "denoiser" in request.components:
+        plan = denoiser_plan(request, runner, everything, ranges)
+        everything = {**everything, "denoiser": replace(everything["denoiser"], plan=plan, cublas=is_cublas(request))}
+    parts = _run_stages(request, runner, everything, ranges)
     return _write(request, runner, _bundle_info(request, checkpoint, ranges, parts), parts)
 
 
@@ -104,8 +121,7 @@ def _run_stages(request: BuildRequest, runner: Runner, everything: Mapping[Compo
             embedded_guidance=checkpoint.transformer_config.guidance_embeds,
         )
         groups = engine_groups(request.targets)
-        scales = pytorch_of(references[name]).input_scales
-        engines[name] = [runner.engine(component, graphs[name], targets, profile, scales) for targets in groups]
+        engines[name] = [runner.engine(component, graphs[name], targets, profile) for targets in groups]
     parity = {name: runner.parity(component, graphs[name], references[name], engines[name]) for name, component in wanted.items()}
     return _Parts(components=wanted, graphs=graphs, engines=engines, references=references, parity=parity)
 

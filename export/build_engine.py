@@ -39,7 +39,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--variant", choices=("fp16", "bf16"), help="prefer the checkpoint's files of this precision")
     add("--components-from", metavar="PATH_OR_ID", help="for a .pth, which holds the transformer alone: where the rest is")
     add("--vae", type=Path, metavar="FOLDER", help="an autoencoder in place of the checkpoint's, of the same latents: DC-AE-Lite")
-    add("--precision", help="fp32, fp16 (the denoiser's alone, the rest is bf16), bf16, or fp8 (H100, H200)")
+    add("--precision", help="fp32, fp16 (the denoiser's alone), bf16; its layers int8, fp8 (sm89 up), nvfp4 (sm120)")
+    add("--plan", type=Path, metavar="FILE", help="of a quantized denoiser, as a calibration wrote it")
     add("--target", help="sm80,sm86,sm89,sm120,sm121; current: this machine's GPU; onnx: no engines")
     add("--out", type=Path, metavar="BUNDLE", help="the folder to write; a bundle there is replaced when all is done")
     add("--min-side", type=int, metavar="PX", help="smallest side, a multiple of 32")
@@ -95,6 +96,7 @@ def _build(options: argparse.Namespace) -> None:
         max_batch=settings.max_batch,
         components=parse_components(",".join(settings.components)),
         cache=settings.cache,
+        plan=settings.plan,
     )
     from export.build import build
     from export.progress import Progress

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from engines.spec import PX_PER_LATENT, ComponentName, Precision, ShapeRange
+from engines.spec import PX_PER_LATENT, QUANTIZED, ComponentName, Precision, ShapeRange
 from export.onnx_export import Axis, ExportSpec, TensorSpec
 from plugins import (
     conv3x3,
@@ -32,6 +32,7 @@ from sana_ref.components import (
     TextEncoderForExport,
 )
 from sana_ref.fused_decoder import FusedDecoder
+from sana_ref.quantization import QuantizationPlan
 from sana_ref.step import OUTPUTS, DenoiserStep
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from sana_ref.text_projection import INPUTS as TEXT_PROJECTION_INPUTS
@@ -41,12 +42,12 @@ from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, 
 
 __all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles"]
 
-# Of the module; FP8 is what its linear layers alone compute in (export/fp8_nodes.py).
+# Of the module; quantized precisions are of its linear layers alone (export/qdq_nodes.py, export/fp8_nodes.py).
 TORCH_DTYPES = {
     Precision.FP32: torch.float32,
     Precision.FP16: torch.float16,
     Precision.BF16: torch.bfloat16,
-    Precision.FP8: torch.float16,
+    **dict.fromkeys(QUANTIZED, torch.float16),
 }
 Shape = tuple[int, ...]
 Profile = dict[str, tuple[Shape, Shape, Shape]]  # input: smallest, most common, largest shape
@@ -54,7 +55,11 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]  # input: smallest, most common,
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One graph. `module` is on the meta device, at the component's precision."""
+    """One graph. `module` is on the meta device, at the component's precision.
+
+    plan: how it is quantized. cublas: by cuBLASLt's nodes, which are put into the engine's graph when it is compiled
+    (export/fp8_nodes.py); the exported graphs are not quantized then.
+    """
 
     name: ComponentName
     source: Literal["text_encoder", "transformer", "vae"]  # where in the checkpoint the weights are
@@ -63,6 +68,13 @@ class Component:
     precision: Precision
     module: nn.Module
     spec: ExportSpec
+    plan: QuantizationPlan | None = None
+    cublas: bool = False
+
+    @property
+    def graph_plan(self) -> QuantizationPlan | None:
+        """Of the exported graphs."""
+        return None if self.cublas else self.plan
 
     def checkpoint_name(self, parameter: str) -> str:
         """The checkpoint's name of a parameter of the module."""

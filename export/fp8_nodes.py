@@ -7,12 +7,11 @@ cuBLASLt multiplies (plugins/cublas_lt.py); sums and results are as in fp16. Qua
 The embeddings and the last projection, small in work, stay fp16, and so does linear attention between the layers, whose sums over
 all tokens would gather the error.
 
-sana_ref/fp8.py is the same in PyTorch. TensorRT knows the bits as int8, which plugins take and give.
+sana_ref/quantized.py is the same in PyTorch. TensorRT knows the bits as int8, which plugins take and give.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,35 +24,51 @@ from export.linear_nodes import remove_unused
 from plugins import cross_attention, fp8_quantize, gated_depthwise_conv, gated_sum, linear, modulated_norm, qkv_linear_attention
 from plugins.static_scale import OUT_SCALE
 from sana_ref.fp8 import quantize_rows
-from sana_ref.quantization import group_of
+from sana_ref.quantization import QuantizationPlan, group_of
 
-__all__ = ["DATA_NAME", "QUANTIZED", "use_fp8"]
+__all__ = ["DATA_NAME", "QUANTIZED", "has_static_scale", "use_fp8"]
 
 DATA_NAME = "fp8.bin"  # beside the graph, as long as it is compiled
 QUANTIZED = "quantized"  # the attribute of a modulated norm whose second output is bits, with a third, their scales
-_BLOCKS = "transformer_blocks."
 _NORMS = (modulated_norm.GATED, modulated_norm.PLAIN)
 _STATIC = (cross_attention.OP, gated_depthwise_conv.OP, qkv_linear_attention.APPLY)  # kernels that quantise with a given scale
+_STATIC_GROUPS = ("attn1.to_out.0", "attn2.to_out.0", "ff.conv_point")  # what reads their outputs
 _LARGEST = float(gated_sum.LARGEST.value)
 
 
-def use_fp8(model: onnx.ModelProto, folder: Path, input_scales: Mapping[str, float] = MappingProxyType({})) -> dict[str, int]:
-    """Rewrite, in place, each `sana::Linear` of a transformer block. Returns how many nodes of each op were added.
+def has_static_scale(group: str) -> bool:
+    """Whether the activations of a group of layers come from a kernel that quantises with a scale that it is given."""
+    return group.endswith(_STATIC_GROUPS)
 
-    folder: where the graph's weights are; their bits are written to DATA_NAME there. input_scales: by group of layers
-    (sana_ref/quantization.py), one for all tokens; other layers have a scale for each token, found while they run.
+
+def use_fp8(model: onnx.ModelProto, folder: Path, plan: QuantizationPlan) -> dict[str, int]:
+    """Rewrite, in place, the `sana::Linear` of each group that the plan has in fp8. Returns how many nodes of each op were added.
+
+    folder: where the graph's weights are; their bits are written to DATA_NAME there. A group without an input_scale has a scale
+    for each token, found while it runs.
     Raises ValueError for a weight whose sides are no multiples of linear.FP8_MULTIPLE, and for a scale of a layer before which no
     kernel takes it.
     """
+    formats = {group: layer.format for group, layer in plan.layers.items()}
+    input_scales = {group: layer.input_scale for group, layer in plan.layers.items() if layer.input_scale is not None}
     graph = _Graph(model.graph, folder)
-    chosen = [node for node in model.graph.node if node.op_type == linear.OP and _BLOCKS in " ".join(graph.sources(node.input[1]))]
+    group_by_weight = {
+        node.input[1]: next((found for name in graph.sources(node.input[1]) if (found := group_of(name))), "")
+        for node in model.graph.node
+        if node.op_type == linear.OP
+    }
+    chosen = [
+        node
+        for node in model.graph.node
+        if node.op_type == linear.OP and formats.get(group_by_weight[node.input[1]], "none") == "fp8"
+    ]
     quantized: dict[str, tuple[str, str]] = {}
     unused = dict(input_scales)
     counts = {linear.FP8: 0, fp8_quantize.OP: 0, gated_sum.OP: 0}
     with (folder / DATA_NAME).open("wb") as file:
         for node in chosen:
             x, weight, *bias = node.input
-            group = next((found for name in graph.sources(weight) if (found := group_of(name))), "")
+            group = group_by_weight[weight]
             source = graph.maker_behind(x, node, chosen, _STATIC if group in input_scales else _NORMS) or x
             if source not in quantized:
                 scale_of_all = graph.give_scale(source, input_scales[group]) if group in input_scales else None

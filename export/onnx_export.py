@@ -22,6 +22,7 @@ import torch
 from onnxscript import optimizer
 
 from engines.errors import BuildError
+from export import fp4_nodes
 from export.accumulation import accumulate_in_fp32
 from export.scalars import keep_scalars_exact
 from export.translation import OPSET, SANA_DOMAIN, translation_table
@@ -225,6 +226,8 @@ def with_function_bodies(model: ir.Model) -> ir.Model:
         conv3x3.OP: functools.partial(conv3x3.function_body, conv3x3.OP),
         conv3x3_upsample.OP: conv3x3_upsample.function_body,
         cross_attention.OP: cross_attention.function_body,
+        fp4_nodes.ROUND: functools.partial(fp4_nodes.function_body, fp4_nodes.ROUND),
+        fp4_nodes.WEIGHT: functools.partial(fp4_nodes.function_body, fp4_nodes.WEIGHT),
         gated_depthwise_conv.OP: gated_depthwise_conv.function_body,
         modulated_norm.GATED: functools.partial(modulated_norm.function_body, modulated_norm.GATED),
         modulated_norm.PLAIN: functools.partial(modulated_norm.function_body, modulated_norm.PLAIN),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from engines.errors import ParityError
 from engines.golden import Golden
 from engines.parity_report import (
+    FACTOR,
     ComponentParity,
     ErrorStats,
     OutputParity,
@@ -51,15 +52,23 @@ def run_onnxruntime(graph: Path, golden: Mapping[str, Golden], *, frugal: bool) 
     return {case: dict(zip(names, session.run(names, example.inputs), strict=True)) for case, example in golden.items()}
 
 
-def bounds(pytorch: PyTorchErrors) -> dict[str, OutputParity]:
-    """Each output's bounds, with nothing measured against them yet. A bound holds for every case: PyTorch's worst decides."""
+def bounds(pytorch: PyTorchErrors, golden: Mapping[str, Golden] | None = None) -> dict[str, OutputParity]:
+    """Each output's bounds, with nothing measured against them yet. A bound holds for every case: PyTorch's worst decides.
+
+    golden: of a quantized graph. Roundings to few numbers have a mean of their own, so all cases' mean may be twice PyTorch's.
+    """
     found = {}
     for name in next(iter(pytorch.own.values())):
         own = _largest(case[name] for case in pytorch.own.values())
+        bound = bound_from(own)
+        if golden is not None:
+            together = pooled([(stats[name], golden[case].outputs[name].size) for case, stats in pytorch.own.items()])
+            share = FACTOR * abs(together.mean) / together.rms if together.rms else 0.0
+            bound = bound.model_copy(update={"mean_share": max(bound.mean_share, share)})
         fp32 = None if pytorch.fp32 is None else _largest(case[name] for case in pytorch.fp32.values())
         found[name] = OutputParity(
             pytorch=own,
-            bound=bound_from(own),
+            bound=bound,
             pytorch_fp32=fp32,
             portable_bound=None if fp32 is None else portable_bound_from(own, fp32),
         )

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from engines.golden import Golden
@@ -20,9 +20,8 @@ from engines.parity_report import ErrorStats, measure
 from engines.spec import Precision
 from export.cases import Arrays
 from export.components import TORCH_DTYPES, Component
-from export.input_scales import InputScales
 from export.wide import Wide
-from sana_ref.fp8 import Fp8Linears
+from sana_ref.quantized import QuantizedLinears
 
 __all__ = ["CaseStats", "PyTorchErrors", "loaded", "make_reference", "reference_dtype", "run_module"]
 
@@ -32,15 +31,11 @@ CaseStats = dict[str, dict[str, ErrorStats]]  # case: output: its error
 
 
 class PyTorchErrors(BaseModel):
-    """PyTorch against the reference, by case and output. fp32: with the same weights; none if that is `own` or the reference.
-
-    input_scales: of layers in FP8, by group, found while the reference ran. `own` has them, and so have engines.
-    """
+    """PyTorch against the reference, by case and output. fp32: with the same weights; none if that is `own` or the reference."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     own: CaseStats  # at the component's precision
     fp32: CaseStats | None
-    input_scales: dict[str, float] = Field(default_factory=dict)
 
 
 def loaded(module: nn.Module, load: Callable[[str], Tensor], dtype: torch.dtype) -> nn.Module:
@@ -51,16 +46,11 @@ def loaded(module: nn.Module, load: Callable[[str], Tensor], dtype: torch.dtype)
 
 
 def run_module(
-    module: nn.Module,
-    component: Component,
-    inputs: Arrays,
-    wide: torch.dtype | None = None,
-    watch: AbstractContextManager[object] | None = None,
+    module: nn.Module, component: Component, inputs: Arrays, wide: torch.dtype | None = None
 ) -> dict[str, NDArray[np.generic]]:
-    """The outputs on the CPU, by name; 16-bit ones as fp32. wide: compute in this type; None: as the module does. watch: a mode
-    that sees the module's calls as they are written."""
+    """The outputs on the CPU, by name; 16-bit ones as fp32. wide: compute in this type; None: as the module does."""
     arguments = [torch.from_numpy(np.ascontiguousarray(inputs[t.name])).to(t.torch_dtype) for t in component.spec.inputs]
-    with torch.inference_mode(), nullcontext() if wide is None else Wide(wide), watch or nullcontext():
+    with torch.inference_mode(), nullcontext() if wide is None else Wide(wide):
         results = module(*arguments)
     results = (results,) if isinstance(results, Tensor) else results
     results = [result.float() if result.itemsize == 2 else result for result in results]
@@ -77,23 +67,22 @@ def make_reference(
 ) -> tuple[dict[str, Golden], PyTorchErrors]:
     """Run every case in the reference's type, at the component's precision, and in fp32 where that is a third.
 
-    load: parameter name -> tensor as the checkpoint stores it.
+    load: parameter name -> tensor as the checkpoint stores it. A quantized component's own precision is the simulation; where its
+    portable graph is quantized too, PyTorch in fp32 says nothing of it.
     """
     module = loaded(component.module, load, TORCH_DTYPES[component.precision])
     exact_dtype = reference_dtype(component)
-    fp8 = component.precision is Precision.FP8
-    watch = InputScales(module.get_submodule("transformer")) if fp8 else None
-    golden = {
-        case: Golden(inputs=dict(inputs), outputs=run_module(module, component, inputs, exact_dtype, watch))
-        for case, inputs in cases.items()
-    }
-    scales = watch.scales() if watch else {}
-    with Fp8Linears(module.get_submodule("transformer"), scales) if fp8 else nullcontext():
+    golden = {case: Golden(inputs=dict(i), outputs=run_module(module, component, i, exact_dtype)) for case, i in cases.items()}
+    with _quantized(component, module):
         own = _errors(golden, lambda inputs: run_module(module, component, inputs))
     fp32 = None
-    if component.precision is not Precision.FP32 and exact_dtype is torch.float64:
+    if component.precision is not Precision.FP32 and component.graph_plan is None and exact_dtype is torch.float64:
         fp32 = _errors(golden, lambda inputs: run_module(module, component, inputs, torch.float32))
-    return golden, PyTorchErrors(own=own, fp32=fp32, input_scales=scales)
+    return golden, PyTorchErrors(own=own, fp32=fp32)
+
+
+def _quantized(component: Component, module: nn.Module) -> AbstractContextManager[object]:
+    return nullcontext() if component.plan is None else QuantizedLinears(module.get_submodule("transformer"), component.plan)
 
 
 def _errors(golden: Mapping[str, Golden], run: Callable[[Arrays], Mapping[str, NDArray[np.generic]]]) -> CaseStats:

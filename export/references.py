@@ -1,6 +1,6 @@
 """The references of a build: which inputs each component is judged with, in the order in which they depend on each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from runtime.prompt import PromptTokenizer
 from runtime.schedule import Schedule, make_schedule
 from sana_ref.checkpoint import Checkpoint
 
-__all__ = ["make_references", "schedule_info"]
+__all__ = ["denoiser_inputs", "make_references", "schedule_info"]
 
 
 def schedule_info(checkpoint: Checkpoint) -> ScheduleInfo:
@@ -56,6 +56,39 @@ def _keys_values(
     return found
 
 
+def _texts(
+    runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange
+) -> tuple[Result, dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
+    """The text encoder's reference, its outputs (B, L, C) and the masks (B, L), by text."""
+    checkpoint = runner.checkpoint
+    inputs, masks = text_cases(PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt), ranges.max_batch)
+    depends: dict[str, Any] = {"inputs": {case: {k: v.tolist() for k, v in each.items()} for case, each in inputs.items()}}
+    reference = runner.reference(everything["text_encoder"], lambda: inputs, depends)
+    texts = golden_of(reference)
+    return reference, {case: golden.outputs["prompt_embeds"].astype("float32") for case, golden in texts.items()}, masks
+
+
+def denoiser_inputs(
+    runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange
+) -> tuple[Callable[[], dict[str, Arrays]], dict[str, Any]]:
+    """What makes the cases of the denoiser, and what decides them besides its weights."""
+    checkpoint = runner.checkpoint
+    text, embeds, masks = _texts(runner, everything, ranges)
+    schedule = _schedule(checkpoint)
+
+    def cases() -> dict[str, Arrays]:
+        return denoiser_cases(
+            _keys_values(runner, everything["text_projection"], embeds),
+            masks,
+            channels=checkpoint.transformer_config.in_channels,
+            ranges=ranges,
+            schedule=schedule,
+            embedded_guidance=checkpoint.transformer_config.guidance_embeds,
+        )
+
+    return cases, {"text": text.key, "ranges": ranges.model_dump(), "schedule": schedule.table.tolist()}
+
+
 def make_references(
     runner: Runner, everything: Mapping[ComponentName, Component], wanted: Sequence[ComponentName], ranges: ShapeRange
 ) -> dict[ComponentName, Result]:
@@ -63,34 +96,16 @@ def make_references(
 
     What follows the text encoder is told what its reference says, so the text encoder's comes along with it.
     """
-    checkpoint = runner.checkpoint
     found: dict[ComponentName, Result] = {}
     if {"text_encoder", "text_projection", "denoiser"} & set(wanted):
-        inputs, masks = text_cases(PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt), ranges.max_batch)
-        depends: dict[str, Any] = {"inputs": {case: {k: v.tolist() for k, v in each.items()} for case, each in inputs.items()}}
-        found["text_encoder"] = runner.reference(everything["text_encoder"], lambda: inputs, depends)
-        texts = golden_of(found["text_encoder"])
-        embeds = {case: golden.outputs["prompt_embeds"].astype("float32") for case, golden in texts.items()}
-        depends = {"text": found["text_encoder"].key}
+        found["text_encoder"], embeds, _ = _texts(runner, everything, ranges)
+        depends: dict[str, Any] = {"text": found["text_encoder"].key}
     if "text_projection" in wanted:
         found["text_projection"] = runner.reference(everything["text_projection"], lambda: text_projection_cases(embeds), depends)
     if "denoiser" in wanted:
-        schedule = _schedule(checkpoint)
-
-        def cases() -> dict[str, Arrays]:
-            return denoiser_cases(
-                _keys_values(runner, everything["text_projection"], embeds),
-                masks,
-                channels=checkpoint.transformer_config.in_channels,
-                ranges=ranges,
-                schedule=schedule,
-                embedded_guidance=checkpoint.transformer_config.guidance_embeds,
-            )
-
-        depends = depends | {"ranges": ranges.model_dump(), "schedule": schedule.table.tolist()}
-        found["denoiser"] = runner.reference(everything["denoiser"], cases, depends)
+        found["denoiser"] = runner.reference(everything["denoiser"], *denoiser_inputs(runner, everything, ranges))
     if "decoder" in wanted:
-        channels = checkpoint.vae_config.latent_channels
+        channels = runner.checkpoint.vae_config.latent_channels
         found["decoder"] = runner.reference(
             everything["decoder"], lambda: decoder_cases(channels=channels, ranges=ranges), {"ranges": ranges.model_dump()}
         )

@@ -38,6 +38,7 @@ class BuildRequest:
     max_batch: int = 4
     components: tuple[ComponentName, ...] = COMPONENTS
     cache: Path | None = None
+    plan: Path | None = None  # of a quantized denoiser; None: one without a calibration (export/plans.py)
 
 
 def parse_components(text: str) -> tuple[ComponentName, ...]:

@@ -55,6 +55,7 @@ class BuildSettings(BaseModel):
     components_from: str | None
     vae: Path | None
     precision: Annotated[str, AfterValidator(_precision)]
+    plan: Path | None
     target: Words
     components: Words
     min_side: int | None

@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -24,11 +23,11 @@ from engines.golden import Golden, load_golden, save_golden
 from engines.gpu import current_target, device_info
 from engines.manifest import BundleInfo
 from engines.parity_report import ComponentParity
-from engines.spec import AHEAD_OF_TIME_TARGETS, Precision, Target
+from engines.spec import AHEAD_OF_TIME_TARGETS, Target
 from engines.store import Store
 from export.cases import Arrays
 from export.compile_processes import compile_ahead
-from export.components import Component, Profile
+from export.components import TORCH_DTYPES, Component, Profile
 from export.fingerprint import code, versions
 from export.fp8_nodes import DATA_NAME as FP8_DATA_NAME
 from export.fp8_nodes import use_fp8
@@ -38,11 +37,13 @@ from export.onnx_export import export_module, with_function_bodies
 from export.parity import bounds, measured, run_onnxruntime, run_tensorrt, summary
 from export.plugin_nodes import add_cubins
 from export.progress import Progress, Stage
+from export.qdq_nodes import quantize_graph
 from export.reference import PyTorchErrors, make_reference, reference_dtype
 from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
 from export.widen import widened
 from plugins import linear, shell
 from sana_ref.checkpoint import Checkpoint
+from sana_ref.quantization import QuantizationPlan, load_plan, plan_digest, save_plan
 
 __all__ = ["GOLDEN_NAME", "GRID_NAME", "EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of", "pytorch_of"]
 
@@ -51,7 +52,9 @@ _EXPORT_CODE = (
     "plugins/*.py",
     "export/accumulation.py",
     "export/components.py",
+    "export/fp4_nodes.py",
     "export/onnx_export.py",
+    "export/qdq_nodes.py",
     "export/scalars.py",
     "export/translation.py",
     "export/weights.py",
@@ -59,7 +62,6 @@ _EXPORT_CODE = (
 )
 _ENGINE_CODE = (
     "sana_ref/fp8.py",
-    "sana_ref/quantization.py",
     "plugins/*.py",
     "engines/tensorrt.py",
     "engines/tensorrt_library.py",
@@ -71,7 +73,6 @@ _REFERENCE_CODE = (
     "sana_ref/*.py",
     "export/cases.py",
     "export/components.py",
-    "export/input_scales.py",
     "export/reference.py",
     "export/references.py",
     "export/wide.py",
@@ -91,7 +92,7 @@ _PARITY_CODE = (
     "runtime/trt_session.py",
 )
 GOLDEN_NAME, GRID_NAME = "golden.safetensors", "grid.png"
-_PYTORCH, _PARITY, _LOG = "pytorch.json", "parity.json", "tensorrt.log"
+_PYTORCH, _PARITY, _LOG, _PLAN = "pytorch.json", "parity.json", "tensorrt.log", "plan.safetensors"
 _FRUGAL_BYTES = 1 << 30  # weights above this are widened one by one when a portable graph is checked
 
 
@@ -153,8 +154,10 @@ class Runner:
         """The folder of the portable graph, the typed graph, and the weights of both."""
 
         def make(folder: Path, stage: Stage) -> None:
-            model = export_module(component.module, component.spec)
-            size = write_weights(model, self.loader(component), folder / DATA_NAME)
+            model, load = export_module(component.module, component.spec), self.loader(component)
+            if component.graph_plan is not None:
+                load = quantize_graph(model, component.graph_plan, load, TORCH_DTYPES[component.precision])
+            size = write_weights(model, load, folder / DATA_NAME)
             for name, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
                 ir.save(with_function_bodies(graph), folder / name)
                 onnx.checker.check_model(str(folder / name), full_check=True)  # also that the data file is where it says
@@ -164,6 +167,7 @@ class Runner:
             "stage": "export",
             "component": component.name,
             "precision": component.precision,
+            "plan": _digest(component.graph_plan),
             "max_sequence_length": self.checkpoint.prompt.max_sequence_length,
             "checkpoint": self.checkpoint.component_digest(component.source),
             "code": code(_EXPORT_CODE),
@@ -171,15 +175,8 @@ class Runner:
         }
         return self._run(f"export {component.name}", content, make, needed=self._weights_bytes(component))
 
-    def engine(
-        self,
-        component: Component,
-        graphs: Result,
-        targets: tuple[Target, ...],
-        profile: Profile,
-        input_scales: Mapping[str, float] = MappingProxyType({}),
-    ) -> EngineFile:
-        """Compile the typed graph for `targets`, which share one engine. input_scales: of FP8 layers (export/input_scales.py)."""
+    def engine(self, component: Component, graphs: Result, targets: tuple[Target, ...], profile: Profile) -> EngineFile:
+        """Compile the typed graph for `targets`, which share one engine."""
         name = "-".join(targets) + ".engine"
 
         def make(folder: Path, stage: Stage) -> None:
@@ -187,8 +184,9 @@ class Runner:
             more = {linear.OP: use_linear_plugins(model) if wants_linear_plugins(targets, tensorrt.flavor()) else 0}
             log: list[str] = []
             with _beside(graphs.folder / DATA_NAME, folder), (folder / name).open("wb") as file:
-                if component.precision is Precision.FP8:
-                    added = use_fp8(model, folder, input_scales)
+                if component.cublas:
+                    assert component.plan is not None
+                    added = use_fp8(model, folder, component.plan)
                     more |= added | {linear.OP: more[linear.OP] - added[linear.FP8]}
                 onnx.save(model, folder / TYPED_NAME)
                 compile_ahead(folder / TYPED_NAME, targets)
@@ -210,11 +208,11 @@ class Runner:
 
         content = {
             "stage": "engine",
+            "plan": _digest(component.plan),
             "graphs": graphs.key,
             "targets": targets,
             "precision": component.precision,
             "profile": profile,
-            "input_scales": dict(input_scales),
             "tensorrt": [tensorrt.flavor(), tensorrt.version()],
             "code": code(_ENGINE_CODE),
             "versions": versions(),
@@ -222,6 +220,25 @@ class Runner:
         title = f"engine {component.name} {'-'.join(targets)}"
         result = self._run(title, content, make, needed=self._weights_bytes(component))
         return EngineFile(path=result.folder / name, targets=targets, key=result.key)
+
+    def ranges(self, component: Component, make_plan: Callable[[], QuantizationPlan], depends: dict[str, Any]) -> QuantizationPlan:
+        """A plan whose scales come from inputs that `depends` stands for. It is kept, not made again."""
+
+        def make(folder: Path, stage: Stage) -> None:
+            plan = make_plan()
+            save_plan(plan, folder / _PLAN)
+            stage.note(f"{sum(layer.format != 'none' for layer in plan.layers.values())} of {len(plan.layers)} groups")
+
+        content = {
+            "stage": "ranges",
+            "component": component.name,
+            "precision": component.precision,
+            "checkpoint": self.checkpoint.component_digest(component.source),
+            "depends": depends,
+            "code": code((*_REFERENCE_CODE, "export/plans.py")),
+            "versions": versions(),
+        }
+        return load_plan(self._run(f"ranges {component.name}", content, make).folder / _PLAN)
 
     def reference(self, component: Component, cases: Callable[[], Mapping[str, Arrays]], depends: dict[str, Any]) -> Result:
         """Golden inputs and outputs, and PyTorch's own errors.
@@ -239,6 +256,7 @@ class Runner:
             "stage": "reference",
             "component": component.name,
             "precision": component.precision,
+            "plan": _digest(component.plan),
             "checkpoint": self.checkpoint.component_digest(component.source),
             "depends": depends,
             "code": code(_REFERENCE_CODE),
@@ -253,7 +271,7 @@ class Runner:
 
         def make(folder: Path, stage: Stage) -> None:
             golden = golden_of(reference)
-            parity = bounds(pytorch_of(reference))
+            parity = bounds(pytorch_of(reference), None if component.graph_plan is None else golden)
             frugal = self._weights_bytes(component) > _FRUGAL_BYTES
             portable = run_onnxruntime(graphs.folder / PORTABLE_NAME, golden, frugal=frugal)
             for name, error in measured(component.name, "onnxruntime", portable, golden, parity).items():
@@ -292,6 +310,10 @@ class Runner:
             "versions": versions(),
         }
         return self._run("picture grid", content, make).folder / GRID_NAME
+
+
+def _digest(plan: QuantizationPlan | None) -> str | None:
+    return None if plan is None else plan_digest(plan)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,12 @@ TYPED_NAME = "typed.onnx"  # what TensorRT compiles; stays in the cache
 _PAGE = 4096  # bytes; ONNX asks for external data to start on such a boundary
 _SMALL = 64  # bytes; alignment of tensors that are smaller than a page
 _TORCH = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
+# Quantised numbers (export/qdq_nodes.py), which come as they are stored; two of FLOAT4E2M1 are a byte.
+_NARROW = {
+    ir.DataType.INT8: torch.int8,
+    ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
+    ir.DataType.FLOAT4E2M1: torch.uint8,
+}
 
 
 def parameter_names(model: ir.Model) -> list[str]:
@@ -48,7 +54,11 @@ def write_weights(model: ir.Model, load: Callable[[str], Tensor], path: Path) ->
             value = model.graph.initializers[name]
             assert value.dtype is not None
             assert value.shape is not None
-            tensor = _converted(name, load(name), value.shape.numpy(), _TORCH[value.dtype])
+            if value.dtype in _NARROW:
+                tensor = load(name).contiguous()
+                assert tensor.dtype == _NARROW[value.dtype]
+            else:
+                tensor = _converted(name, load(name), value.shape.numpy(), _TORCH[value.dtype])
             data = _as_bytes(tensor)
             alignment = _PAGE if len(data) >= _PAGE else _SMALL
             file.write(bytes(-file.tell() % alignment))

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as passes
 
 from engines.errors import BuildError
+from export.fp4_nodes import without_fp4
 
 __all__ = ["widened"]
 
@@ -18,12 +19,14 @@ _KNOWN_DTYPE_ATTRIBUTES = frozenset({("Cast", "to"), ("ConstantOfShape", "value"
 
 
 def widened(typed: ir.Model) -> ir.Model:
-    """A copy of `typed` that computes in fp32, inputs and outputs included. Parameters keep their stored type and bytes.
+    """A copy of `typed` that computes in fp32, inputs and outputs included. Parameters keep their stored type and bytes (FP4 only
+    the bytes: ONNX Runtime has no such type).
 
     Without any fp16 or bf16 the copy equals the original. Raises BuildError for a node whose type is set in a way not known here.
     """
     model = typed.clone()
     graph = model.graph
+    without_fp4(model)
     for value in graph.inputs:
         if value.dtype in HALF:
             value.type = ir.TensorType(ir.DataType.FLOAT)

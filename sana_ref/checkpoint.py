@@ -285,8 +285,14 @@ def _read_config(folder: Path, component: ComponentName, index: Mapping[str, Any
             "Only Sana's text-to-image models are supported."
         )
     file = folder / (name or component) / "config.json"
+    values = read_json(file)
+    if "quantization_config" in values:
+        raise CheckpointError(
+            f"{file}: got a quantization_config: these weights are quantized, and would be quantized again. "
+            "Use the repository's unquantized ones."
+        )
     try:
-        return read(read_json(file))
+        return read(values)
     except (SpecError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: {error}") from None
 

@@ -16,7 +16,9 @@ optional `low_rank_up`, `low_rank_down` in the layer's own precision (SVDQuant, 
 
 from __future__ import annotations
 
+import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -28,7 +30,18 @@ from torch import Tensor
 
 from engines.errors import SpecError
 
-__all__ = ["FORMATS", "TENSORS", "Format", "LayerPlan", "QuantizationPlan", "group_of", "load_plan", "save_plan"]
+__all__ = [
+    "FORMATS",
+    "TENSORS",
+    "Format",
+    "LayerPlan",
+    "QuantizationPlan",
+    "group_of",
+    "groups_of",
+    "load_plan",
+    "plan_digest",
+    "save_plan",
+]
 
 Format = Literal["none", "int8", "fp8", "nvfp4"]  # none: as the rest of the component
 FORMATS: tuple[Format, ...] = ("none", "int8", "fp8", "nvfp4")
@@ -40,7 +53,7 @@ FORMATS: tuple[Format, ...] = ("none", "int8", "fp8", "nvfp4")
 TENSORS = ("smooth", "low_rank_down", "low_rank_up", "weight_scale")
 _GROUPS = re.compile(
     r"(transformer_blocks\.\d+\.)(?:(attn1)\.to_[qkv]|(attn1\.to_out\.0|attn2\.to_q|attn2\.to_out\.0|ff\.conv_inverted|ff\.conv_point))"
-    r"\.weight"
+    r"\.weight$"
 )
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -80,11 +93,34 @@ def group_of(parameter: str) -> str | None:
     return block + (f"{qkv}.to_qkv" if qkv else other)
 
 
+def groups_of(parameters: Iterable[str]) -> dict[str, list[str]]:
+    """Group: the names of its weights, in the order in which they are joined."""
+    found: dict[str, list[str]] = {}
+    for name in parameters:
+        group = group_of(name)
+        if group is not None:
+            found.setdefault(group, []).append(name)
+    order = ("to_q.weight", "to_k.weight", "to_v.weight")
+    for names in found.values():
+        if len(names) > 1:
+            names.sort(key=lambda name: order.index(name[-len(order[0]) :]))
+    return found
+
+
 def save_plan(plan: QuantizationPlan, path: Path) -> None:
     """One safetensors file; the layers are in its metadata, as JSON."""
     text = plan.model_dump_json(exclude={"tensors"})
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in sorted(plan.tensors.items())}
     save_file(tensors or {"empty": torch.zeros(1)}, path, metadata={"plan": text})
+
+
+def plan_digest(plan: QuantizationPlan) -> str:
+    """sha256 of what decides the numbers of a model: layers and tensors, not the notes."""
+    digest = hashlib.sha256(plan.model_dump_json(include={"layers"}).encode())
+    for name, tensor in sorted(plan.tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.detach().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_plan(path: Path) -> QuantizationPlan:

@@ -22,9 +22,10 @@ def answer(capsys, *options: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--precision", "int8"), 2, ["int8", "does not exist yet", "fp32, fp16, bf16"]),
-        (("--precision", "fp8", "--target", "sm89"), 2, ["got fp8 for sm89", "expected sm90 alone", "--precision fp16"]),
-        (("--precision", "nvfp4"), 2, ["nvfp4", "does not exist yet", "fp32, fp16, bf16"]),
+        (("--precision", "fp8", "--target", "sm86"), 2, ["got fp8 for sm86", "expected sm89 or later", "--precision int8"]),
+        (("--precision", "nvfp4", "--target", "sm89"), 2, ["got nvfp4 for sm89", "expected sm120 or sm121", "--precision fp8"]),
+        (("--plan", "/no/such/plan"), 2, ["got /no/such/plan with --precision fp16", "int8, fp8, nvfp4"]),
+        (("--precision", "int8", "--plan", "/no/such/plan"), 2, ["/no/such/plan: got no plan of a quantization"]),
         (("--precision", "fp61"), 2, ["got 'fp61'", "did you mean"]),
         (("--target", "sm90"), 2, ["sm90", "--target current", "on that GPU"][:1]),
         (("--target", "sm98"), 2, ["got 'sm98'", "did you mean"]),
@@ -63,7 +64,7 @@ def test_half_a_download(capsys, tmp_path):
 def test_a_wrong_word_is_answered_without_loading_torch():
     program = (
         "import sys; from export.build_engine import main; "
-        "code = main(['--model', 'm', '--out', 'o', '--precision', 'int8']); print(code, 'torch' in sys.modules)"
+        "code = main(['--model', 'm', '--out', 'o', '--precision', 'int9']); print(code, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.split() == ["2", "False"]

@@ -1,6 +1,7 @@
 """FP8 layers in a graph for TensorRT: which nodes, and which bits."""
 
 from collections import Counter
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -19,7 +20,14 @@ from export.weights import DATA_NAME as WEIGHTS_NAME
 from plugins.launch import Launch
 from plugins.static_scale import OUT_SCALE
 from sana_ref.fp8 import quantize_rows
+from sana_ref.quantization import LayerPlan, QuantizationPlan, groups_of
 from sana_ref.transformer import GATE_ATTN
+
+
+def plan(scales=MappingProxyType({}), *, kept=()):
+    """All groups of the model's one block in fp8, but those that are kept."""
+    groups = {*groups_of(dict(component("denoiser", Precision.FP8).module.named_parameters())), *scales} - {*kept}
+    return QuantizationPlan(layers={group: LayerPlan(format="fp8", input_scale=scales.get(group)) for group in sorted(groups)})
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +38,7 @@ def quantized(tmp_path_factory):
     model = onnx.load(graphs.folder / "typed.onnx", load_external_data=False)
     use_linear_plugins(model)
     with _beside(graphs.folder / WEIGHTS_NAME, folder):
-        counts = use_fp8(model, folder)
+        counts = use_fp8(model, folder, plan())
     return model, folder, counts
 
 
@@ -89,12 +97,12 @@ SCALES = {
 MAKERS = dict(zip(SCALES, ("LinearAttentionApply", "CrossAttention", "GatedDepthwiseConv"), strict=True))
 
 
-def with_scales(folder, scales):
+def with_scales(folder, scales, kept=()):
     graphs = runner().export(component("denoiser", Precision.FP8))
     model = onnx.load(graphs.folder / "typed.onnx", load_external_data=False)
     use_linear_plugins(model)
     with _beside(graphs.folder / WEIGHTS_NAME, folder):
-        return model, use_fp8(model, folder, scales)
+        return model, use_fp8(model, folder, plan(scales, kept=kept))
 
 
 @pytest.mark.parametrize("groups", [[*SCALES], [*SCALES][1:2]], ids=len)
@@ -122,6 +130,17 @@ def test_given_scales(tmp_path, groups):
         assert (["f32", SCALES[group]] in launches[op].args) == (group in groups)
 
 
+def test_groups_that_stay(tmp_path):
+    """The convolution's output is read in fp16, and q, k and v's projection is no FP8 layer."""
+    kept = ["transformer_blocks.0.attn1.to_qkv", "transformer_blocks.0.ff.conv_point"]
+    model, counts = with_scales(tmp_path, {group: SCALES[group] for group in SCALES if group not in kept}, kept)
+    assert counts == {"Fp8GatedSum": 1, "Fp8Linear": 4}
+    found = Counter(node.op_type for node in model.graph.node if node.domain == "sana")
+    assert found["Linear"] == 6
+    (conv,) = (node for node in model.graph.node if node.op_type == "GatedDepthwiseConv")
+    assert len(conv.output) == 1
+
+
 def test_scales_that_no_kernel_takes(tmp_path):
     wrong = {"transformer_blocks.0.attn1.to_qkv": 1.0, "transformer_blocks.7.ff.conv_point": 1.0}
     with pytest.raises(
@@ -139,6 +158,5 @@ def test_where_it_is_built():
     }
     check_precision(Precision.FP8, [Target.SM90])
     check_precision(Precision.FP16, [Target.SM80, Target.SM120])
-    for targets in ([Target.SM89], [Target.SM89, Target.SM90], []):
-        with pytest.raises(SpecError, match=r"precision: got fp8 for .*; expected sm90 alone"):
-            check_precision(Precision.FP8, targets)
+    with pytest.raises(SpecError, match=r"precision: got fp8 for sm89, sm90; expected sm90 alone"):
+        check_precision(Precision.FP8, [Target.SM89, Target.SM90])

@@ -29,6 +29,15 @@ def test_pytorchs_worst_case_makes_the_bounds():
     assert bounds(PyTorchErrors(own=OWN, fp32=None))["y"].portable_bound is None
 
 
+def test_the_mean_of_a_quantized_graph():
+    """May be twice what the simulation's cases have together, not what one of them has."""
+    biased = {"a": {"y": ErrorStats(rms=1e-3, max=1e-2, mean=9e-4)}, "b": {"y": ErrorStats(rms=1e-3, max=8e-3, mean=-3e-4)}}
+    pytorch = PyTorchErrors(own=biased, fp32=None)
+    assert bounds(pytorch)["y"].bound.mean_share == 0.25
+    assert bounds(pytorch, GOLDEN)["y"].bound.mean_share == pytest.approx(2 * 0.3)
+    assert bounds(PyTorchErrors(own=OWN, fp32=None), GOLDEN)["y"].bound.mean_share == 0.25
+
+
 def test_sizes_are_judged_case_by_case_and_the_mean_over_all():
     held_to = bounds(PyTorchErrors(own=OWN, fp32=FP32))
     got = measured("denoiser", "tensorrt", noisy(2e-3), GOLDEN, held_to)

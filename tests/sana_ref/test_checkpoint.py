@@ -317,6 +317,13 @@ def test_quantized_weights(folder):
         load(folder)
 
 
+def test_a_config_of_quantized_weights(folder):
+    file = folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "modelopt"}}))
+    with pytest.raises(CheckpointError, match=r"config\.json: got a quantization_config: .* would be quantized again"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

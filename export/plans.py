@@ -1,0 +1,128 @@
+"""Which plan a quantized build follows: the one that it was given, or one that needs no calibration.
+
+A calibration (`--plan`) knows the activations of real pictures. Without one, scales of INT8 and FP8 activations are found a token
+at a time where that runs, which is in ONNX Runtime; TensorRT's scales are fixed in the engine, and then come from the largest
+activations in the inputs that parity is checked with. That is enough to build and to check, and less than a calibration is.
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from engines.errors import SpecError
+from engines.spec import QUANTIZED, ComponentName, Precision, ShapeRange, Target, check_precision
+from export.components import TORCH_DTYPES, Component
+from export.fp8_nodes import has_static_scale
+from export.qdq_nodes import is_dynamic
+from export.reference import loaded, run_module
+from export.references import denoiser_inputs
+from export.request import BuildRequest
+from export.stages import Runner
+from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, groups_of, load_plan
+from sana_ref.quantize_ops import BLOCK
+from sana_ref.quantized import InputRanges, check_plan, static_scale, uniform_plan
+
+__all__ = ["MARGIN", "check_request", "denoiser_plan", "is_cublas"]
+
+# FP8 is a floating format: with a scale that is this many times too large, numbers keep their digits down to 1/3600 of the largest
+# that was seen, and what is smaller errs by less than 1/57000 of it. What is larger still is cut off.
+MARGIN = 8.0
+
+_FORMATS: dict[Precision, Format] = {Precision.INT8: "int8", Precision.FP8: "fp8", Precision.NVFP4: "nvfp4"}
+
+
+def check_request(request: BuildRequest) -> None:
+    """Before anything is loaded: raises SpecError for a plan that is none, or that the precision or a target cannot have."""
+    if request.plan is None:
+        return
+    if request.precision not in QUANTIZED:
+        raise SpecError(
+            f"plan: got {request.plan} with --precision {request.precision}; expected one of {', '.join(QUANTIZED)}. "
+            "Leave the plan out, or name its precision."
+        )
+    plan = load_plan(request.plan)
+    if is_cublas(request):
+        _check_cublas(plan)
+        return
+    formats = {layer.format for layer in plan.layers.values()} - {"none"}
+    if _FORMATS[request.precision] not in formats:
+        raise SpecError(
+            f"plan: got {request.plan} with {', '.join(sorted(formats)) or 'no quantized layer'}; expected some "
+            f"{request.precision}, as --precision says."
+        )
+    for name in sorted(formats):
+        check_precision(Precision(name), request.targets)
+    for group, layer in plan.layers.items():
+        if request.targets and is_dynamic(layer):
+            raise SpecError(
+                f"plan, {group}: got {layer.format} without input_scale for {', '.join(request.targets)}; expected one: TensorRT "
+                "quantises activations with a scale that is fixed in the engine. Calibrate it, or use --target onnx."
+            )
+
+
+def denoiser_plan(
+    request: BuildRequest, runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange
+) -> QuantizationPlan:
+    """Of the denoiser. Raises SpecError for a plan of another model."""
+    component, kind = everything["denoiser"], _FORMATS[request.precision]
+    parameters = dict(component.module.named_parameters())
+    groups = groups_of(parameters)
+    if request.plan is not None:
+        plan = load_plan(request.plan)
+        check_plan(plan, groups)
+        return _for_cublas(plan) if is_cublas(request) else plan
+    if not request.targets and kind != "nvfp4":
+        return uniform_plan(kind, groups)
+    cases, depends = denoiser_inputs(runner, everything, ranges)
+
+    def make() -> QuantizationPlan:
+        module = loaded(component.module, runner.loader(component), TORCH_DTYPES[component.precision])
+        with InputRanges(module.get_submodule("transformer")) as found:
+            for inputs in cases().values():
+                run_module(module, component, inputs)
+        largest = found.largest()
+        if is_cublas(request):
+            scales = {group: static_scale(kind, MARGIN * each) for group, each in largest.items()}
+            return _for_cublas(uniform_plan(kind, groups, scales))
+        layers = {
+            group: LayerPlan(format=kind, input_scale=static_scale(kind, largest[group]))
+            if _fits(kind, parameters[names[0]].shape)
+            else LayerPlan(format="none")
+            for group, names in groups.items()
+        }
+        return QuantizationPlan(layers=layers, notes={"method": "largest activation in the inputs of the parity check"})
+
+    plan = runner.ranges(component, make, depends)
+    for group, layer in plan.layers.items():
+        if layer.format == "none":
+            depth = parameters[groups[group][0]].shape[1]
+            runner.progress.say(f"  {group} stays fp16: its depth of {depth} is no multiple of {BLOCK}, which share a scale")
+    return plan
+
+
+def is_cublas(request: BuildRequest) -> bool:
+    """Whether cuBLASLt multiplies the quantized layers (export/fp8_nodes.py)."""
+    return request.precision is Precision.FP8 and request.targets == (Target.SM90,)
+
+
+def _check_cublas(plan: QuantizationPlan) -> None:
+    """Raises SpecError for what cuBLASLt's nodes have not."""
+    wrong = sorted(plan.tensors) or sorted(group for group, layer in plan.layers.items() if layer.format not in ("none", "fp8"))
+    if wrong:
+        raise SpecError(
+            f"plan, {wrong[0]}: got what fp8 on sm90 has not; expected formats fp8 and none, and neither smoothing, a low-rank "
+            "branch nor scales of weights. Calibrate with a recipe that has none of these, or leave the plan out."
+        )
+
+
+def _for_cublas(plan: QuantizationPlan) -> QuantizationPlan:
+    """Scales of activations where a kernel is given one; elsewhere each token's own is found, which is more exact."""
+    layers = {
+        group: layer if has_static_scale(group) else LayerPlan(format=layer.format, input_scale=None)
+        for group, layer in plan.layers.items()
+    }
+    return plan.model_copy(update={"layers": layers})
+
+
+def _fits(kind: Format, shape: torch.Size) -> bool:
+    return kind != "nvfp4" or shape[1] % BLOCK == 0

@@ -1,0 +1,178 @@
+"""Quantised graphs: what is in them, and that ONNX Runtime computes what the simulation does."""
+
+import functools
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from tiny_build import RANGES, runner, shared, tiny
+
+from engines.errors import SpecError
+from engines.golden import Golden
+from engines.parity_report import measure
+from engines.spec import Precision, component_precision
+from export.components import Component, components
+from export.onnx_export import export_module, with_function_bodies
+from export.parity import run_onnxruntime
+from export.qdq_nodes import quantize_graph
+from export.reference import loaded, run_module
+from export.references import denoiser_inputs
+from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
+from export.widen import widened
+from sana_ref.checkpoint import load
+from sana_ref.quantization import QuantizationPlan, groups_of
+from sana_ref.quantized import InputRanges, QuantizedLinears, static_scale, uniform_plan
+
+PLANS = ("int8", "fp8", "nvfp4", "int8 a token", "fp8 a token")
+OUT = "transformer_blocks.0.attn1.to_out.0"
+
+
+@functools.cache
+def everything():
+    return components(load(tiny()), component_precision(Precision.INT8))
+
+
+def denoiser() -> Component:
+    return everything()["denoiser"]
+
+
+@functools.cache
+def cases():
+    return denoiser_inputs(runner(), everything(), RANGES)[0]()
+
+
+@functools.cache
+def exported() -> ir.Model:
+    return export_module(denoiser().module, denoiser().spec)
+
+
+@functools.cache
+def plan(name: str) -> QuantizationPlan:
+    """Half of the groups with smoothing and a low-rank branch."""
+    kind, a_token = name.split()[0], " " in name
+    module = loaded(denoiser().module, runner().loader(denoiser()), torch.float16)
+    with InputRanges(module.transformer) as found:
+        for inputs in cases().values():
+            run_module(module, denoiser(), inputs)
+    parameters = dict(module.named_parameters())
+    groups = groups_of(parameters)
+    scales = {group: static_scale(kind, 1.5 * largest) for group, largest in found.largest().items()}
+    made = uniform_plan(kind, groups, None if a_token else scales)
+    generator = torch.Generator().manual_seed(0)
+    for group in list(groups)[::2]:
+        columns, depth = sum(parameters[name].shape[0] for name in groups[group]), parameters[groups[group][0]].shape[1]
+        made.tensors[f"{group}.smooth"] = torch.rand(depth, generator=generator) + 0.7
+        made.tensors[f"{group}.low_rank_down"] = (torch.randn(3, depth, generator=generator) * 0.02).half()
+        made.tensors[f"{group}.low_rank_up"] = torch.randn(columns, 3, generator=generator).half()
+    return made
+
+
+@functools.cache
+def graphs(name: str) -> Path:
+    """The folder of both graphs."""
+    folder = shared() / "qdq" / name.replace(" ", "_")
+    folder.mkdir(parents=True)
+    model = exported().clone()
+    load = quantize_graph(model, plan(name), runner().loader(denoiser()), torch.float16)
+    write_weights(model, load, folder / DATA_NAME)
+    for file, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
+        ir.save(with_function_bodies(graph), folder / file)
+        onnx.checker.check_model(str(folder / file), full_check=True)
+    return folder
+
+
+def simulated(name: str, dtype: torch.dtype) -> dict[str, dict[str, np.ndarray]]:
+    """The stored weights' products as planned, all else in `dtype`."""
+    module = loaded(denoiser().module, runner().loader(denoiser()), torch.float16).to(dtype)
+    found = {}
+    for case, inputs in cases().items():
+        arguments = [
+            torch.from_numpy(np.ascontiguousarray(inputs[tensor.name])).to(dtype if tensor.dtype == "float16" else torch.float32)
+            for tensor in denoiser().spec.inputs
+        ]
+        with torch.inference_mode(), QuantizedLinears(module.transformer, plan(name)):
+            results = module(*arguments)
+        found[case] = {t.name: result.numpy() for t, result in zip(denoiser().spec.outputs, results, strict=True)}
+    return found
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_onnxruntime_computes_the_simulation(name):
+    """The graph is fp32 between the products. It may be off the simulation with fp64 there by twice what that with fp32 is.
+
+    A number that is rounded to the wrong neighbour costs a thousand times as much, so none is.
+    """
+    exact = simulated(name, torch.float64)
+    same = simulated(name, torch.float32)
+    golden = {
+        case: Golden(inputs={name: array.astype(np.float32) for name, array in inputs.items()}, outputs={})
+        for case, inputs in cases().items()
+    }
+    got = run_onnxruntime(graphs(name) / PORTABLE_NAME, golden, frugal=False)
+
+    def largest(outputs):
+        return max(measure(outputs[case][output], exact[case][output]).rms for case in exact for output in exact[case])
+
+    assert largest(got) <= 2 * largest(same)
+
+
+def nodes(name: str, file: str = TYPED_NAME) -> Counter[str]:
+    return Counter(node.op_type for node in onnx.load(graphs(name) / file, load_external_data=False).graph.node)
+
+
+def initializers(name: str, file: str = TYPED_NAME) -> dict[str, onnx.TensorProto]:
+    return {each.name: each for each in onnx.load(graphs(name) / file, load_external_data=False).graph.initializer}
+
+
+def test_nodes():
+    """Six groups a block: each has a DequantizeLinear for weights and one for activations, NVFP4 two."""
+    for kind in ("int8", "fp8"):
+        assert (nodes(kind)["QuantizeLinear"], nodes(kind)["DequantizeLinear"]) == (6, 12)
+        assert not nodes(f"{kind} a token")["QuantizeLinear"]
+    found = nodes("nvfp4")
+    assert (found["TRT_FP4DynamicQuantize"], found["DequantizeLinear"], found["QuantizeLinear"]) == (6, 24, 0)
+    portable = nodes("nvfp4", PORTABLE_NAME)
+    assert (portable["Nvfp4Weight"], portable["Nvfp4Round"]) == (6, 6)
+    assert not portable["TRT_FP4DynamicQuantize"] + portable["DequantizeLinear"]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_weights_are_stored_narrow(name):
+    """No weight of a planned group is left in 16 bits; both graphs read the same bytes."""
+    width, kind = {
+        "int8": (1, onnx.TensorProto.INT8),
+        "fp8": (1, onnx.TensorProto.FLOAT8E4M3FN),
+        "nvfp4": (0.5, onnx.TensorProto.FLOAT4E2M1),
+    }[name.split()[0]]
+    typed, portable = initializers(name), initializers(name, PORTABLE_NAME)
+    assert not groups_of(typed)
+    shapes = dict(denoiser().module.named_parameters())
+    for group, parts in groups_of(shapes).items():
+        tensor = typed[f"transformer.{group}.weight_numbers"]
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        assert tensor.data_type == kind
+        assert int(place["length"]) == width * sum(shapes[part].numel() for part in parts)
+        suffix = "_packed" if name == "nvfp4" else ""
+        same = {entry.key: entry.value for entry in portable[f"transformer.{group}.weight_numbers{suffix}"].external_data}
+        assert same == place
+
+
+def test_a_group_that_is_not_planned_stays():
+    made = plan("int8")
+    some = made.model_copy(update={"layers": {OUT: made.layers[OUT]}, "tensors": {}})
+    model = exported().clone()
+    quantize_graph(model, some, runner().loader(denoiser()), torch.float16)
+    names = set(model.graph.initializers)
+    assert f"transformer.{OUT}.weight_numbers" in names
+    assert len(groups_of(names)) == 5
+    assert sum(node.op_type == "QuantizeLinear" for node in model.graph) == 1
+
+
+def test_a_plan_of_another_model():
+    layers = {"transformer_blocks.7.ff.conv_point": plan("int8").layers[OUT]}
+    with pytest.raises(SpecError, match=r"got the group 'transformer_blocks\.7\.ff\.conv_point'; did you mean"):
+        quantize_graph(exported().clone(), QuantizationPlan(layers=layers), runner().loader(denoiser()), torch.float16)
