@@ -159,7 +159,7 @@ def plan_layer(group: str, kind: Format, recipe: Recipe, weight: Tensor, channel
     With `awq` every exponent is tried, with all else that the recipe asks for, and the least error of the layer's result is kept.
     """
     finite_range(weight, f"{group}.weight")
-    if recipe.low_rank > min(weight.shape):
+    if kind == "nvfp4" and recipe.low_rank > min(weight.shape):
         raise SpecError(
             f"low_rank: got {recipe.low_rank} for {group}, whose weight is {tuple(weight.shape)}; expected at most its sides."
         )
@@ -187,7 +187,7 @@ def _with_smoothing(
 ) -> PlannedLayer:
     tensors = {} if smooth is None else {"smooth": smooth}
     factor = torch.ones_like(channels) if smooth is None else smooth
-    if recipe.low_rank:
+    if recipe.low_rank and kind == "nvfp4":
         tensors["low_rank_up"], tensors["low_rank_down"] = low_rank(weight * factor, recipe.low_rank)
     scale = None
     if kind == "nvfp4" or recipe.activations == "static":
