@@ -9,14 +9,10 @@ goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from engines.errors import CheckpointError
 from engines.store import Store, digest_of
@@ -24,7 +20,7 @@ from export.calibration_data import SOURCES, Run, draw
 from export.fingerprint import code
 from export.progress import Progress
 from sana_ref.pipeline import SanaReference
-from sana_ref.quantization import Format, QuantizationPlan
+from sana_ref.quantization import Format, QuantizationPlan, plan_digest
 from sana_ref.quantized import QuantizedLinears
 
 __all__ = ["Table", "latent_error", "measure", "only"]
@@ -86,13 +82,8 @@ def _key(plan: QuantizationPlan, runs: Sequence[Run]) -> str:
     return digest_of(
         {
             "stage": "sensitivity",
-            "layers": {group: layer.model_dump() for group, layer in plan.layers.items()},
-            "tensors": {name: _sha256(tensor) for name, tensor in plan.tensors.items()},
+            "plan": plan_digest(plan),
             "runs": [run.key for run in runs],
             "code": code(_SOURCES),
         }
     )
-
-
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

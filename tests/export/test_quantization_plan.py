@@ -16,6 +16,7 @@ from tiny_checkpoint import write_checkpoint
 from engines.errors import CheckpointError, ConfigError, SpecError
 from engines.store import Store
 from export import calibrators
+from export.calibrate import main as calibrate_command
 from export.calibration import observe
 from export.calibration_data import draw_all, plan_runs
 from export.calibration_report import CalibrationReport
@@ -277,3 +278,16 @@ def test_notes_hold_the_recipe(folder, store):
     recipe = load_recipe("int8", SMALL)
     plan = make_plan(checkpoints.load(folder), recipe, store=store, progress=quiet())
     assert json.loads(plan.notes["recipe"])["smoothquant"] == 0.5
+
+
+def test_the_command_writes_a_folder_and_replaces_its_own(folder, store, tmp_path, capsys):
+    out = tmp_path / "calibration"
+    words = ["--model", str(folder), "--recipe", "int8", "--out", str(out), "--cache", str(store.root), *SMALL]
+    for _ in range(2):
+        assert calibrate_command(words) == 0
+        assert sorted(file.name for file in out.iterdir()) == ["calibration.html", "calibration.json", "plan.safetensors"]
+        assert all(layer.input_scale for layer in load_plan(out / "plan.safetensors").layers.values())  # as engines need it
+    (tmp_path / "other").mkdir()
+    assert calibrate_command([*words, "--out", str(tmp_path / "other")]) == 2
+    assert "is no calibration" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".new-*"))
