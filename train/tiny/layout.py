@@ -16,6 +16,7 @@ from torch import Tensor
 from sana_ref.transformer import SanaTransformer2DModel
 from train.initial import initialise
 from train.schema import ModelSettings, transformer_config
+from train.tiny.calibration_prompts import calibration_captions
 from train.tiny.captions import COLOUR_NAMES, KIND_NAMES, SINGLE
 from train.tiny.card import card
 from train.tiny.evaluate import held_out_questions
@@ -111,6 +112,7 @@ def write_finished(
         for kind in range(len(KIND_NAMES))
     }
     write_json(part / "held_out_captions.json", held_out)
+    (part / "calibration_prompts.txt").write_text("\n".join(calibration_captions(names)) + "\n", encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     os.replace(part, target)
 

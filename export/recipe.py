@@ -1,0 +1,110 @@
+"""A recipe of a quantization: the schema of configs/quantization/*.yaml, and which format each group of linear layers gets.
+
+    recipe = load_recipe("int8")                    # configs/quantization/int8.yaml
+    recipe = load_recipe("recipes/mine.yaml", ["activations=static"])
+    recipe.formats_of(groups)                       # {"transformer_blocks.0.attn1.to_qkv": "int8", …}
+
+Nothing here imports PyTorch but through sana_ref.quantization, whose formats these are. Groups are named there too.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from engines.errors import ConfigError
+from engines.spec import nearest
+from runtime.config import compose, names_in_group, validate
+from runtime.schedule import MAX_STEPS
+from sana_ref.quantization import Format
+
+__all__ = ["GROUP", "CalibrationSettings", "FormatRule", "Method", "Recipe", "load_recipe"]
+
+GROUP = "quantization"  # the folder of configs/
+Method = Literal["absmax", "percentile", "mse"]
+Exponent = Annotated[float, Field(ge=0, le=1)]
+_STRICT = ConfigDict(frozen=True, extra="forbid")
+
+
+class CalibrationSettings(BaseModel):
+    """What is drawn to see the activations."""
+
+    model_config = _STRICT
+
+    prompts: Path | None  # a text file, one a line; None: the checkpoint's own calibration_prompts.txt, else configs/calibration's
+    num_prompts: int = Field(ge=1, le=4096)
+    steps: int | None = Field(ge=1, le=MAX_STEPS)  # None: the checkpoint's
+    sizes: tuple[tuple[int, int], ...] | None  # (width, height) in px, prompts take turns; None: the checkpoint's, and two oblong
+    seed: int = Field(ge=0, lt=2**63)  # of the first prompt's noise, the next integer for the next
+    rows: int = Field(ge=1, le=65536)  # tokens of each prompt that are kept of a group's input, over all steps and both texts
+
+
+class FormatRule(BaseModel):
+    """Another format than the recipe's for the groups that a pattern names. The last rule that matches holds."""
+
+    model_config = _STRICT
+
+    groups: str  # as fnmatch: * and ? also match dots
+    format: Format
+
+
+class Recipe(BaseModel):
+    """The keys of a recipe's file, which says what they mean."""
+
+    model_config = _STRICT
+
+    format: Format
+    keep: tuple[str, ...]
+    formats: tuple[FormatRule, ...]
+    activations: Literal["static", "dynamic"]
+    method: Method
+    percentile: float = Field(gt=50, le=100)
+    smoothquant: Exponent | None
+    awq: tuple[Exponent, ...] | None = Field(min_length=1)
+    low_rank: int = Field(ge=0, le=1024)
+    calibration: CalibrationSettings
+
+    @model_validator(mode="after")
+    def _one_smoothing(self) -> Self:
+        if self.smoothquant is not None and self.awq is not None:
+            raise ValueError("got both smoothquant and awq, which choose the same scales; expected one. Set one to null")
+        return self
+
+    def formats_of(self, groups: Sequence[str]) -> dict[str, Format]:
+        """The format of every group. Raises ConfigError for a pattern that matches none, with the nearest group."""
+        found: dict[str, Format] = dict.fromkeys(groups, self.format)
+        for key, pattern, chosen in [
+            *(("formats", rule.groups, rule.format) for rule in self.formats),
+            *(("keep", pattern, "none") for pattern in self.keep),
+        ]:
+            matched = [group for group in groups if fnmatch.fnmatchcase(group, pattern)]
+            if not matched:
+                raise ConfigError(f"{key}: got {pattern!r}, which matches no group of layers; {_nearest_group(pattern, groups)}.")
+            found.update(dict.fromkeys(matched, chosen))
+        return found
+
+
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> Recipe:
+    """The recipe of a name in configs/quantization, or of a .yaml file, with `overrides` (key=value). Raises ConfigError."""
+    text = str(name_or_path)
+    if text.endswith((".yaml", ".yml")) or isinstance(name_or_path, Path):
+        path = Path(text)
+        if path.suffix != ".yaml" or not path.is_file():
+            raise ConfigError(f"{path}: no such recipe; expected a .yaml file, or a name: {', '.join(names_in_group(GROUP))}.")
+        return validate(compose(path.stem, overrides, path.parent), Recipe)
+    there = names_in_group(GROUP, config_dir)
+    if text not in there:
+        raise ConfigError(f"recipe: got {text!r}; {nearest(text, there)}. A file of your own ends in .yaml.")
+    return validate(compose(f"{GROUP}/{text}", overrides, config_dir), Recipe)
+
+
+def _nearest_group(pattern: str, groups: Sequence[str]) -> str:
+    """Not all groups are listed: there may be hundreds."""
+    import difflib
+
+    near = difflib.get_close_matches(pattern, groups, n=1, cutoff=0.0)
+    return f"the nearest is {near[0]!r}, of {len(groups)}" if near else "there are none"
