@@ -5,8 +5,8 @@
 
 Captions that training never saw, `--captions` of each of five kinds of scenes. Scene score: of 100 pictures, those with every
 object in its place and the right background, as the recogniser sees them that ships with sana-tiny. Intervals are 95 %, by a
-bootstrap over captions and their seeds; what is lost is a difference of pairs. Writes quality.json and quality/index.html, worst pairs
-first; --into-bundle also puts the section and the page into the second bundle; --record appends quant_FORMAT_… to the figures.
+bootstrap over captions and their seeds; what is lost is a difference of pairs. Writes quality.json and quality/index.html, worst
+pairs first; --into-bundle also puts section and page into the second bundle; --record appends quant_FORMAT_… to the figures.
 """
 
 from __future__ import annotations
@@ -197,10 +197,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{options.second}: got no manifest.json; expected a bundle. Build one: sana build")
     if options.record:
         precision = Bundle.open(options.second, verify=False).manifest.precision.get("denoiser")
-        if precision != options.record or not (options.first / "manifest.json").is_file():
+        is_bundle = (options.first / "manifest.json").is_file()
+        beside = Bundle.open(options.first, verify=False).manifest.precision.get("denoiser") if is_bundle else "PyTorch"
+        if precision != options.record or beside != "fp16":
             parser.error(
-                f"--record {options.record}: got a denoiser in {precision}, compared with {options.first}; "
-                f"expected one in {options.record}, compared with a bundle in fp16"
+                f"--record {options.record}: got a denoiser in {precision}, compared with {beside}; "
+                f"expected {options.record}, compared with a bundle in fp16"
             )
     return options
 
