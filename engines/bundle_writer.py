@@ -121,6 +121,8 @@ def _role(name: str) -> FileRole:
         return "tokenizer"
     if path.parts[0] == "parity":
         return "golden"
+    if path.parts[0] == "quality":
+        return "report"
     by_suffix: dict[str, FileRole] = {".onnx": "graph", ".data": "weights", ".engine": "engine"}
     if path.suffix in by_suffix:
         return by_suffix[path.suffix]

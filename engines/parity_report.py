@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from engines.errors import ParityError
+from engines.quality_report import QualityReport
 from engines.spec import ComponentName, Precision
 from engines.strict import validate_json
 
@@ -85,11 +86,19 @@ class ComponentParity(_Model):
 
 
 class ParityReport(_Model):
-    schema_version: Literal[1] = 1
+    schema_version: Literal[1, 2] = 1  # 2: there may be a quality section, which programs before it do not know
     reference: Literal["fp32 PyTorch", "fp64 PyTorch"]  # fp64 where a component is fp32 itself, and for small models
     components: dict[ComponentName, ComponentParity]
     machine: str
     versions: dict[str, str]
+    quality: QualityReport | None = None  # none where no pictures were drawn
+
+    @model_validator(mode="after")
+    def _version_fits(self) -> Self:
+        if (self.quality is not None) != (self.schema_version == 2):
+            have = "no quality section" if self.quality is None else "a quality section"
+            raise ValueError(f"schema_version: got {self.schema_version} with {have}; expected 2 with one, 1 without")
+        return self
 
 
 def parse_report(data: bytes, *, source: str) -> ParityReport:

@@ -40,7 +40,7 @@ from export.progress import Progress
 from export.reference import reference_dtype
 from export.references import make_references, schedule_info
 from export.request import BuildRequest, shape_range
-from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of
+from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of, quality_of
 from export.weights import DATA_NAME, PORTABLE_NAME
 from runtime.ort_session import cpu_name
 from runtime.prompt import PromptTokenizer
@@ -49,7 +49,7 @@ from sana_ref.variants import variant_of
 
 __all__ = ["BuildResult", "build"]
 
-SMALL_PARAMETERS = 100_000_000  # up to which there is a picture grid
+SMALL_PARAMETERS = 100_000_000  # up to which whole pictures are drawn and compared
 LICENCE_FILES = ("LICENSE", "LICENCE", "NOTICE")
 
 
@@ -185,6 +185,13 @@ def _files(request: BuildRequest, checkpoint: Checkpoint, parts: _Parts) -> dict
 
 
 def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Parts) -> BuildResult:
+    files = _files(request, runner.checkpoint, parts)
+    drawn = None
+    if _small(parts.components.values()) and set(request.components) == set(COMPONENTS):
+        graphs = {name: file for name, file in files.items() if not name.endswith(".engine")}
+        drawn = runner.quality(info, graphs, {name: result.key for name, result in parts.graphs.items()})
+    quality, page = (None, {}) if drawn is None else quality_of(drawn)
+    files |= page
     key = digest_of(
         {
             "stage": "bundle",
@@ -193,23 +200,22 @@ def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Part
             "engines": {name: [engine.key for engine in engines] for name, engines in parts.engines.items()},
             "references": {name: result.key for name, result in parts.references.items()},
             "parity": {name: result.key for name, result in parts.parity.items()},
-            "code": code(("export/build.py", "engines/bundle_writer.py", "engines/manifest.py")),
+            "quality": None if drawn is None else drawn.key,
+            "code": code(("export/build.py", "engines/bundle_writer.py", "engines/manifest.py", "engines/parity_report.py")),
         }
     )
-    files = _files(request, runner.checkpoint, parts)
-    if _small(parts.components.values()) and set(request.components) == set(COMPONENTS):
-        graphs = {name: file for name, file in files.items() if not name.endswith(".engine")}
-        files["parity/grid.png"] = runner.grid(info, graphs, {name: result.key for name, result in parts.graphs.items()})
     with runner.progress.stage("write bundle") as stage:
         present = _present(request.out, runner.store, key)
         if present is not None:
             stage.cached = True
             return BuildResult(bundle=present, unchanged=True)
         report = ParityReport(
+            schema_version=1 if quality is None else 2,
             reference=_reference_name(parts.components.values()),
             components={name: parity_of(parts.parity[name]) for name in request.components},
             machine=cpu_name(),
             versions=versions(),
+            quality=quality,
         )
         with write_bundle(request.out) as writer:
             for name, source in files.items():

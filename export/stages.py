@@ -23,6 +23,7 @@ from engines.golden import Golden, load_golden, save_golden
 from engines.gpu import current_target, device_info
 from engines.manifest import BundleInfo
 from engines.parity_report import ComponentParity
+from engines.quality_report import PAGE_NAME, QualityReport
 from engines.spec import AHEAD_OF_TIME_TARGETS, Target
 from engines.store import Store
 from export.cases import Arrays
@@ -31,13 +32,13 @@ from export.components import TORCH_DTYPES, Component, Profile
 from export.fingerprint import code, versions
 from export.fp8_nodes import DATA_NAME as FP8_DATA_NAME
 from export.fp8_nodes import use_fp8
-from export.grid import draw_grid
 from export.linear_nodes import use_linear_plugins, wants_linear_plugins
 from export.onnx_export import export_module, with_function_bodies
 from export.parity import bounds, measured, run_onnxruntime, run_tensorrt, summary
 from export.plugin_nodes import add_cubins
 from export.progress import Progress, Stage
 from export.qdq_nodes import quantize_graph
+from export.quality import build_quality
 from export.reference import PyTorchErrors, make_reference, reference_dtype
 from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
 from export.widen import widened
@@ -45,7 +46,7 @@ from plugins import linear, shell
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.quantization import QuantizationPlan, load_plan, plan_digest, save_plan
 
-__all__ = ["GOLDEN_NAME", "GRID_NAME", "EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of", "pytorch_of"]
+__all__ = ["GOLDEN_NAME", "EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of", "pytorch_of", "quality_of"]
 
 _EXPORT_CODE = (
     "sana_ref/*.py",
@@ -82,7 +83,14 @@ _REFERENCE_CODE = (
     "runtime/prompt.py",
     "runtime/schedule.py",
 )
-_GRID_CODE = ("export/grid.py", "runtime/*.py", "sana_ref/*.py")
+_QUALITY_CODE = (
+    "export/quality.py",
+    "export/metrics/*.py",
+    "export/metrics/*.safetensors",
+    "engines/quality_report.py",
+    "runtime/*.py",
+    "sana_ref/*.py",
+)
 _PARITY_CODE = (
     "export/parity.py",
     "engines/parity_report.py",
@@ -91,8 +99,8 @@ _PARITY_CODE = (
     "runtime/cuda.py",
     "runtime/trt_session.py",
 )
-GOLDEN_NAME, GRID_NAME = "golden.safetensors", "grid.png"
-_PYTORCH, _PARITY, _LOG, _PLAN = "pytorch.json", "parity.json", "tensorrt.log", "plan.safetensors"
+GOLDEN_NAME = "golden.safetensors"
+_PYTORCH, _PARITY, _QUALITY, _LOG, _PLAN = "pytorch.json", "parity.json", "quality.json", "tensorrt.log", "plan.safetensors"
 _FRUGAL_BYTES = 1 << 30  # weights above this are widened one by one when a portable graph is checked
 
 
@@ -295,21 +303,26 @@ class Runner:
         self.progress.say(summary(component.name, parity_of(result)))
         return result
 
-    def grid(self, info: BundleInfo, files: Mapping[str, Path], depends: dict[str, Any]) -> Path:
-        """The picture grid. depends: what decides the pictures besides the checkpoint: keys of the graphs."""
+    def quality(self, info: BundleInfo, files: Mapping[str, Path], depends: dict[str, Any]) -> Result:
+        """The quality section and its page. depends: what decides the pictures besides the checkpoint: keys of the graphs."""
 
         def make(folder: Path, stage: Stage) -> None:
-            draw_grid(self.checkpoint, info, files, folder).save(folder / GRID_NAME)
+            section, page = build_quality(self.checkpoint, info, files, folder)
+            for name, data in page.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(data)
+            (folder / _QUALITY).write_text(section.model_dump_json(indent=1), encoding="utf-8")
+            stage.note(f"LPIPS to {section.against.name}: {section.lpips.mean:.4f}")
 
         content = {
-            "stage": "grid",
+            "stage": "quality",
             "checkpoint": self.checkpoint.digest,
             "info": info.model_dump(mode="json", exclude={"targets", "tensorrt"}),
             "depends": depends,
-            "code": code(_GRID_CODE),
+            "code": code(_QUALITY_CODE),
             "versions": versions(),
         }
-        return self._run("picture grid", content, make).folder / GRID_NAME
+        return self._run("quality", content, make)
 
 
 def _digest(plan: QuantizationPlan | None) -> str | None:
@@ -332,6 +345,13 @@ def _beside(data: Path, folder: Path) -> Iterator[None]:
 
 def parity_of(result: Result) -> ComponentParity:
     return ComponentParity.model_validate_json((result.folder / _PARITY).read_bytes())
+
+
+def quality_of(result: Result) -> tuple[QualityReport, dict[str, Path]]:
+    """The section, and the page's files by their name in a bundle."""
+    section = QualityReport.model_validate_json((result.folder / _QUALITY).read_bytes())
+    names = [PAGE_NAME, *(str(Path(PAGE_NAME).with_name(name)) for row in section.rows for name in row.pictures)]
+    return section, {name: result.folder / name for name in names}
 
 
 def golden_of(reference: Result) -> dict[str, Golden]:

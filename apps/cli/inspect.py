@@ -13,6 +13,7 @@ from engines.disk import human_bytes
 if TYPE_CHECKING:
     from engines.bundle import Bundle
     from engines.parity_report import Bound, ErrorStats, ParityReport
+    from engines.quality_report import QualityReport
 
 __all__ = ["DESCRIPTION", "GPUS", "HELP", "NAME", "add_arguments", "read_report", "run"]
 
@@ -34,6 +35,7 @@ GPUS = {  # the GPUs that people know an architecture by
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="the folder of a bundle")
     parser.add_argument("--json", action="store_true", help="as JSON, for programs")
+    parser.add_argument("--open", action="store_true", help="open the page of pictures in a browser, where the bundle has one")
 
 
 def read_report(bundle: Bundle) -> ParityReport | None:
@@ -56,6 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(_as_json(bundle, report), indent=1))
     else:
         _show(bundle, report)
+    if arguments.open:
+        _open(bundle, report)
     return 0
 
 
@@ -91,6 +95,7 @@ def _show(bundle: Bundle, report: ParityReport | None) -> None:
         print("No parity.json: nobody has compared this bundle with the reference.")
     else:
         _show_parity(report)
+        _show_quality(bundle, report.quality)
 
 
 def _overview(bundle: Bundle) -> list[tuple[str, str]]:
@@ -146,6 +151,48 @@ def _show_parity(report: ParityReport) -> None:
                 add_row(table, component, output, by, *_numbers(stats, bound))
     make_console().print(table)
     print(f"Measured on {printable(report.machine)}. The mean error is bounded by a share of the rms: docs/bundle.md.")
+
+
+def _show_quality(bundle: Bundle, quality: QualityReport | None) -> None:
+    if quality is None:
+        print("No quality section: no pictures of this bundle were compared with others.")
+        return
+    from engines.quality_report import PAGE_NAME
+
+    print("\nQuality of pictures")
+    for line in quality.lines():
+        print(f"  {printable(line)}")
+    print(f"  pictures side by side: {printable(str(bundle.path / PAGE_NAME))} (--open opens it)")
+
+
+def _open(bundle: Bundle, report: ParityReport | None) -> None:
+    """Let a browser at the page, if it is the very page that the section makes: one of other people's could run scripts.
+
+    Raises BundleError if there is none, another one, or no browser; DigestError for pictures that were changed.
+    """
+    from engines.digest import file_sha256
+    from engines.errors import BundleError, DigestError
+    from engines.quality_report import PAGE_NAME, page
+    from engines.strict import read_bounded
+
+    if report is None or report.quality is None or PAGE_NAME not in bundle.manifest.files:
+        raise BundleError(f"{bundle.path}: got no {PAGE_NAME}; expected a bundle with a quality section. Build it anew.")
+    path = bundle.file(PAGE_NAME)
+    if read_bounded(path) != page(report.quality).encode():
+        raise BundleError(
+            f"{path}: got another page than the quality section of parity.json makes with this version; expected that one. "
+            "Open the file yourself if you trust who made the bundle."
+        )
+    for row in report.quality.rows:
+        for picture in row.pictures:
+            name = PAGE_NAME.replace("index.html", picture)
+            entry = bundle.manifest.files.get(name)
+            if entry is None or file_sha256(bundle.file(name)) != entry.sha256:
+                raise DigestError(f"{bundle.path}: {name} was changed, or is not listed. Copy the bundle again, or rebuild.")
+    import webbrowser
+
+    if not webbrowser.open(path.resolve().as_uri()):
+        raise BundleError(f"{path}: got no browser on this machine; expected one. Copy the folder quality/ to one that has.")
 
 
 def _numbers(stats: ErrorStats | None, bound: Bound | None) -> tuple[str, str, str, str, str]:

@@ -122,7 +122,7 @@ def test_only_what_depends_on_a_change_is_done_again(built, changed, tmp_path):
     build(request(tmp_path / "bundle", model=changed), progress)
     done = {stage.name for stage in progress.stages if not stage.cached}
     parts = {f"{stage} {part}" for stage in ("export", "reference", "parity") for part in ("text_projection", "denoiser")}
-    assert done == {"read checkpoint", *parts, "picture grid", "write bundle"}
+    assert done == {"read checkpoint", *parts, "quality", "write bundle"}
 
 
 def again(monkeypatch, stage: str) -> None:

@@ -43,7 +43,7 @@ class Killing:
 progress.Progress.stage = lambda self, name: Killing(real(self, name))
 sys.exit(main(sys.argv[3:]))
 """
-STAGES = 15  # read; export, reference, parity of four; grid; write
+STAGES = 15  # read; export, reference, parity of four; quality; write
 
 
 @pytest.fixture(scope="module")

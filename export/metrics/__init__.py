@@ -1,0 +1,1 @@
+"""How alike two pictures are: PSNR, SSIM and LPIPS, without a network, and how sure their means are."""
