@@ -122,6 +122,10 @@ def whole_cost(
 
     Raises CheckpointError for latents that are not finite.
     """
+    from export.metrics.pictures import MOST_PSNR_DB, likeness
+
+    if not plan.layers:  # the same run
+        return {"error": 0.0} | ({"lpips": 0.0, "psnr_db": MOST_PSNR_DB} if pictures else {})
 
     def make(folder: Path) -> None:
         with QuantizedLinears(reference.denoiser.transformer, plan):
@@ -133,8 +137,6 @@ def whole_cost(
                 "Keep more of them precise (keep in the recipe)."
             )
         if pictures:
-            from export.metrics.pictures import likeness
-
             pairs = [
                 likeness(_picture(reference, run.latents[-1:]), _picture(reference, got))[0]
                 for got, run in zip(finals, runs, strict=True)

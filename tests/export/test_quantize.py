@@ -1,11 +1,11 @@
 """`--precision nvfp4` and its relatives: which recipe a build calibrates by, what it refuses, and what its bundle says of it."""
 
-import functools
 from pathlib import Path
 
 import pytest
 from tiny_build import cache, quiet, request, said, shared, tiny
 from tiny_checkpoint import write_checkpoint
+from tiny_recipes import SHORT, command, prompts, recipe
 
 from apps.cli.inspect import read_quantization
 from apps.cli.main import main as sana
@@ -15,33 +15,19 @@ from engines.quantization_report import RECIPE_NAME
 from engines.spec import Precision, Target
 from engines.store import Store
 from export import calibrators
-from export.build_engine import main
 from export.quantization_request import QuantizationRequest, quantization_of
 from export.quantize import check_formats, quantize
-from export.recipe import Recipe, load_recipe
+from export.recipe import load_recipe
 from export.settings import load
 from sana_ref import checkpoint as checkpoints
 from sana_ref.quantization import groups_of
 
-SHORT = ("calibration.num_prompts=2", "calibration.steps=2", "calibration.sizes=[[64,64]]", "calibration.rows=10", "low_rank=0")
 KEYS = [word for key in SHORT for word in ("--recipe-key", key)]
 NUM_GROUPS = 6
 
 
-@functools.cache
-def prompts() -> Path:
-    path = shared() / "prompts.txt"
-    path.write_text("a cat\na dog\n", encoding="utf-8")
-    return path
-
-
 def of(**flags: object) -> tuple[Precision, QuantizationRequest | None]:
     return quantization_of(load(flags=flags))
-
-
-def recipe(name: str = "int8", *keys: str) -> Recipe:
-    made = load_recipe(name, [*SHORT, *keys])
-    return made.model_copy(update={"calibration": made.calibration.model_copy(update={"prompts": prompts()})})
 
 
 def run(name: str, *, targets: tuple[Target, ...] = (), keys: tuple[str, ...] = (), **options: object):
@@ -51,11 +37,6 @@ def run(name: str, *, targets: tuple[Target, ...] = (), keys: tuple[str, ...] = 
     wanted = request(shared() / "never", precision=Precision(made.format), targets=targets, quantization=asked)
     progress = quiet()
     return quantize(wanted, asked, checkpoints.load(tiny()), Store(cache()), progress), said(progress)
-
-
-def command(out: Path, *words: str) -> int:
-    fixed = ["--model", str(tiny()), "--out", str(out), "--cache", str(cache()), "--target", "onnx", "--components", "denoiser"]
-    return main([*fixed, *words])
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "nvfp4"])
