@@ -83,6 +83,7 @@ def choose_for(
     for kind in offered:
         thin = {group for group, names in groups.items() if kind == "nvfp4" and shapes[names[0]][1] % BLOCK}
         whole = recipe.model_copy(update={"format": kind, "keep": tuple(sorted(kept | thin)), "formats": ()})
+        progress.say(f"  every group in {kind}:")
         plans[kind] = make_plan(checkpoint, whole, store=store, progress=progress, device=device)
     reference = SanaReference(checkpoint, dtype=torch.float32, device=device)
     runs = draw_all(reference, plan_runs(checkpoint, recipe.calibration)[:WHOLE_RUNS], store, progress)
