@@ -23,6 +23,7 @@ from engines.disk import DiskErrors
 from engines.errors import BundleError
 from engines.manifest import MANIFEST_NAME, BundleInfo, FileEntry, FileRole, Manifest
 from engines.paths import check_relative
+from engines.quantization_report import QUANTIZATION_NAME, RECIPE_NAME
 
 __all__ = ["BundleWriter", "write_bundle"]
 
@@ -114,7 +115,10 @@ def _check_replaceable(out: Path) -> None:
 
 def _role(name: str) -> FileRole:
     path = PurePosixPath(name)
-    by_place: dict[str, FileRole] = {"parity.json": "report", "LICENSE": "licence", "LICENCE": "licence", "NOTICE": "licence"}
+    by_place: dict[str, FileRole] = {
+        **dict.fromkeys(("parity.json", QUANTIZATION_NAME, RECIPE_NAME), "report"),
+        **dict.fromkeys(("LICENSE", "LICENCE", "NOTICE"), "licence"),
+    }
     if name in by_place:
         return by_place[name]
     if path.parts[0] == "tokenizer":

@@ -31,7 +31,7 @@ MANIFEST_NAME = "manifest.json"
 MAX_FILES = 10_000
 
 # graph: model.onnx; weights: its external data; golden: inputs and fp32 outputs for a parity re-run;
-# report: parity.json and its page of pictures
+# report: parity.json and its page of pictures, how the denoiser was quantized
 FileRole = Literal["graph", "weights", "engine", "tokenizer", "golden", "report", "licence"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Text = Annotated[str, Field(max_length=65536)]

@@ -3,8 +3,8 @@
 budget  = clause {"," clause}
 clause  = metric ("<=" | ">=") number
 
-lpips <= n     perceptual distance to fp16's pictures, 0 to 1
-psnr_db >= n   of pictures to fp16's, dB
+lpips <= n     perceptual distance to the fp32 reference's pictures, 0 to 1
+psnr_db >= n   of pictures to the fp32 reference's, dB
 size <= n      the denoiser's weights, of those in fp16: 0.33
 error <= n     relative squared error of the final latents, against fp32
 """

@@ -22,6 +22,7 @@ from engines.errors import BundleError
 from engines.golden import golden_name
 from engines.manifest import BundleInfo, LatentInfo, PromptInfo, TensorRTInfo, graph_name
 from engines.parity_report import ParityReport
+from engines.quantization_report import QUANTIZATION_NAME, RECIPE_NAME, Method
 from engines.spec import (
     COMPONENTS,
     PX_PER_LATENT,
@@ -29,7 +30,6 @@ from engines.spec import (
     ComponentName,
     Precision,
     ShapeRange,
-    check_precision,
     component_precision,
 )
 from engines.store import Store
@@ -37,6 +37,7 @@ from export.components import Component, components, profiles
 from export.fingerprint import code, versions
 from export.plans import check_request, denoiser_plan, is_cublas
 from export.progress import Progress
+from export.quantize import Quantized, check_asked, quantize, report_of
 from export.reference import reference_dtype
 from export.references import make_references, schedule_info
 from export.request import BuildRequest, shape_range
@@ -45,6 +46,7 @@ from export.weights import DATA_NAME, PORTABLE_NAME
 from runtime.ort_session import cpu_name
 from runtime.prompt import PromptTokenizer
 from sana_ref.checkpoint import Checkpoint, load
+from sana_ref.quantization import groups_of
 from sana_ref.variants import variant_of
 
 __all__ = ["BuildResult", "build"]
@@ -63,18 +65,19 @@ class BuildResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """Results of the stages, by component."""
+    """Results of the stages, by component. quantized: how the denoiser was, if it was."""
 
     components: dict[ComponentName, Component]
     graphs: dict[ComponentName, Result]
     engines: dict[ComponentName, list[EngineFile]]
     references: dict[ComponentName, Result]
     parity: dict[ComponentName, Result]
+    quantized: Quantized | None
 
 
 def build(request: BuildRequest, progress: Progress) -> BuildResult:
     """Build the bundle at `request.out`. Raises SanaError, and leaves what is at `out` as it is then."""
-    check_precision(request.precision, request.targets)
+    check_asked(request)
     check_request(request)
     with progress.stage("read checkpoint") as stage:
         checkpoint = load(
@@ -85,6 +88,11 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
             vae=request.vae,
         )
         stage.note(f"{checkpoint.name}, sha256 {checkpoint.digest[:12]}")
+    runner = Runner(checkpoint=checkpoint, store=Store(request.cache), progress=progress)
+    quantized = None
+    if request.quantization is not None and "denoiser" in request.components:
+        quantized = quantize(request, request.quantization, checkpoint, runner.store, progress)
+        request = replace(request, precision=quantized.precision)
     precisions = component_precision(request.precision)
     if request.precision in QUANTIZED:
         progress.say(
@@ -97,16 +105,37 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
         trained_side=checkpoint.transformer_config.sample_size * PX_PER_LATENT,
         max_sequence_length=checkpoint.prompt.max_sequence_length,
     )
-    runner = Runner(checkpoint=checkpoint, store=Store(request.cache), progress=progress)
     everything = components(checkpoint, precisions)
     if request.precision in QUANTIZED and "denoiser" in request.components:
-        plan = denoiser_plan(request, runner, everything, ranges)
-        everything = {**everything, "denoiser": replace(everything["denoiser"], plan=plan, cublas=is_cublas(request))}
-    parts = _run_stages(request, runner, everything, ranges)
-    return _write(request, runner, _bundle_info(request, checkpoint, ranges, parts), parts)
+        if quantized is None:
+            quantized = _uncalibrated(request, runner, everything, ranges)
+        component = replace(everything["denoiser"], plan=quantized.plan, cublas=is_cublas(request))
+        everything = {**everything, "denoiser": component}
+    parts = _run_stages(request, runner, everything, ranges, quantized)
+    result = _write(request, runner, _bundle_info(request, checkpoint, ranges, parts), parts)
+    if quantized is not None:
+        for line in quantized.report.lines():
+            progress.say(f"  denoiser: {line}")
+    return result
 
 
-def _run_stages(request: BuildRequest, runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange) -> _Parts:
+def _uncalibrated(
+    request: BuildRequest, runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange
+) -> Quantized:
+    plan = denoiser_plan(request, runner, everything, ranges)
+    dynamic = not request.targets and request.precision is not Precision.NVFP4
+    method: Method = "plan" if request.plan is not None else "dynamic" if dynamic else "parity inputs"
+    groups = groups_of(name for name, _ in everything["denoiser"].module.named_parameters())
+    return Quantized(precision=request.precision, plan=plan, report=report_of(plan, groups, method), recipe=None)
+
+
+def _run_stages(
+    request: BuildRequest,
+    runner: Runner,
+    everything: Mapping[ComponentName, Component],
+    ranges: ShapeRange,
+    quantized: Quantized | None,
+) -> _Parts:
     checkpoint = runner.checkpoint
     tokenizer = PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt)
     wanted = {name: everything[name] for name in request.components}
@@ -123,7 +152,7 @@ def _run_stages(request: BuildRequest, runner: Runner, everything: Mapping[Compo
         groups = engine_groups(request.targets)
         engines[name] = [runner.engine(component, graphs[name], targets, profile) for targets in groups]
     parity = {name: runner.parity(component, graphs[name], references[name], engines[name]) for name, component in wanted.items()}
-    return _Parts(components=wanted, graphs=graphs, engines=engines, references=references, parity=parity)
+    return _Parts(components=wanted, graphs=graphs, engines=engines, references=references, parity=parity, quantized=quantized)
 
 
 def _bundle_info(
@@ -192,6 +221,7 @@ def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Part
         drawn = runner.quality(info, graphs, {name: result.key for name, result in parts.graphs.items()})
     quality, page = (None, {}) if drawn is None else quality_of(drawn)
     files |= page
+    texts = _quantization_files(parts.quantized)
     key = digest_of(
         {
             "stage": "bundle",
@@ -201,6 +231,7 @@ def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Part
             "references": {name: result.key for name, result in parts.references.items()},
             "parity": {name: result.key for name, result in parts.parity.items()},
             "quality": None if drawn is None else drawn.key,
+            "quantization": [*texts.values()],
             "code": code(("export/build.py", "engines/bundle_writer.py", "engines/manifest.py", "engines/parity_report.py")),
         }
     )
@@ -221,10 +252,19 @@ def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Part
             for name, source in files.items():
                 writer.add(source, name)
             (writer.path / "parity.json").write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            for name, text in texts.items():
+                (writer.path / name).write_text(text, encoding="utf-8")
             bundle = writer.finish(info)
         runner.store.get_or_make(key, lambda folder: _record(folder, bundle.digest))
         stage.note(f"{human_bytes(sum(f.size for f in bundle.manifest.files.values()))}, sha256 {bundle.digest[:12]}")
     return BuildResult(bundle=bundle, unchanged=False)
+
+
+def _quantization_files(quantized: Quantized | None) -> dict[str, str]:
+    if quantized is None:
+        return {}
+    found = {QUANTIZATION_NAME: quantized.report.model_dump_json(indent=1) + "\n"}
+    return found if quantized.recipe is None else found | {RECIPE_NAME: quantized.recipe}
 
 
 def _reference_name(parts: Iterable[Component]) -> Literal["fp32 PyTorch", "fp64 PyTorch"]:

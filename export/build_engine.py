@@ -17,7 +17,6 @@ if __package__ in (None, ""):  # started as a file: the folder of this script is
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from engines.errors import SanaError, SpecError
-from engines.spec import parse_precision
 
 __all__ = ["main"]
 
@@ -39,8 +38,27 @@ def _parser() -> argparse.ArgumentParser:
     add("--variant", choices=("fp16", "bf16"), help="prefer the checkpoint's files of this precision")
     add("--components-from", metavar="PATH_OR_ID", help="for a .pth, which holds the transformer alone: where the rest is")
     add("--vae", type=Path, metavar="FOLDER", help="an autoencoder in place of the checkpoint's, of the same latents: DC-AE-Lite")
-    add("--precision", help="fp32, fp16 (the denoiser's alone), bf16; its layers int8, fp8 (sm89 up), nvfp4 (sm120)")
-    add("--plan", type=Path, metavar="FILE", help="of a quantized denoiser, as a calibration wrote it")
+    add(
+        "--precision",
+        help="fp32, fp16 (the denoiser's alone), bf16; its layers int8, fp8 (sm89 up), nvfp4 (sm120); a recipe's .yaml",
+    )
+    add(
+        "--plan",
+        type=Path,
+        metavar="FILE",
+        help="of a quantized denoiser, as a calibration wrote it: this build does not calibrate",
+    )
+    add(
+        "--calibrate",
+        action=argparse.BooleanOptionalAction,
+        help="find scales on real sampling runs; without: cheap, and less exact",
+    )
+    add("--calibration-prompts", type=Path, metavar="FILE", help="a text file, a prompt a line")
+    add("--recipe-key", dest="recipe_keys", action="append", metavar="KEY=VALUE", help="of the recipe: calibration.num_prompts=8")
+    add("--recipe-out", type=Path, metavar="YAML", help="also write the recipe to this file")
+    add("--budget", metavar="CLAUSES", help='choose formats for it: "lpips<=0.08, size<=0.4"; also psnr_db>=, error<=')
+    add("--budget-formats", metavar="NAMES", help="what a group of layers may be then, besides fp16: nvfp4,fp8")
+    add("--device", choices=("auto", "cpu", "cuda"), help="of PyTorch, for the calibration")
     add("--target", help="sm80,sm86,sm89,sm120,sm121; current: this machine's GPU; onnx: no engines")
     add("--out", type=Path, metavar="BUNDLE", help="the folder to write; a bundle there is replaced when all is done")
     add("--min-side", type=int, metavar="PX", help="smallest side, a multiple of 32")
@@ -79,13 +97,16 @@ def _build(options: argparse.Namespace) -> None:
         raise SpecError("model: got none; expected one. Give it: --model …, or checkpoint=….")
     if settings.out is None:
         raise SpecError("out: got none; expected a folder for the bundle. Give it: --out ….")
+    from export.quantization_request import quantization_of
     from export.request import BuildRequest, parse_components, targets_of
 
+    precision, quantization = quantization_of(settings)
+    targets = targets_of(",".join(settings.target))
     request = BuildRequest(
         model=settings.checkpoint,
         out=settings.out,
-        precision=parse_precision(settings.precision),
-        targets=targets_of(",".join(settings.target)),
+        precision=precision,
+        targets=targets,
         revision=settings.revision,
         variant=settings.variant,
         components_from=settings.components_from,
@@ -96,6 +117,7 @@ def _build(options: argparse.Namespace) -> None:
         max_batch=settings.max_batch,
         components=parse_components(",".join(settings.components)),
         cache=settings.cache,
+        quantization=quantization,
         plan=settings.plan,
     )
     from export.build import build

@@ -23,7 +23,7 @@ from engines.errors import CheckpointError
 from engines.store import Store, digest_of
 from export.calibration_data import SOURCES, Run, start_noise
 from export.fingerprint import code
-from export.progress import Progress
+from export.progress import Pace, Progress
 from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import groups_of
 
@@ -74,12 +74,14 @@ def observe(reference: SanaReference, runs: Sequence[Run], *, rows: int, store: 
     groups = groups_of(name for name, _ in transformer.named_parameters())
     files, seen = [], 0
     with progress.stage("calibration: activations") as stage:
-        for run in runs:
+        pace = Pace(progress, "activations of a run")
+        for number, run in enumerate(runs, 1):
 
-            def make(folder: Path, run: Run = run) -> None:
+            def make(folder: Path, run: Run = run, left: int = len(runs) - number) -> None:
                 nonlocal seen
                 seen += 1
-                save_file(_observe_run(reference, run, groups, rows), folder / _FILE)
+                with pace.piece(left):
+                    save_file(_observe_run(reference, run, groups, rows), folder / _FILE)
 
             key = digest_of({"stage": "calibration statistics", "run": run.key, "rows": rows, "code": code(OBSERVERS)})
             files.append(store.get_or_make(key, make) / _FILE)

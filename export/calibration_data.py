@@ -18,7 +18,7 @@ from engines.errors import SpecError
 from engines.store import Store, digest_of
 from export.calibration_prompts import prompts_file, read_prompts
 from export.fingerprint import code, versions
-from export.progress import Progress
+from export.progress import Pace, Progress
 from export.recipe import CalibrationSettings
 from runtime.noise import normal_batch
 from runtime.schedule import Schedule
@@ -124,13 +124,15 @@ def draw_all(reference: SanaReference, specs: Sequence[RunSpec], store: Store, p
     dtype, device = reference.denoiser.transformer.proj_out.weight.dtype, str(reference.device)
     runs, drawn = [], 0
     with progress.stage("calibration: sampling runs") as stage:
-        for spec in specs:
+        pace = Pace(progress, "sampling runs")
+        for number, spec in enumerate(specs, 1):
             key = spec.key(reference.checkpoint, dtype, device)
 
-            def make(folder: Path, spec: RunSpec = spec) -> None:
+            def make(folder: Path, spec: RunSpec = spec, left: int = len(specs) - number) -> None:
                 nonlocal drawn
                 drawn += 1
-                save_file({"latents": draw(reference, spec).contiguous()}, folder / _FILE)
+                with pace.piece(left):
+                    save_file({"latents": draw(reference, spec).contiguous()}, folder / _FILE)
 
             folder = store.get_or_make(key, make)
             runs.append(Run(spec=spec, key=key, latents=load_file(folder / _FILE)["latents"]))

@@ -34,7 +34,7 @@ def check_version() -> str:
     except PackageNotFoundError:
         raise SpecError(
             f"nvidia-modelopt: not installed; expected {TESTED}, whose calibrators find the scales. "
-            "Install it: pip install 'sana-deploy[quantize]'."
+            "Install it: pip install 'sana-deploy[quantize]'; a build with --no-calibrate does without."
         ) from None
     if ".".join(found.split(".")[:2]) != TESTED:
         raise SpecError(

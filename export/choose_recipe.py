@@ -4,7 +4,7 @@
 
 A sensitivity pass measures each group alone, a knapsack picks, and what was picked is measured as a whole. Under budgets of
 pictures (lpips, psnr_db) the errors of latents are the proxy: the smallest allocation whose pictures hold the budget is searched
-for. Each one tried is measured by a function that is given (`Measure`), since export draws no pictures.
+for, each one tried being measured by a function that is given (`Measure`; export/budgeted.py has the one of a build).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import yaml
 
 from engines.errors import SanaError, SpecError
@@ -24,11 +23,9 @@ from engines.spec import nearest
 from engines.store import Store
 from export.allocation import Choice, pareto_front
 from export.budget import Budget, parse_budget
-from export.calibration_data import draw_all, plan_runs
 from export.progress import Progress
-from export.quantization_plan import make_plan
 from export.recipe import FormatRule, Recipe, load_recipe
-from export.sensitivity import Table, latent_error, measure
+from export.sensitivity import Table
 from sana_ref import checkpoint as checkpoints
 from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import FORMATS, Format, QuantizationPlan, groups_of
@@ -39,7 +36,7 @@ __all__ = ["Chosen", "Measure", "Sizes", "choose", "group_bytes", "recipe_text",
 
 Allocation = dict[str, Choice]
 Measure = Callable[[Mapping[str, Format]], Mapping[str, float]]  # formats of groups -> metrics of Budget: lpips, psnr_db, error
-PROBES = 33  # of the front, between which a budget of pictures is searched: 6 measurements at most
+PROBES = 33  # of the front, between which a budget of pictures is searched: 8 measurements at most
 NUM_NAMED = 5  # groups that stand in the way
 
 
@@ -118,6 +115,8 @@ def choose(choices: Mapping[str, Sequence[Choice]], sizes: Sizes, budget: Budget
             low = middle + 1
         else:
             chosen, high = tried, middle
+    if low < high and not budget.missed((tried := of(low)).measured):  # the smallest that is left
+        chosen = tried
     return chosen
 
 
@@ -178,8 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", required=True)
     add("--recipe", required=True, help="what all but the formats comes from")
     add("--formats", default="nvfp4,fp8", help="what a group may be, besides none")
-    add("--budget", required=True, help='"size<=0.36", "error<=0.02"; of pictures: by the build')
-    add("--num-runs", type=int, default=2, help="of those that calibrate, on which errors are measured")
+    add("--budget", required=True, help='"size<=0.36", "lpips<=0.08, psnr_db>=19", "error<=0.02"')
+    add("--num-runs", type=int, default=2, help="of those that calibrate, on which each group is measured alone")
     add("--out", type=Path, required=True, metavar="YAML")
     add("--cache", type=Path)
     add("--device", default="cpu")
@@ -188,8 +187,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(options: argparse.Namespace) -> None:
     budget = parse_budget(options.budget)
-    if budget.of_pictures:
-        raise SpecError(f"budget: got {budget}; expected size and error here: pictures are measured where they are drawn.")
     words = options.formats.split(",")
     for word in words:
         if word not in FORMATS[1:]:
@@ -197,22 +194,13 @@ def _run(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
     checkpoint = checkpoints.load(options.model)
     store, progress = Store(options.cache), Progress()
-    plans: dict[Format, QuantizationPlan] = {}
-    for kind in words:
-        whole = recipe.model_copy(update={"format": kind, "keep": (), "formats": ()})
-        plans[kind] = make_plan(checkpoint, whole, store=store, progress=progress, device=options.device)
-    reference = SanaReference(checkpoint, dtype=torch.float32, device=options.device)
-    runs = draw_all(reference, plan_runs(checkpoint, recipe.calibration)[: options.num_runs], store, progress)
-    table = measure(reference, plans, runs, store=store, progress=progress)
-    sizes, shapes = sizes_of(reference)
+    from export.budgeted import choose_for  # which is made of what is here
 
-    def whole_error(formats: Mapping[str, Format]) -> dict[str, float]:
-        plan = combined(plans, formats)
-        return {"error": latent_error(reference, plan, runs) if plan.layers else 0.0}
-
-    chosen = choose(offers(table, shapes, recipe), sizes, budget, whole_error)
+    chosen = choose_for(
+        checkpoint, recipe, words, budget, store=store, progress=progress, device=options.device, num_runs=options.num_runs
+    )
     temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.new")
-    temporary.write_text(recipe_text(recipe, chosen, sizes, budget, checkpoint.name), encoding="utf-8")
+    temporary.write_text(chosen.text(recipe), encoding="utf-8")
     os.replace(temporary, options.out)
     progress.say(f"{options.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in sorted(chosen.measured.items())))
 

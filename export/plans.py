@@ -22,7 +22,7 @@ from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, groups_of
 from sana_ref.quantize_ops import BLOCK
 from sana_ref.quantized import InputRanges, check_plan, static_scale, uniform_plan
 
-__all__ = ["MARGIN", "check_request", "denoiser_plan", "is_cublas"]
+__all__ = ["MARGIN", "check_request", "denoiser_plan", "for_cublas", "is_cublas"]
 
 # FP8 is a floating format: with a scale that is this many times too large, numbers keep their digits down to 1/3600 of the largest
 # that was seen, and what is smaller errs by less than 1/57000 of it. What is larger still is cut off.
@@ -70,7 +70,7 @@ def denoiser_plan(
     if request.plan is not None:
         plan = load_plan(request.plan)
         check_plan(plan, groups)
-        return _for_cublas(plan) if is_cublas(request) else plan
+        return for_cublas(plan) if is_cublas(request) else plan
     if not request.targets and kind != "nvfp4":
         return uniform_plan(kind, groups)
     cases, depends = denoiser_inputs(runner, everything, ranges)
@@ -83,7 +83,7 @@ def denoiser_plan(
         largest = found.largest()
         if is_cublas(request):
             scales = {group: static_scale(kind, MARGIN * each) for group, each in largest.items()}
-            return _for_cublas(uniform_plan(kind, groups, scales))
+            return for_cublas(uniform_plan(kind, groups, scales))
         layers = {
             group: LayerPlan(format=kind, input_scale=static_scale(kind, largest[group]))
             if _fits(kind, parameters[names[0]].shape)
@@ -115,7 +115,7 @@ def _check_cublas(plan: QuantizationPlan) -> None:
         )
 
 
-def _for_cublas(plan: QuantizationPlan) -> QuantizationPlan:
+def for_cublas(plan: QuantizationPlan) -> QuantizationPlan:
     """Scales of activations where a kernel is given one; elsewhere each token's own is found, which is more exact."""
     layers = {
         group: layer if has_static_scale(group) else LayerPlan(format=layer.format, input_scale=None)

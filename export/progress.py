@@ -10,8 +10,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-__all__ = ["Progress", "Stage", "peak_memory_bytes", "reset_peak_memory"]
+__all__ = ["Pace", "Progress", "Stage", "peak_memory_bytes", "reset_peak_memory"]
 
+_WORTH_SAYING = 60.0  # seconds left
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -101,3 +102,20 @@ class Progress:
             {"stage": stage.name, "seconds": stage.seconds, "peak_bytes": stage.peak_bytes, "cached": stage.cached}
             for stage in self.stages
         ]
+
+
+class Pace:
+    """Says once how long the rest of a stage will take, when its first piece of work is done and the rest takes over a minute."""
+
+    def __init__(self, progress: Progress, what: str) -> None:
+        self.progress, self.what, self._said = progress, what, False
+
+    @contextmanager
+    def piece(self, left: int) -> Iterator[None]:
+        """left: pieces after this one, at most: some may be in the cache."""
+        begin = time.perf_counter()
+        yield
+        each = time.perf_counter() - begin
+        if not self._said and each * left > _WORTH_SAYING:
+            self.progress.say(f"  {self.what}: {each:.0f} s each, about {each * left / 60:.0f} min for the {left} that are left")
+        self._said = True

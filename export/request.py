@@ -16,6 +16,7 @@ from engines.spec import (
     nearest,
     parse_targets,
 )
+from export.quantization_request import QuantizationRequest
 
 __all__ = ["BuildRequest", "parse_components", "shape_range", "targets_of"]
 
@@ -38,7 +39,8 @@ class BuildRequest:
     max_batch: int = 4
     components: tuple[ComponentName, ...] = COMPONENTS
     cache: Path | None = None
-    plan: Path | None = None  # of a quantized denoiser; None: one without a calibration (export/plans.py)
+    quantization: QuantizationRequest | None = None  # of the denoiser, by a calibration
+    plan: Path | None = None  # of a quantized denoiser, made before; neither: one without a calibration (export/plans.py)
 
 
 def parse_components(text: str) -> tuple[ComponentName, ...]:

@@ -18,7 +18,7 @@ from engines.errors import CheckpointError
 from engines.store import Store, digest_of
 from export.calibration_data import SOURCES, Run, draw
 from export.fingerprint import code
-from export.progress import Progress
+from export.progress import Pace, Progress
 from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import Format, QuantizationPlan, plan_digest
 from sana_ref.quantized import QuantizedLinears
@@ -38,13 +38,16 @@ def measure(
     work = [(group, kind, plan) for kind, plan in plans.items() for group in plan.layers]
     done = 0
     with progress.stage("sensitivity") as stage:
-        for group, kind, plan in work:
+        pace = Pace(progress, "groups of layers alone")
+        for number, (group, kind, plan) in enumerate(work, 1):
             alone = only(plan, group)
 
-            def make(folder: Path, alone: QuantizationPlan = alone) -> None:
+            def make(folder: Path, alone: QuantizationPlan = alone, left: int = len(work) - number) -> None:
                 nonlocal done
                 done += 1
-                (folder / _FILE).write_text(json.dumps(latent_error(reference, alone, runs)), encoding="utf-8")
+                with pace.piece(left):
+                    error = latent_error(reference, alone, runs)
+                (folder / _FILE).write_text(json.dumps(error), encoding="utf-8")
 
             folder = store.get_or_make(_key(alone, runs), make)
             table.setdefault(group, {})[kind] = float(json.loads((folder / _FILE).read_text(encoding="utf-8")))

@@ -16,12 +16,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from engines.errors import ConfigError, SpecError
-from engines.spec import parse_precision
-from runtime.config import compose, validate
+from engines.errors import ConfigError
+from engines.spec import Precision, nearest
+from runtime.config import compose, names_in_group, validate
 from runtime.config_origins import Origin
 
-__all__ = ["BuildSettings", "load"]
+__all__ = ["RECIPES", "BuildSettings", "load"]
+
+RECIPES = "quantization"  # the folder of configs/
 
 
 def _split(value: Any) -> Any:
@@ -31,11 +33,16 @@ def _split(value: Any) -> Any:
 
 
 def _precision(word: str) -> str:
-    try:
-        parse_precision(word)
-    except SpecError as error:
-        raise ValueError(str(error).removeprefix("precision: ").rstrip(".")) from None
+    """A precision, a recipe's name, or the file of one, which is read where it is used."""
+    names = [*Precision, *(name for name in names_in_group(RECIPES) if name not in set(Precision))]
+    if word not in names and not word.endswith(".yaml"):
+        raise ValueError(f"got {word!r}; {nearest(word, names)}; or a recipe, whose file ends in .yaml")
     return word
+
+
+def _listed(value: Any) -> Any:
+    """Values of a recipe's keys have commas of their own."""
+    return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
 
 Words = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_split)]
@@ -56,6 +63,13 @@ class BuildSettings(BaseModel):
     vae: Path | None
     precision: Annotated[str, AfterValidator(_precision)]
     plan: Path | None
+    calibrate: bool
+    calibration_prompts: Path | None
+    recipe_keys: Annotated[tuple[str, ...], BeforeValidator(_listed)]
+    recipe_out: Path | None
+    budget: str | None
+    budget_formats: Words | None
+    device: Literal["auto", "cpu", "cuda"]
     target: Words
     components: Words
     min_side: int | None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engines.bundle import Bundle
     from engines.parity_report import Bound, ErrorStats, ParityReport
     from engines.quality_report import QualityReport
+    from engines.quantization_report import QuantizationReport
 
 __all__ = ["DESCRIPTION", "GPUS", "HELP", "NAME", "add_arguments", "read_report", "run"]
 
@@ -49,6 +50,17 @@ def read_report(bundle: Bundle) -> ParityReport | None:
     return parse_report(read_bounded(path), source=str(path))
 
 
+def read_quantization(bundle: Bundle) -> QuantizationReport | None:
+    """How the denoiser was quantized; None if it was not, or nobody said. Raises ManifestError."""
+    from engines.quantization_report import QUANTIZATION_NAME, parse_quantization
+    from engines.strict import read_bounded
+
+    if QUANTIZATION_NAME not in bundle.manifest.files:
+        return None
+    path = bundle.file(QUANTIZATION_NAME)
+    return parse_quantization(read_bounded(path), source=str(path))
+
+
 def run(arguments: argparse.Namespace) -> int:
     from engines.bundle import Bundle
 
@@ -64,11 +76,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _as_json(bundle: Bundle, report: ParityReport | None) -> dict[str, Any]:
+    quantization = read_quantization(bundle)
     return {
         "path": str(bundle.path),
         "digest": bundle.digest,
         "size": sum(entry.size for entry in bundle.manifest.files.values()),
         "manifest": bundle.manifest.model_dump(mode="json"),
+        "quantization": None if quantization is None else quantization.model_dump(mode="json"),
         "parity": None if report is None else report.model_dump(mode="json"),
     }
 
@@ -91,6 +105,11 @@ def _show(bundle: Bundle, report: ParityReport | None) -> None:
             ", ".join(f"{count} x {op}" for op, count in plugins.items()) or "none",
         )
     console.print(components)
+    if (quantization := read_quantization(bundle)) is not None:
+        print("Quantization of the denoiser")
+        for line in quantization.lines():
+            print(f"  {printable(line)}")
+        print()
     if report is None:
         print("No parity.json: nobody has compared this bundle with the reference.")
     else:

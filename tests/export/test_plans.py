@@ -55,7 +55,7 @@ def test_scales_for_cublas():
     """Of layers whose input comes from a kernel that is given one; q, k and v find a token's own, which is more exact."""
     qkv = "transformer_blocks.0.attn1.to_qkv"
     layers = {GROUP: LayerPlan(format="fp8", input_scale=0.5), qkv: LayerPlan(format="fp8", input_scale=0.25)}
-    assert plans._for_cublas(QuantizationPlan(layers=layers)).layers == layers | {qkv: LayerPlan(format="fp8")}
+    assert plans.for_cublas(QuantizationPlan(layers=layers)).layers == layers | {qkv: LayerPlan(format="fp8")}
 
 
 def test_a_range_that_is_none(tmp_path):

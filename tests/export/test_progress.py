@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from export.progress import Progress, peak_memory_bytes, reset_peak_memory
+from export.progress import Pace, Progress, peak_memory_bytes, reset_peak_memory
 
 
 def test_a_line_for_each_stage_with_time_and_peak_memory():
@@ -24,6 +24,19 @@ def test_a_line_for_each_stage_with_time_and_peak_memory():
     assert second.split(maxsplit=1) == ["second", "unchanged, nothing done"]
     assert third.startswith("third") and "failed after" in third  # noqa: PT018
     assert [stage.name for stage in progress.stages] == ["first", "second"]
+
+
+def test_how_long_the_rest_takes_is_said_once_if_it_is_long(monkeypatch):
+    clock = iter([0.0, 30.0, 100.0, 200.0, 0.0, 1.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+    sink = io.StringIO()
+    pace = Pace(Progress(Console(file=sink, width=200)), "runs")
+    for left in (8, 7):
+        with pace.piece(left):
+            pass
+    with Pace(pace.progress, "quick ones").piece(8):
+        pass
+    assert sink.getvalue().splitlines() == ["  runs: 30 s each, about 4 min for the 8 that are left"]
 
 
 def test_peak_memory_is_of_the_stage_alone():

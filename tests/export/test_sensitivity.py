@@ -125,7 +125,7 @@ def test_from_a_model_to_a_recipe(folder, store, tmp_path, capsys):
     capsys.readouterr()
     for change, said in (
         (["--budget", "size<=0.01"], "the smallest that the formats allow is size"),
-        (["--budget", "lpips<=0.1"], "expected size and error here"),
+        (["--budget", "lpips>=0.1"], "expected lpips<=number"),
         (["--formats", "fp9"], "did you mean 'fp8'"),
     ):
         assert main([*words, *SMALL, *change]) == 2

@@ -22,7 +22,9 @@ def test_the_file_says_every_default():
     assert settings.components == COMPONENTS
     assert (settings.precision, settings.target, settings.max_batch) == ("fp16", ("current",), 4)
     unset = {name for name, value in settings.model_dump().items() if value is None}
-    assert unset == set(BuildSettings.model_fields) - {"precision", "target", "components", "max_batch"}
+    assert (settings.calibrate, settings.recipe_keys, settings.device) == (True, (), "auto")
+    said = {"precision", "target", "components", "max_batch", "calibrate", "recipe_keys", "device"}
+    assert unset == set(BuildSettings.model_fields) - said
 
 
 def test_each_key_has_a_flag_and_each_flag_a_key():
@@ -63,7 +65,8 @@ def test_a_file_of_ones_own_inherits(tmp_path, capsys):
         (
             ["precision=fp61"],
             {},
-            "precision: got 'fp61'; did you mean 'fp16'? Valid: fp32, fp16, bf16, int8, fp8, nvfp4 (command line)",
+            "precision: got 'fp61'; did you mean 'fp16'? Valid: fp32, fp16, bf16, int8, fp8, nvfp4; or a recipe, whose file ends "
+            "in .yaml (command line)",
         ),
         (["target=[]"], {}, "target: got (); "),
         (["target=[1]"], {}, "target.0: got 1; expected a valid string"),

@@ -1,0 +1,110 @@
+"""What a build is asked for about the quantization of its denoiser: a recipe to calibrate by, or a plan, or neither.
+
+precision, quantization = quantization_of(load("build", flags={"precision": "nvfp4"}))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engines.errors import SpecError
+from engines.spec import QUANTIZED, Precision, nearest, parse_precision
+from export.budget import Budget, parse_budget
+from export.recipe import Recipe, load_recipe
+from export.settings import BuildSettings
+from sana_ref.quantization import FORMATS, Format
+
+__all__ = ["QuantizationRequest", "quantization_of"]
+
+# What else a group may be under a budget. INT8 and FP8 weights are as large; engines that mix them were not tested.
+_OFFERED: dict[Format, tuple[Format, ...]] = {"none": (), "int8": ("int8",), "fp8": ("fp8",), "nvfp4": ("nvfp4", "fp8")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationRequest:
+    """A calibration by `recipe`, whose name is `name`, on the device of PyTorch `device`.
+
+    budget: the format of each group is chosen for it, out of `offered` and none. recipe_out: a YAML file for the recipe.
+    """
+
+    recipe: Recipe
+    name: str
+    device: str = "cpu"
+    budget: Budget | None = None
+    offered: tuple[Format, ...] = ()
+    recipe_out: Path | None = None
+
+
+def quantization_of(settings: BuildSettings) -> tuple[Precision, QuantizationRequest | None]:
+    """The precision, which for a recipe is that of most of its layers before its patterns are known, and what calibrates.
+
+    None: nothing does, because the precision is not quantized, a plan is given, or none is wanted.
+    Raises SpecError for words that do not go together, ConfigError for a recipe that is wrong.
+    """
+    word = settings.precision
+    named = Precision(word) if word in set(Precision) else None
+    asked = {
+        "--budget": settings.budget,
+        "--budget-formats": settings.budget_formats,
+        "--calibration-prompts": settings.calibration_prompts,
+        "--recipe-key": settings.recipe_keys or None,
+        "--recipe-out": settings.recipe_out,
+    }
+    given = {option: value for option, value in asked.items() if value is not None}
+    if named is not None and named not in QUANTIZED:
+        _refuse(given, f"--precision {named}", f"one of {', '.join(QUANTIZED)}, or a recipe")
+        return named, None
+    without = "--plan" if settings.plan is not None else None if settings.calibrate else "--no-calibrate"
+    if without is not None:
+        if named is None:
+            given = {"--precision": word, **given}
+        _refuse(given, without, "a calibration, which it is for")
+        return parse_precision(word), None
+    keys = list(settings.recipe_keys)
+    recipe = load_recipe(word, keys)
+    if settings.calibration_prompts is not None:
+        calibration = recipe.calibration.model_copy(update={"prompts": settings.calibration_prompts})
+        recipe = recipe.model_copy(update={"calibration": calibration})
+    budget = None if settings.budget is None else parse_budget(settings.budget)
+    if budget is None and settings.budget_formats is not None:
+        _refuse({"--budget-formats": settings.budget_formats}, "no --budget", "one, for which they are chosen")
+    kinds: list[Format] = [kind for kind in (recipe.format, *(rule.format for rule in recipe.formats)) if kind != "none"]
+    if not kinds:
+        raise SpecError(f"precision: got the recipe {word}, which quantises nothing; expected a format. Use --precision fp16.")
+    request = QuantizationRequest(
+        recipe=recipe,
+        name=Path(word).stem,
+        device=_device(settings.device),
+        budget=budget,
+        offered=() if budget is None else _offered(settings.budget_formats, kinds[0]),
+        recipe_out=settings.recipe_out,
+    )
+    return Precision(kinds[0]), request
+
+
+def _refuse(given: Mapping[str, object], beside: str, expected: str) -> None:
+    for option, value in given.items():
+        shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        raise SpecError(f"{option.removeprefix('--')}: got {shown} with {beside}; expected {expected}. Leave one of them out.")
+
+
+def _offered(words: tuple[str, ...] | None, kind: Format) -> tuple[Format, ...]:
+    if words is None:
+        return _OFFERED[kind]
+    found: list[Format] = []
+    for word in words:
+        if word not in FORMATS[1:]:
+            raise SpecError(f"budget-formats: got {word!r}; {nearest(word, FORMATS[1:])}.")
+        found += [each for each in FORMATS if each == word and each not in found]
+    return tuple(found)
+
+
+def _device(word: str) -> str:
+    there = torch.cuda.is_available()
+    if word == "cuda" and not there:
+        raise SpecError("device: got cuda, and PyTorch sees no GPU; expected one. Use --device cpu, or install PyTorch for CUDA.")
+    return ("cuda" if there else "cpu") if word == "auto" else word
