@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from engines.errors import SpecError
-from runtime.config import CONFIGS
 from runtime.prompt import MAX_PROMPT_CHARACTERS
 
 __all__ = ["MAX_FILE_BYTES", "SHIPPED", "prompts_file", "read_prompts"]
 
-SHIPPED = CONFIGS / "calibration" / "prompts.txt"
+SHIPPED = Path(__file__).with_suffix(".txt")
 OWN = "calibration_prompts.txt"  # in a checkpoint's folder: what a model of a narrow world is asked for
 MAX_FILE_BYTES = 16 << 20
 

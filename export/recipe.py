@@ -35,7 +35,7 @@ class CalibrationSettings(BaseModel):
 
     model_config = _STRICT
 
-    prompts: Path | None  # a text file, one a line; None: the checkpoint's own calibration_prompts.txt, else configs/calibration's
+    prompts: Path | None  # a text file, one a line; None: the checkpoint's own calibration_prompts.txt, else export's
     num_prompts: int = Field(ge=1, le=4096)
     steps: int | None = Field(ge=1, le=MAX_STEPS)  # None: the checkpoint's
     sizes: tuple[tuple[int, int], ...] | None  # (width, height) in px, prompts take turns; None: the checkpoint's, and two oblong

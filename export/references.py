@@ -56,10 +56,11 @@ def _keys_values(
     return found
 
 
-def _texts(
-    runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange
-) -> tuple[Result, dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-    """The text encoder's reference, its outputs (B, L, C) and the masks (B, L), by text."""
+# The text encoder's reference, its outputs (B, L, C) and the masks (B, L), by text.
+Texts = tuple[Result, dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]
+
+
+def _texts(runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange) -> Texts:
     checkpoint = runner.checkpoint
     inputs, masks = text_cases(PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt), ranges.max_batch)
     depends: dict[str, Any] = {"inputs": {case: {k: v.tolist() for k, v in each.items()} for case, each in inputs.items()}}
@@ -69,11 +70,11 @@ def _texts(
 
 
 def denoiser_inputs(
-    runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange
+    runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange, texts: Texts | None = None
 ) -> tuple[Callable[[], dict[str, Arrays]], dict[str, Any]]:
     """What makes the cases of the denoiser, and what decides them besides its weights."""
     checkpoint = runner.checkpoint
-    text, embeds, masks = _texts(runner, everything, ranges)
+    text, embeds, masks = texts or _texts(runner, everything, ranges)
     schedule = _schedule(checkpoint)
 
     def cases() -> dict[str, Arrays]:
@@ -98,12 +99,13 @@ def make_references(
     """
     found: dict[ComponentName, Result] = {}
     if {"text_encoder", "text_projection", "denoiser"} & set(wanted):
-        found["text_encoder"], embeds, _ = _texts(runner, everything, ranges)
+        texts = _texts(runner, everything, ranges)
+        found["text_encoder"], embeds, _ = texts
         depends: dict[str, Any] = {"text": found["text_encoder"].key}
     if "text_projection" in wanted:
         found["text_projection"] = runner.reference(everything["text_projection"], lambda: text_projection_cases(embeds), depends)
     if "denoiser" in wanted:
-        found["denoiser"] = runner.reference(everything["denoiser"], *denoiser_inputs(runner, everything, ranges))
+        found["denoiser"] = runner.reference(everything["denoiser"], *denoiser_inputs(runner, everything, ranges, texts))
     if "decoder" in wanted:
         channels = runner.checkpoint.vae_config.latent_channels
         found["decoder"] = runner.reference(

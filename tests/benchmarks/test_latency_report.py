@@ -183,7 +183,7 @@ def test_layers_by_tensorrts_profiler(engine: SanaEngine, monkeypatch: pytest.Mo
             return super().execute_async_v3(stream)
 
     def make_context(self: FakeEngine, config: object) -> Context:
-        self.contexts.append(Context(self))
+        self.contexts.append(Context(self, None))
         return self.contexts[-1]
 
     cuda = FakeCuda()
