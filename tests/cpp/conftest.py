@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,9 @@ Ask = Callable[..., list[tuple[str, bytes]]]
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The folder with the C++ programs."""
+    """The folder with the C++ programs: SANA_CPP_BUILD, or one that goes with the run."""
+    if kept := os.environ.get("SANA_CPP_BUILD"):
+        return cpp_build.build(Path(kept))
     base = tmp_path_factory.getbasetemp()
     return cpp_build.build((base if worker_id == "master" else base.parent) / "cpp")
 
