@@ -6,6 +6,8 @@
 #include <utility>
 #include <variant>
 
+#include "sana/export.h"
+
 namespace sana {
 
 enum class ErrorKind {
@@ -26,7 +28,7 @@ enum class ErrorKind {
     kCancelled,  // a step callback asked for it; in Python its own exception comes out
 };
 
-std::string_view kind_name(ErrorKind kind);  // "ManifestError"
+SANA_EXPORT std::string_view kind_name(ErrorKind kind);  // "ManifestError"
 
 struct Error {
     ErrorKind kind;
