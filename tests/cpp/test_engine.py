@@ -1,48 +1,28 @@
 """The C++ program draws the pictures that Python draws: the same bytes from the same bundle and seed, through ONNX Runtime."""
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
-import warnings
+from functools import partial
 from pathlib import Path
 
 import fakes
 import numpy as np
 import pytest
+from cpp_pictures import flags, run_program, same_pictures
 from PIL import Image
-from tiny_build import quiet, request
 
 from engines.bundle import PromptInfo, ScheduleInfo
 from engines.errors import SanaError
 from runtime import SanaEngine
-from runtime.image import read_picture, save_png
-from runtime.prompt import PromptCutWarning
 
 CUT = pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")  # when Python draws a picture again
-PROMPTS = ["an apple on the left of a cat", "A HOUSE", "", "ein grüner Apfel, 猫"]
-
-
-def onnxruntime_library() -> Path:
-    """Beside the Python package, which need not be imported for it."""
-    spec = importlib.util.find_spec("onnxruntime")
-    assert spec is not None
-    assert spec.origin is not None
-    (found,) = (Path(spec.origin).parent / "capi").glob("libonnxruntime.so.*")
-    return found
 
 
 @pytest.fixture(scope="module")
-def run(built):
-    """run("sana", arguments…): a program of the build, with ONNX Runtime."""
-    environment = os.environ | {"SANA_ONNXRUNTIME": str(onnxruntime_library())}
-
-    def run_program(program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [built / program, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-    return run_program
+def run(cpp):
+    return partial(run_program, cpp)
 
 
 def save_letters(path: Path) -> None:
@@ -95,62 +75,20 @@ def sprint(tmp_path_factory) -> Path:
         return fakes.write_fake_bundle(folder, schedule=schedule, guidance_embeds=True).path
 
 
-def flags(arguments: dict[str, object]) -> list[str]:
-    names = {"negative_prompts": "negative"}
-    return [word for name, value in arguments.items() for word in (f"--{names.get(name, name)}", str(value))]
-
-
-def same_pictures(run, bundle: Path, folder: Path, cases: list[dict[str, object]]) -> None:
-    with SanaEngine(bundle, backend="onnxruntime") as engine:
-        for number, case in enumerate(cases):
-            out = folder / str(number)
-            done = run("sana", "generate", bundle, *PROMPTS, *flags(case), "--out", out)
-            assert done.returncode == 0, done.stderr
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", PromptCutWarning)
-                expected = engine.generate(PROMPTS, **case)
-            # Python encodes all prompts and then all negative ones, C++ a picture's together
-            said = sorted(line for line in done.stderr.splitlines() if "warning" in line)
-            assert said == sorted(f"sana: warning: {each.message}" for each in caught)
-            for path, picture in zip(map(Path, done.stdout.splitlines()), expected, strict=True):
-                got, info = read_picture(path)
-                assert got.tobytes() == picture.tobytes(), case
-                theirs = json.loads(picture.info["sana"])
-                ours = json.loads(got.info["sana"])
-                assert ours.pop("program").startswith("libsana_runtime ")
-                assert theirs.pop("program").startswith("sana-deploy ")
-                assert ours == theirs
-                # the same file, once it says the same
-                picture.info["sana"] = got.info["sana"]
-                assert save_png(picture, folder / "theirs.png").read_bytes() == path.read_bytes()
-                assert engine.replay(info).tobytes() == picture.tobytes()
-
-
 @CUT
-def test_same_pictures(run, bundle, tmp_path):
+def test_same_pictures(cpp, bundle, tmp_path):
     cases: list[dict[str, object]] = [
         {},
         {"seed": 7, "steps": 3, "width": 96, "height": 32},
         {"seed": 2**64 - 4, "guidance": 1.0, "scheduler": "flow_dpm_solver", "steps": 9, "width": 128},
         {"guidance": 7.25, "negative_prompts": "a dog"},
     ]
-    same_pictures(run, bundle, tmp_path, cases)
+    same_pictures(cpp, bundle, tmp_path, cases)
 
 
 @CUT
-def test_same_pictures_of_sprint(run, sprint, tmp_path):
-    same_pictures(run, sprint, tmp_path, [{"seed": 3}, {"steps": 1}, {"steps": 2, "guidance": 3.0}])
-
-
-@CUT
-@pytest.mark.slow
-def test_same_pictures_of_real_graphs(run, tmp_path):
-    """Every custom op, with random weights."""
-    from export.build import build
-
-    built = tmp_path / "built"
-    build(request(built), quiet())
-    same_pictures(run, built, tmp_path, [{"seed": 5, "steps": 4}, {"seed": 5, "steps": 4, "width": 64, "height": 256}])
+def test_same_pictures_of_sprint(cpp, sprint, tmp_path):
+    same_pictures(cpp, sprint, tmp_path, [{"seed": 3}, {"steps": 1}, {"steps": 2, "guidance": 3.0}])
 
 
 def refresh(folder: Path, name: str) -> None:
@@ -220,9 +158,9 @@ def test_bad_bundles(run, bundle, tmp_path):
     assert refused(bundle, "--backend", "tensorrt").startswith("sana: error: backend: got 'tensorrt', which this libsana_runtime")
 
 
-def test_an_onnxruntime_that_is_not_there(built, bundle, tmp_path):
+def test_an_onnxruntime_that_is_not_there(cpp, bundle, tmp_path):
     environment = os.environ | {"SANA_ONNXRUNTIME": str(tmp_path / "none.so")}
-    done = subprocess.run([built / "sana", "generate", bundle, "a"], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run([cpp / "sana", "generate", bundle, "a"], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
     assert "ONNX Runtime: cannot be loaded" in done.stderr
     assert "Set SANA_ONNXRUNTIME" in done.stderr

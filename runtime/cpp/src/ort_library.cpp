@@ -28,7 +28,7 @@ std::vector<std::string> candidates(const std::string& path) {
     return out;
 }
 
-Library open(const std::string& path) {
+Library opened_library(const std::string& path) {
     std::string why;
     void* handle = nullptr;
     for (const std::string& each : candidates(path)) {
@@ -69,7 +69,7 @@ const Library& library(const std::string& path) {
     static std::string opened_path;
     const std::lock_guard held(lock);
     if (opened == nullptr) {
-        opened = new Library(open(path));
+        opened = new Library(opened_library(path));
         opened_path = path;
     } else if (!path.empty() && path != opened_path) {
         throw Failure(ErrorKind::kSana,

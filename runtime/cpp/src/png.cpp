@@ -83,10 +83,10 @@ std::string write_whole(const Bytes& data, const std::filesystem::path& path) {
     char suffix[16];
     std::snprintf(suffix, sizeof suffix, ".%08x", std::random_device{}());
     const std::filesystem::path temporary = folder / ("." + path.filename().string() + suffix);
-    const int file = open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    const int file = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
     bool fine = file >= 0;
     for (std::size_t at = 0; fine && at < data.size();) {
-        const ssize_t written = write(file, data.data() + at, data.size() - at);
+        const ssize_t written = ::write(file, data.data() + at, data.size() - at);
         fine = written > 0;
         at += fine ? static_cast<std::size_t>(written) : 0;
     }

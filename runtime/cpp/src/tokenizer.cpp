@@ -16,21 +16,6 @@ namespace {
 
 constexpr std::size_t kMaxBytes = 256 << 20;  // Gemma-2's is 34 MB
 
-// A part of the text on its way to the model; `origin` has the byte of the text that each byte came from.
-struct Segment {
-    std::string text;
-    std::vector<std::size_t> origin;
-};
-
-struct AddedToken {
-    std::string content;
-    std::int64_t id;
-};
-
-struct Replacement {
-    std::string from, to;
-};
-
 // What ByteLevel writes for each byte: printable ASCII and Latin-1 as they are, the others as characters from U+0100 on.
 std::string byte_character(unsigned char byte) {
     const auto plain = [](unsigned b) { return (b >= 0x21 && b <= 0x7E) || (b >= 0xA1 && b <= 0xAC) || b >= 0xAE; };
@@ -72,6 +57,21 @@ std::size_t end_of_word(const std::u32string& text, std::size_t at) {
 }  // namespace
 
 struct Tokenizer::Parts {
+    // A part of the text on its way to the model; `origin` has the byte of the text that each byte came from.
+    struct Segment {
+        std::string text;
+        std::vector<std::size_t> origin;
+    };
+
+    struct AddedToken {
+        std::string content;
+        std::int64_t id;
+    };
+
+    struct Replacement {
+        std::string from, to;
+    };
+
     std::string path;
     Bpe model;
     std::vector<AddedToken> raw_tokens, normalized_tokens;
@@ -359,7 +359,7 @@ std::optional<std::int64_t> Tokenizer::id(const std::string& token) const { retu
 std::vector<Token> Tokenizer::encode(std::string_view text) const {
     std::vector<Token> out;
     for (const std::int64_t id : parts_->prefix) out.push_back({id, 0});
-    Segment whole{std::string(text), std::vector<std::size_t>(text.size())};
+    Parts::Segment whole{std::string(text), std::vector<std::size_t>(text.size())};
     for (std::size_t at = 0; at < text.size();) {  // each byte of a character comes from where the character begins
         const std::size_t start = at;
         next_code_point(text, at);
@@ -368,10 +368,10 @@ std::vector<Token> Tokenizer::encode(std::string_view text) const {
     const auto token = [&](const Token& found) { out.push_back(found); };
     Parts::cut(
         whole, parts_->raw_tokens,
-        [&](const Segment& segment) {
+        [&](const Parts::Segment& segment) {
             Parts::cut(
                 parts_->normalized(segment), parts_->normalized_tokens,
-                [&](const Segment& inner) { parts_->encode_segment(inner, out); }, token);
+                [&](const Parts::Segment& inner) { parts_->encode_segment(inner, out); }, token);
         },
         token);
     return out;
