@@ -4,6 +4,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+from cpp_pictures import same_pictures
 from safetensors.torch import load_file, save_file
 from tiny_build import quiet, request, said, tiny
 
@@ -55,6 +56,11 @@ def test_the_manifest_says_what_the_checkpoint_is(built):
     assert manifest.prompt.max_sequence_length == manifest.ranges.max_sequence_length == 24
     assert (manifest.schedule.scheduler, manifest.schedule.flow_shift) == ("flow_dpm_solver", 3.0)
     assert (manifest.latents.channels, manifest.latents.scaling_factor) == (32, 0.41407)
+
+
+@pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")  # when Python draws a picture again
+def test_the_cpp_runtime_draws_the_same(cpp, built, tmp_path):
+    same_pictures(cpp, built, tmp_path, [{"seed": 5, "steps": 3}, {"seed": 5, "steps": 3, "width": 64, "height": 256}])
 
 
 def test_parity_is_reported_and_holds(built):

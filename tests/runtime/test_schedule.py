@@ -1,5 +1,6 @@
 """Properties that hold for every schedule, bad input, and the YAML files."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.errors import RequestError, SpecError
+from engines.errors import RequestError, SanaError, SpecError
 from runtime.schedule import COEFFICIENTS, SCHEDULERS, Schedule, apply_row, load_schedule, make_schedule
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "schedule"
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "schedules.json").read_text())
 
 
 @st.composite
@@ -57,6 +59,18 @@ def test_exact_on_a_straight_path(schedule: Schedule, seed: int) -> None:
         x, previous = apply_row(row, x, (row[1] * x - x0) / sigma, previous, noise)
         np.testing.assert_allclose(previous, x0, atol=2e-4)
     np.testing.assert_allclose(x, x0, atol=2e-4)
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: json.dumps(case["arguments"]))
+def test_golden(case: dict) -> None:
+    if "error" in case:
+        with pytest.raises(SanaError) as caught:
+            make_schedule(**case["arguments"])
+        assert [type(caught.value).__name__, str(caught.value)] == case["error"]
+        return
+    made = make_schedule(**case["arguments"])
+    np.testing.assert_allclose(made.sigmas, np.float32(case["sigmas"]), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(made.table, np.float32(case["table"]), rtol=1e-7, atol=1e-7)
 
 
 def test_published_timesteps() -> None:

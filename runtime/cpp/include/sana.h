@@ -1,0 +1,73 @@
+/* The C API, for programs in C and for other languages. Nothing throws; strings are UTF-8.
+ *
+ * A function that can fail returns NULL, or an error that sana_error_free frees. */
+#ifndef SANA_H
+#define SANA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "sana/export.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef struct sana_engine sana_engine;     /* may be shared between threads: requests wait for one another */
+typedef struct sana_pictures sana_pictures; /* of one request; may be read by several threads */
+typedef struct sana_error sana_error;
+
+/* After each step, counted from 1 over all pictures. latents: count floats (1, C, h, w), valid during the call. 0 cancels. */
+typedef int (*sana_on_step)(void* user, int step, int total, const float* latents, size_t count);
+
+/* Fill with sana_engine_options_init, then change what is to differ. */
+typedef struct sana_engine_options {
+    size_t struct_size;
+    const char* backend;             /* "auto" or "onnxruntime" */
+    int verify;                      /* 1: compare the SHA-256 of every file that is opened */
+    int num_threads;                 /* 0: all that this process may use */
+    int low_memory;                  /* 1: the text encoder is unloaded after use */
+    const char* onnxruntime_library; /* NULL: $SANA_ONNXRUNTIME, or what the build found */
+} sana_engine_options;
+
+/* Fill with sana_request_init, then change what is to differ. */
+typedef struct sana_request {
+    size_t struct_size;
+    const char* const* prompts;
+    size_t num_prompts;
+    const char* negative_prompt; /* NULL or one for all */
+    uint64_t seed;               /* of the first picture; the next ones get the next integers */
+    int64_t steps;               /* 0: as the bundle says; so are the following */
+    double guidance;             /* NaN: as the bundle says */
+    int64_t width, height;       /* px */
+    const char* scheduler;       /* NULL: as the bundle says */
+    sana_on_step on_step;        /* NULL or called after each step */
+    void* user;                  /* for on_step */
+} sana_request;
+
+SANA_EXPORT void sana_engine_options_init(sana_engine_options* options);
+SANA_EXPORT void sana_request_init(sana_request* request);
+
+/* options: NULL for the usual ones. */
+SANA_EXPORT sana_error* sana_engine_open(const char* bundle, const sana_engine_options* options, sana_engine** out);
+SANA_EXPORT void sana_engine_close(sana_engine* engine);
+SANA_EXPORT sana_error* sana_generate(sana_engine* engine, const sana_request* request, sana_pictures** out);
+
+SANA_EXPORT size_t sana_pictures_count(const sana_pictures* pictures);
+/* (height, width, 3) RGB, valid until sana_pictures_free; NULL if there is no such picture. width, height: NULL or filled. */
+SANA_EXPORT const uint8_t* sana_picture_pixels(const sana_pictures* pictures, size_t index, int* width, int* height);
+SANA_EXPORT const char* sana_picture_info(const sana_pictures* pictures, size_t index); /* JSON: how it was drawn */
+SANA_EXPORT sana_error* sana_picture_save(const sana_pictures* pictures, size_t index, const char* path);
+SANA_EXPORT size_t sana_pictures_num_warnings(const sana_pictures* pictures);
+SANA_EXPORT const char* sana_pictures_warning(const sana_pictures* pictures, size_t index);
+SANA_EXPORT void sana_pictures_free(sana_pictures* pictures);
+
+SANA_EXPORT const char* sana_error_kind(const sana_error* error); /* the class in Python, as "ManifestError" */
+SANA_EXPORT const char* sana_error_message(const sana_error* error);
+SANA_EXPORT void sana_error_free(sana_error* error);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

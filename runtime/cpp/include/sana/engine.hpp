@@ -1,0 +1,86 @@
+// A bundle and a prompt become a picture.
+//
+//     auto engine = sana::Engine::open("out/sana-tiny");
+//     if (!engine) return fail(engine.error());
+//     auto pictures = engine->generate({.prompts = {"a red apple on a yellow background"}, .seeds = {7}});
+//     if (!pictures) return fail(pictures.error());
+//     sana::save_png(pictures->images[0], "apple.png");
+//
+// The same request gives the same bytes, whatever ran before it. As runtime.SanaEngine in Python.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "sana/error.hpp"
+#include "sana/export.h"
+
+namespace sana {
+
+struct EngineOptions {
+    std::string backend = "auto";     // or onnxruntime
+    bool verify = true;               // compare the SHA-256 of every file that the backend opens
+    int num_threads = 0;              // of ONNX Runtime; 0: all that this process may use
+    bool low_memory = false;          // the text encoder is unloaded after use, and loaded for the next text
+    std::string onnxruntime_library;  // libonnxruntime.so; "": $SANA_ONNXRUNTIME, or what the build found
+};
+
+// After each step, counted from 1 over all pictures of the request. latents: (1, C, h, w), valid during the call. Returning false
+// cancels the request, whose result is then an error of the kind kCancelled; the engine stays usable. Must not throw.
+using OnStep = std::function<bool(int step, int total, std::span<const float> latents)>;
+
+struct Request {
+    std::vector<std::string> prompts;           // UTF-8; one picture each
+    std::vector<std::string> negative_prompts;  // none; one for all; or one each
+    std::vector<std::uint64_t> seeds = {0};     // one: of the first picture, the next ones get the next integers; or one each
+    // What is left out comes from the bundle.
+    std::optional<long> steps;          // 1 to 1000
+    std::optional<double> guidance;     // 0 to 100; 1 and below use the prompt alone
+    std::optional<long> width, height;  // px, multiples of 32 within the bundle's range
+    std::optional<std::string> scheduler;
+    OnStep on_step;
+};
+
+struct Image {
+    int width = 0, height = 0;         // px
+    std::vector<std::uint8_t> pixels;  // (height, width, 3), RGB
+    std::string info;                  // JSON: how it was drawn; goes into the PNG
+};
+
+struct Pictures {
+    std::vector<Image> images;          // in the order of the prompts
+    std::vector<std::string> warnings;  // of prompts that were cut
+};
+
+// May be shared between threads: requests wait for one another.
+class SANA_EXPORT Engine {
+  public:
+    static Result<Engine> open(const std::string& bundle, const EngineOptions& options = {});
+    Engine(Engine&&) noexcept;
+    Engine& operator=(Engine&&) noexcept;
+    ~Engine();
+
+    Result<Pictures> generate(const Request& request);
+
+    const std::string& backend() const;         // what draws
+    const std::string& backend_reason() const;  // why that
+    const std::string& device() const;          // in words
+    const std::string& bundle_digest() const;
+
+  private:
+    struct State;
+    explicit Engine(std::unique_ptr<State> state);
+    std::unique_ptr<State> state_;
+};
+
+// A PNG file with the image's info, equal to what the Python runtime writes for the same pixels and info.
+SANA_EXPORT std::vector<std::uint8_t> png_bytes(const Image& image);
+// Appears whole or not at all; missing folders are made. Returns the path.
+SANA_EXPORT Result<std::string> save_png(const Image& image, const std::string& path);
+
+}  // namespace sana

@@ -1,0 +1,105 @@
+#include "digest.hpp"
+
+#include <openssl/evp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdio>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "failure.hpp"
+
+namespace sana {
+namespace {
+
+constexpr std::size_t kBlockBytes = 1 << 20;  // large enough that hashing dominates the calls; each thread has one
+constexpr unsigned kThreads = 4;
+
+class Sha256 {
+  public:
+    Sha256() : context_(EVP_MD_CTX_new(), EVP_MD_CTX_free) {
+        if (!context_ || EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) != 1) fail();
+    }
+    void update(const void* data, std::size_t size) {
+        if (EVP_DigestUpdate(context_.get(), data, size) != 1) fail();
+    }
+    std::string hex() {
+        unsigned char bytes[EVP_MAX_MD_SIZE];
+        unsigned size = 0;
+        if (EVP_DigestFinal_ex(context_.get(), bytes, &size) != 1) fail();
+        std::string out;
+        for (unsigned i = 0; i < size; ++i) {
+            static constexpr char kDigits[] = "0123456789abcdef";
+            out += kDigits[bytes[i] >> 4];
+            out += kDigits[bytes[i] & 15];
+        }
+        return out;
+    }
+
+  private:
+    [[noreturn]] static void fail() {
+        throw Failure(ErrorKind::kSana, "OpenSSL cannot compute SHA-256. Is it set to an unusual provider?");
+    }
+    std::unique_ptr<EVP_MD_CTX, void (*)(EVP_MD_CTX*)> context_;
+};
+
+std::string file_sha256(const std::string& path, const std::string& bundle, const std::function<void(std::size_t)>& advance) {
+    const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
+    if (!file)
+        throw Failure(ErrorKind::kMissingFile,
+                      bundle + ": the bundle was replaced while it was read (" + path + "). Open it again.");
+    std::setvbuf(file.get(), nullptr, _IONBF, 0);
+    std::vector<unsigned char> block(kBlockBytes);
+    Sha256 digest;
+    while (const std::size_t size = std::fread(block.data(), 1, block.size(), file.get())) {
+        digest.update(block.data(), size);
+        advance(size);
+    }
+    if (std::ferror(file.get())) throw Failure(ErrorKind::kBundle, path + ": cannot be read. Copy the bundle again.");
+    return digest.hex();
+}
+
+}  // namespace
+
+std::string sha256(std::string_view data) {
+    Sha256 digest;
+    digest.update(data.data(), data.size());
+    return digest.hex();
+}
+
+std::vector<std::string> files_sha256(const std::vector<std::string>& paths, const std::string& bundle,
+                                      const std::function<void(std::size_t)>& progress) {
+    std::vector<std::string> digests(paths.size());
+    std::vector<std::exception_ptr> errors(paths.size());
+    std::atomic<std::size_t> next = 0;
+    std::atomic<bool> stopped = false;
+    std::mutex lock;
+    const auto advance = [&](std::size_t bytes) {
+        const std::lock_guard held(lock);
+        if (progress) progress(bytes);
+    };
+    const auto work = [&] {
+        for (std::size_t i = next++; i < paths.size() && !stopped; i = next++) {
+            try {
+                digests[i] = file_sha256(paths[i], bundle, advance);
+            } catch (...) {
+                errors[i] = std::current_exception();
+                stopped = true;
+            }
+        }
+    };
+    {
+        std::vector<std::jthread> threads;
+        for (std::size_t i = 1; i < std::min<std::size_t>(kThreads, paths.size()); ++i) threads.emplace_back(work);
+        work();
+    }
+    for (const std::exception_ptr& error : errors) {
+        if (error) std::rethrow_exception(error);
+    }
+    return digests;
+}
+
+}  // namespace sana

@@ -1,0 +1,38 @@
+// The portable graphs in ONNX Runtime, on any machine's CPU. As runtime/ort_session.py.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "ort_api.hpp"
+#include "session.hpp"
+
+namespace sana {
+
+int default_threads();   // as many as this process may keep busy
+std::string cpu_name();  // this machine's processor in words
+
+class OrtSession : public Session {
+  public:
+    // num_threads: for one operator; 0 for default_threads(). release_memory: give the working memory back after each run, for
+    // components that run once a picture. library: of ONNX Runtime, "" for the usual one. Raises BundleError for a graph that it
+    // does not take.
+    OrtSession(std::string path, int num_threads, bool release_memory, const std::string& library);
+
+    // Inputs that the graph does not have are left out. Raises SanaError for one that is missing, and when the run fails.
+    Outputs run(const Inputs& inputs) override;
+
+  private:
+    template <class T>
+    using Owned = std::unique_ptr<T, void (*)(T*)>;
+
+    std::string path_;
+    const ort::Library& ort_;
+    Owned<ort::Session> session_;
+    Owned<ort::RunOptions> run_options_;
+    Owned<ort::MemoryInfo> memory_;
+    std::vector<std::string> inputs_, outputs_;
+};
+
+}  // namespace sana

@@ -1,0 +1,333 @@
+"""The C++ runtime refuses what Python refuses, in the same words, and takes what Python takes."""
+
+import copy
+import json
+import random
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import write_fake_bundle
+
+from engines.bundle import Bundle, parse_manifest
+from engines.errors import BundleError, SanaError
+from engines.onnx_locations import external_locations
+from engines.spec import Target
+from runtime.noise import MAX_SEED, normal
+from runtime.schedule import make_schedule
+
+ROOT = Path(__file__).parents[1]
+HOSTILE = ROOT / "data" / "hostile"
+GOLDEN = ROOT / "golden"
+# Words of Python itself that changed after 3.11: about trailing commas and loops of links.
+SAME_PYTHON = pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="Python's own messages differ between versions; C++ has 3.11's"
+)
+
+
+def python_says(data: bytes) -> tuple[str, str]:
+    try:
+        return "ok", parse_manifest(data, source="manifest.json").model
+    except SanaError as error:
+        return type(error).__name__, str(error)
+
+
+def both_say(ask, documents: list[bytes]) -> None:
+    for data, (kind, text) in zip(documents, ask([("manifest", data) for data in documents]), strict=True):
+        assert (kind, text.decode("utf-8", "surrogatepass")) == python_says(data), data[:2000]
+
+
+@SAME_PYTHON
+def test_hostile_manifests(ask):
+    both_say(ask, [path.read_bytes() for path in sorted(HOSTILE.glob("*.json"))])
+
+
+VALUES = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        32,
+        33,
+        64,
+        1 << 40,
+        1 << 63,
+        -(1 << 70),
+        0.0,
+        -0.5,
+        1.0,
+        2.5,
+        1e16,
+        1e-5,
+        123456789.125,
+        1e300,
+    ),
+    *(
+        "",
+        "x",
+        "fp16",
+        "bf16",
+        "fp8",
+        "nvfp4",
+        "sm80",
+        "sm89",
+        "rtx",
+        "1.7.1",
+        "1..7",
+        "é\u202e'\"\\\n",
+        "a" * 90,
+        "0" * 64,
+        "graph",
+    ),
+    *([], ["sm80"], ["sm80", "sm80"], ["sm80", 3, "x"], {}, {"a": 1}, {"decoder": "fp16"}, {"decoder": {"Op": 1}}, [[{}]]),
+]
+KEYS = [
+    "licens",
+    "modell",
+    "size",
+    "decoder",
+    "denoiser",
+    "text_projection",
+    "x" * 300,
+    "",
+    "scaling_facter",
+    "decoder/sm80.engine",
+]
+
+
+def mutated(document: object, chance: random.Random) -> object:
+    """The document with one place of it changed, removed or added to."""
+    at = document = copy.deepcopy(document)
+    while True:
+        key = chance.choice(sorted(at)) if at else chance.choice(KEYS)
+        inner = at.get(key)
+        if isinstance(inner, dict) and chance.random() < 0.8:
+            at = inner
+            continue
+        what = chance.random()
+        if what < 0.15:
+            at.pop(key, None)
+        elif what < 0.3:
+            at[chance.choice(KEYS)] = chance.choice(VALUES)
+        else:
+            at[key] = chance.choice(VALUES)
+        return document
+
+
+def valid_documents() -> list[dict]:
+    small = json.loads((HOSTILE / "no_files.json").read_bytes())
+    small["files"] = {"decoder/model.onnx": {"sha256": "0" * 64, "size": 0, "role": "graph"}}
+    large = copy.deepcopy(small)
+    names = ("text_encoder", "text_projection", "denoiser", "decoder")
+    entry = small["files"]["decoder/model.onnx"]
+    large["files"] = {f"{name}/{file}": entry for name in names for file in ("model.onnx", "sm80-sm89.engine")}
+    large |= {"targets": ["sm80", "sm89"], "tensorrt": {"flavor": "rtx", "version": "1.7.1.116"}}
+    large |= {"precision": dict.fromkeys(names, "bf16"), "plugins": {name: {"Op": 2} for name in names}}
+    large["schedule"] |= {"max_timestep": 1.5, "intermediate_timestep": None, "flow_shift": 3}
+    return [small, large]
+
+
+def test_changed_manifests(ask):
+    chance = random.Random(8)
+    documents = []
+    for valid in valid_documents():
+        documents.append(valid)
+        for _ in range(1500):
+            changed = valid
+            for _ in range(chance.choice([1, 1, 1, 2, 4])):
+                changed = mutated(changed, chance)
+            documents.append(changed)
+    both_say(ask, [json.dumps(each, ensure_ascii=chance.random() < 0.5).encode() for each in documents])
+
+
+@SAME_PYTHON
+def test_damaged_bytes(ask):
+    chance = random.Random(9)
+    whole = json.dumps(valid_documents()[1], indent=1).encode()
+    inserted = [
+        b"",
+        b"\xff",
+        b"\xc3",
+        b"\xe2\x82",
+        b"\xed\xa0\x80",
+        b'"',
+        b"\\",
+        b"\\u12",
+        b"\\ud83d\\ude00",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+    ]
+    inserted += [
+        b":",
+        b"\n",
+        b"\x01",
+        b"NaN",
+        b"-",
+        b"-Infinity",
+        b"0",
+        b"1e5",
+        b"1.",
+        b"tru",
+        b"null",
+        b"\xc2\xa0",
+        b"\\u0000",
+        b"e+",
+    ]
+    documents = []
+    for _ in range(1500):
+        at, gone = chance.randrange(len(whole)), chance.choice([0, 0, 1, 3])
+        documents.append(whole[:at] + chance.choice(inserted) + whole[at + gone :])
+    documents += [whole[: chance.randrange(len(whole))] for _ in range(100)]
+    both_say(ask, documents)
+
+
+def test_lone_surrogates_and_depth(ask):
+    texts = [r"\ud800", r"\udc00", r"\ud800\n", r"\ud800A", r"\ud800\u0041", r"\ud800\ud800", r"\ud83d\ude00", r"x\ud800"]
+    documents = [json.dumps(valid_documents()[0]).replace("hostile", text).encode() for text in texts]
+    documents += [json.dumps(valid_documents()[0]).replace('"none"', "[" * n + "]" * n).encode() for n in (150, 199, 200, 300)]
+    documents.append(b"[" * 1_000_000)
+    both_say(ask, documents)
+
+
+def test_locations(ask):
+    paths = sorted(HOSTILE.glob("*.onnx"))
+    for path, (kind, text) in zip(paths, ask([("locations", str(path).encode()) for path in paths]), strict=True):
+        try:
+            expected = "ok", "".join(f"{each}\n" for each in sorted(external_locations(path)))
+        except BundleError as error:
+            expected = "BundleError", str(error)
+        assert (kind, text.decode()) == expected
+
+
+@SAME_PYTHON
+def test_bad_bundles(ask, tmp_path):
+    pristine = write_fake_bundle(tmp_path / "b", targets=(Target.SM80, Target.SM89), tensorrt_version="1.7.1.116").path
+    folders = [pristine, tmp_path / "nothing", Path(__file__), tmp_path, tmp_path / "b" / "decoder"]
+
+    def spoilt(name: str) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(pristine, folder)
+        folders.append(folder)
+        return folder
+
+    for number, file in enumerate(["denoiser/model.onnx", "decoder/model.onnx.data", "decoder/sm80-sm89.engine", "parity.json"]):
+        for at in (0, -1):
+            path = spoilt(f"changed-{number}-{at}") / file
+            data = bytearray(path.read_bytes())
+            data[at] ^= 1
+            path.write_bytes(data)
+    with open(spoilt("cut") / "decoder" / "model.onnx.data", "r+b") as file:
+        file.truncate(3)
+    (spoilt("missing") / "tokenizer" / "tokenizer.json").unlink()
+    for name, target in {"out": "../../secret", "dangling": "../nothing", "loop": "parity.json", "inside": "manifest.json"}.items():
+        path = spoilt(f"link-{name}") / "parity.json"
+        path.unlink()
+        path.symlink_to(target)
+    path = spoilt("fifo") / "parity.json"
+    path.unlink()
+    path.mkdir()
+    for name, location in {"up": "../../secret", "here": "./model.onnx.data", "unlisted": "u.data", "none": ""}.items():
+        rewrite_location(spoilt(f"location-{name}"), location)
+    for word, verify in (("bundle", True), ("unverified", False)):
+        for folder, (kind, text) in zip(folders, ask([(word, str(folder).encode()) for folder in folders]), strict=True):
+            try:
+                expected = "ok", Bundle.open(folder, verify=verify).digest
+            except SanaError as error:
+                expected = type(error).__name__, str(error)
+            assert (kind, text.decode()) == expected
+
+
+def rewrite_location(folder: Path, location: str) -> None:
+    import onnx
+
+    path = folder / "decoder" / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = location
+    path.write_bytes(model.SerializeToString())
+    document = json.loads((folder / "manifest.json").read_bytes())
+    document["files"]["decoder/model.onnx"]["size"] = path.stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(document))
+
+
+def test_a_bundle_whose_writer_was_killed(ask, tmp_path):
+    digest = write_fake_bundle(tmp_path / "b").digest
+    (tmp_path / "b").rename(tmp_path / ".b.old")
+    assert ask([("bundle", str(tmp_path / "b").encode())]) == [("ok", digest.encode())]
+    assert not (tmp_path / ".b.old").exists()
+
+
+def test_golden_noise(ask):
+    cases = json.loads((GOLDEN / "noise.json").read_text())
+    answers = ask([("noise", f"{c['seed']} {np.prod(c['shape'])} {c['stream']}".encode()) for c in cases])
+    digests = ask([("sha256", body) for _, body in answers])
+    for case, (kind, body), (_, digest) in zip(cases, answers, digests, strict=True):
+        assert kind == "ok"
+        assert [f"{word:08x}" for word in np.frombuffer(body, "<u4")[:8]] == case["first_bits"]
+        assert digest.decode() == case["sha256"]
+
+
+def test_noise_of_many_seeds(ask):
+    chance = random.Random(10)
+    cases = [(chance.randrange(MAX_SEED + 1), chance.choice([1, 2, 3, 63, 1000]), chance.randrange(1 << 32)) for _ in range(300)]
+    answers = ask([("noise", " ".join(map(str, case)).encode()) for case in cases])
+    for (seed, count, stream), (_, body) in zip(cases, answers, strict=True):
+        assert body == normal(seed, (1, 1, count), stream).tobytes()
+
+
+def test_golden_schedules(ask):
+    cases = json.loads((GOLDEN / "schedules.json").read_text())
+    answers = ask([("schedule", json.dumps(case["arguments"]).encode()) for case in cases])
+    for case, (kind, body) in zip(cases, answers, strict=True):
+        if "error" in case:
+            assert [kind, body.decode()] == case["error"]
+            continue
+        assert kind == "ok", body
+        numbers, steps = np.frombuffer(body, np.float32), len(case["table"])
+        np.testing.assert_allclose(numbers[: steps + 1], np.float32(case["sigmas"]), rtol=0, atol=1e-7)
+        np.testing.assert_allclose(numbers[steps + 1 :].reshape(steps, 8), np.float32(case["table"]), rtol=1e-7, atol=1e-7)
+
+
+def test_many_schedules(ask):
+    chance = random.Random(11)
+    cases = []
+    for _ in range(400):
+        scheduler = chance.choice(["flow_euler", "flow_dpm_solver", "scm"])
+        case = {"scheduler": scheduler, "num_steps": chance.choice([1, 2, 3, 20, 50, 999])}
+        if scheduler != "scm":
+            case |= {"flow_shift": chance.uniform(0.3, 12), "spacing": chance.choice(["linear", "exponential", "karras"])}
+        cases.append(case)
+    for case, (kind, body) in zip(cases, ask([("schedule", json.dumps(case).encode()) for case in cases]), strict=True):
+        try:
+            made = make_schedule(**case)
+        except SanaError as error:
+            expected = type(error).__name__, str(error)
+        else:
+            expected = "ok", None
+        assert kind == expected[0]
+        if kind != "ok":
+            assert body.decode() == expected[1]
+            continue
+        numbers = np.frombuffer(body, np.float32)
+        np.testing.assert_allclose(numbers, np.concatenate([made.sigmas, made.table.reshape(-1)]), rtol=1e-7, atol=1e-7)
+
+
+def test_text_as_python_has_it(ask):
+    chance = random.Random(12)
+    alphabet = "aZ ÄßİıΣσςΑ\u0301\u200b.\t\u00a0\u3000猫\U0001f600\U00010400'\"\\\x7f\u202e\ufeff1²Ⅷ"
+    texts = ["".join(chance.choices(alphabet, k=chance.randrange(12))) for _ in range(2000)]
+    texts += [chr(code) for code in range(0, 0x20000, 7) if not 0xD800 <= code < 0xE000]
+    for word, python in (("lower", str.lower), ("strip", str.strip), ("repr", repr)):
+        for text, (_, got) in zip(texts, ask([(word, text.encode()) for text in texts]), strict=True):
+            assert got.decode() == python(text), (word, text)
