@@ -88,7 +88,7 @@ class QualityReport(_Model):
     def lines(self) -> list[str]:
         """The numbers, a line each."""
         found = [
-            f"{self.prompts} prompts, {self.seeds} seeds each, drawn by {self.backend}, against {self.against.name} "
+            f"{self.prompts} prompts by {self.seeds} seeds, drawn by {self.backend}, against {self.against.name} "
             f"({self.against.kind} {self.against.digest[:12]})",
             f"PSNR {self.psnr_db.text(2)} dB",
             f"SSIM {self.ssim.text(4)}",

@@ -63,6 +63,7 @@ _EXPORT_CODE = (
 )
 _ENGINE_CODE = (
     "sana_ref/fp8.py",
+    "sana_ref/quantization.py",
     "plugins/*.py",
     "engines/tensorrt.py",
     "engines/tensorrt_library.py",

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tiny_build import quiet
 from tiny_checkpoint import write_checkpoint
 
 from engines.errors import CheckpointError, ConfigError, SpecError
@@ -21,7 +21,6 @@ from export.calibration import observe
 from export.calibration_data import draw_all, plan_runs
 from export.calibration_report import CalibrationReport
 from export.calibrators import largest_for_scale
-from export.progress import Progress
 from export.quantization_plan import calibrate, low_rank, make_plan, plan_layer, smoothing
 from export.recipe import load_recipe
 from sana_ref import checkpoint as checkpoints
@@ -41,23 +40,9 @@ def write(folder: Path) -> Path:
     return path
 
 
-def quiet() -> Progress:
-    return Progress(Console(quiet=True))
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write(tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture(scope="module")
-def reference(folder) -> SanaReference:
-    return SanaReference(folder)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_build import cache, quiet, request, said, shared, tiny
 from tiny_checkpoint import write_checkpoint
 from tiny_recipes import SHORT, command, prompts, recipe
@@ -88,7 +89,7 @@ def test_words_that_do_not_go_together(flags, words):
         of(**flags)
 
 
-@pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_devices():
     _, asked = of(precision="int8")
     assert asked is not None

@@ -4,26 +4,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from tiny_build import quiet
 from tiny_checkpoint import write_checkpoint
 
 from engines.store import Store
 from export import sensitivity
 from export.calibration_data import Run, draw, draw_all, plan_runs
 from export.choose_recipe import combined, group_bytes, main, sizes_of
-from export.progress import Progress
 from export.quantization_plan import make_plan
 from export.recipe import load_recipe
 from export.sensitivity import latent_error, measure, only
-from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import QuantizationPlan
 from sana_ref.quantized import QuantizedLinears
 
 SMALL = ["calibration.num_prompts=2", "calibration.steps=2", "calibration.sizes=[[64,64]]", "calibration.rows=10", "low_rank=0"]
-
-
-def quiet() -> Progress:
-    return Progress(Console(quiet=True))
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +25,6 @@ def folder(tmp_path_factory) -> Path:
     path = write_checkpoint(tmp_path_factory.mktemp("checkpoint"))
     (path / "calibration_prompts.txt").write_text("a cat\na dog\n", encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def reference(folder) -> SanaReference:
-    return SanaReference(folder)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory) -> Store:
-    return Store(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
