@@ -135,7 +135,17 @@ def block_of(pixels, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 
 @triton.jit
-def _outputs_at(picture, start, n_N, height, width, N: tl.constexpr, BLOCK_M: tl.constexpr):
+def activated(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        x = silu(x)
+    elif ACTIVATION == "relu":
+        # A NaN must come out as NaN, as from torch.relu; plain maximum would turn it into 0.
+        x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return x
+
+
+@triton.jit
+def outputs_at(picture, start, n_N, height, width, N: tl.constexpr, BLOCK_M: tl.constexpr):
     """Where in (B, h, w, N) a program begins, how far from there its (M, N) are, and which of them are in the picture."""
     m_M = tl.arange(0, BLOCK_M)
     live_MN = (start + m_M < height * width)[:, None] & (n_N < N)[None, :]
@@ -164,13 +174,8 @@ def conv_kernel(
     n_N = first_channel + tl.arange(0, BLOCK_N)
     sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums_MN = convolved(sums_MN, x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
-    sums_MN += row_of(bias, n_N, N)
-    if ACTIVATION == "silu":
-        sums_MN = silu(sums_MN)
-    elif ACTIVATION == "relu":
-        # A NaN must come out as NaN, as from torch.relu; plain maximum would turn it into 0.
-        sums_MN = tl.maximum(sums_MN, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    first, at_MN, live_MN = _outputs_at(picture, start, n_N, height, width, N, BLOCK_M)
+    sums_MN = activated(sums_MN + row_of(bias, n_N, N), ACTIVATION)
+    first, at_MN, live_MN = outputs_at(picture, start, n_N, height, width, N, BLOCK_M)
     tl.store(y + first + at_MN, sums_MN.to(y.dtype.element_ty), mask=live_MN)
 
 
@@ -199,7 +204,7 @@ def norm_kernel(
     conv_MN = convolved(conv_MN, x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
     scale_M = tl.rsqrt(tl.sum(conv_MN * conv_MN, axis=1) / N + eps)  # past the end of the channels the sums are zero
     normed_MN = conv_MN * scale_M[:, None] * row_of(norm_weight, n_N, N) + row_of(norm_bias, n_N, N)
-    first, at_MN, live_MN = _outputs_at(picture, start, n_N, height, width, N, BLOCK_M)
+    first, at_MN, live_MN = outputs_at(picture, start, n_N, height, width, N, BLOCK_M)
     residual_MN = tl.load(residual + first + at_MN, mask=live_MN, other=0.0).to(tl.float32)
     tl.store(y + first + at_MN, (residual_MN + normed_MN).to(y.dtype.element_ty), mask=live_MN)
 
