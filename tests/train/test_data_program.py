@@ -18,7 +18,7 @@ from PIL import Image
 
 from apps.cli.main import main as sana
 from apps.cli.program import PROGRAMS
-from train.data.__main__ import main
+from train.data.__main__ import main, stopped_once
 from train.data.buckets import make_buckets, nearest
 from train.data.encoders import CheckpointEncoders, expected_identity
 from train.data.images import decode, fit
@@ -102,6 +102,37 @@ def test_encoders_say_what_they_are():
     changed = dataclasses.replace(loaded, prompt=dataclasses.replace(loaded.prompt, complex_human_instruction="Paint."))
     assert expected_identity(changed)["text_encoder"] != encoders.text_digest
     assert expected_identity(changed)["vae"] == encoders.vae_digest
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+def test_only_the_first_signal_interrupts(first):
+    """A second one, while the first is handled, would show a traceback; a program that ends by itself leaves all as it was."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with stopped_once():
+            pass
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+        heard = []
+
+        def interrupted():
+            try:
+                signal.raise_signal(first)
+            finally:
+                for number in numbers:
+                    signal.raise_signal(number)
+                    heard.append(number)
+
+        with pytest.raises(KeyboardInterrupt), stopped_once():
+            interrupted()
+        for number in numbers:  # also behind the block, where the message is printed
+            signal.raise_signal(number)
+        assert heard == [*numbers]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
@@ -28,11 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0; 2 for an error, in one message on stderr; 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     options.arguments = list(sys.argv[1:] if arguments is None else arguments)
-    signal.signal(signal.SIGTERM, _stop)
     try:
-        return _prepare(options) if options.command == "prepare" else _inspect(options)
+        with stopped_once():
+            return _prepare(options) if options.command == "prepare" else _inspect(options)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a parent that was interrupted too may send it now
         kept = " Finished shards are kept; the same command goes on from there." if options.command == "prepare" else ""
         print(f"data: interrupted.{kept}", file=sys.stderr)
         return 130
@@ -133,8 +133,32 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def _stop(number: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
+@contextlib.contextmanager
+def stopped_once() -> Iterator[None]:
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt, but only the first of them, from then on for as long as the process lives.
+
+    After Ctrl-C a worker gets both, the second from its parent, which was interrupted too: that came while the first was handled.
+    """
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored: a shell does that behind &
+        numbers.append(signal.SIGINT)
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        for each in numbers:
+            signal.signal(each, _nothing)  # not SIG_IGN: Python complains about a signal that is on its way
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    pass
 
 
 if __name__ == "__main__":
