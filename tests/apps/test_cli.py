@@ -17,6 +17,8 @@ from apps.cli.program import PROGRAMS
 from engines.errors import DigestError
 from engines.spec import Target
 
+PATIENCE_S = 120  # until a process has started, or ended: a busy machine takes long
+
 
 def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """A process of its own, with pipes for a terminal."""
@@ -161,14 +163,14 @@ class TestBuild:
         )
         environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parents[2]}:{tmp_path}"}
         child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, start_new_session=True)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         if number == signal.SIGINT:
             os.killpg(child.pid, number)  # as a terminal does
         else:
             child.send_signal(number)
-        assert child.wait(timeout=20) == 130
+        assert child.wait(timeout=PATIENCE_S) == 130
         assert (tmp_path / "cleaned").exists()
 
 
@@ -186,11 +188,11 @@ def test_ctrl_c_while_drawing(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + PATIENCE_S
         while not (tmp_path / "ready").exists() and time.monotonic() < deadline:
             time.sleep(0.02)
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=20)
+        _, err = child.communicate(timeout=PATIENCE_S)
     finally:
         child.kill()
     assert child.returncode == 130

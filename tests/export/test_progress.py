@@ -8,11 +8,12 @@ from rich.console import Console
 from export.progress import Pace, Progress, peak_memory_bytes, reset_peak_memory
 
 
-def test_a_line_for_each_stage_with_time_and_peak_memory():
+def test_a_line_for_each_stage_with_time_and_peak_memory(monkeypatch):
+    clock = iter([5.0, 5.11, 6.0, 6.0, 7.0, 7.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     sink = io.StringIO()
     progress = Progress(Console(file=sink, width=200))
     with progress.stage("first") as stage:
-        time.sleep(0.11)
         stage.note("2 files")
     with progress.stage("second") as stage:
         stage.cached = True

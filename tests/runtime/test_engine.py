@@ -263,23 +263,22 @@ def test_timings(engine: SanaEngine) -> None:
     assert all(each.total_s > 0 for each in engine.last_timings)
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.progress.PATIENCE_S", 0.3)
+PATIENCE = "runtime.progress.PATIENCE_S"
 
 
-@pytest.mark.usefixtures("impatient")
-def test_quiet_without_a_terminal(engine: SanaEngine, capfd: pytest.CaptureFixture) -> None:
+def test_quiet_without_a_terminal(engine: SanaEngine, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PATIENCE, 0.01)
     engine.generate("a cat", on_step=lambda *_: time.sleep(0.1))
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_bar_for_what_lasts(bundle: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_bar_for_what_lasts(bundle: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with SanaEngine(bundle, progress=True) as engine:
+        monkeypatch.setattr(PATIENCE, 1000)  # longer than this lasts, however busy the machine is
         engine.generate("a cat")
         assert capfd.readouterr() == ("", "")
-        engine.generate("a cat", on_step=lambda *_: time.sleep(0.12))
+        monkeypatch.setattr(PATIENCE, 0.01)
+        engine.generate("a cat", on_step=lambda *_: time.sleep(0.2))
     out, err = capfd.readouterr()
     assert out == ""
     assert "drawing" in err

@@ -1,6 +1,7 @@
 """A run in one piece against the same run stopped and resumed, bit for bit; and what stops a run.
 
-Run as a program, this file trains the tiny model in a folder until SIGTERM: `python tests/train/test_trainer.py FOLDER STEPS`.
+Run as a program, this file trains the tiny model in a folder: `python tests/train/test_trainer.py FOLDER STEPS WAIT`. After step
+WAIT it waits for SIGTERM; 0: it does not wait.
 """
 
 import json
@@ -322,29 +323,29 @@ def test_world_size_that_does_not_divide_the_batch(tmp_path):
         Trainer(SanaTransformer2DModel(MODEL), MemorySource(), settings, OBJECTIVE, processes=processes)
 
 
-def start(folder, steps):
-    command = [sys.executable, str(Path(__file__)), str(folder), str(steps)]
+def start(folder, steps, wait=0):
+    command = [sys.executable, str(Path(__file__)), str(folder), str(steps), str(wait)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits_with_zero(tmp_path):
-    whole, resumed = start(tmp_path / "whole", 30), start(tmp_path / "parts", 30)
+    whole, resumed = start(tmp_path / "whole", 8), start(tmp_path / "parts", 8, wait=3)
     head = [resumed.stdout.readline() for _ in range(3)]
     resumed.send_signal(signal.SIGTERM)
-    out, err = resumed.communicate(timeout=60)
+    out, err = resumed.communicate(timeout=240)
     assert resumed.returncode == 0, err
     head = [*head, *out.splitlines(keepends=True)]
-    assert 3 <= len(head) < 30
-    assert checkpoint.latest(tmp_path / "parts").name == f"step_{len(head):08}"
-    rest = start(tmp_path / "parts", 30)
-    tail, err = rest.communicate(timeout=60)
+    assert len(head) == 3
+    assert checkpoint.latest(tmp_path / "parts").name == "step_00000003"
+    rest = start(tmp_path / "parts", 8)
+    tail, err = rest.communicate(timeout=240)
     assert rest.returncode == 0, err
-    out, err = whole.communicate(timeout=60)
+    out, err = whole.communicate(timeout=240)
     assert whole.returncode == 0, err
     assert "".join(head) + tail == out
-    assert len(out.splitlines()) == 30
+    assert len(out.splitlines()) == 8
     names = ("model.safetensors", "ema.safetensors")
     one, other = (checkpoint.latest(tmp_path / name) for name in ("whole", "parts"))
     assert [(one / name).read_bytes() for name in names] == [(other / name).read_bytes() for name in names]
@@ -358,7 +359,8 @@ def main() -> int:
 
     def on_step(step, loss):
         print(step, loss.hex(), flush=True)
-        time.sleep(0.05)  # so that the signal comes in the middle
+        while step == int(sys.argv[3]) and not stop.requested:  # else a test that has to wait for its turn comes too late
+            time.sleep(0.01)
 
     trainer = make_trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), on_step=on_step)
     trainer.resume()
