@@ -15,7 +15,7 @@ import onnx
 
 from engines.errors import BuildError
 from engines.spec import Target
-from export.plugin_nodes import add_cubins
+from export.plugin_nodes import add_cubins, has_kernel
 
 __all__ = ["compile_ahead"]
 
@@ -23,9 +23,12 @@ ROOT = Path(__file__).parent.parent
 
 
 def compile_ahead(graph: Path, targets: Sequence[Target]) -> None:
-    """graph: an ONNX file, whose weights are not read. Returns at once if there is one architecture, or one processor."""
+    """graph: an ONNX file, whose weights are not read.
+
+    Returns at once if there is one architecture, one processor or no kernel: a process takes seconds to start.
+    """
     processes = min(len(targets), len(os.sched_getaffinity(0)))
-    if processes < 2:
+    if processes < 2 or not any(map(has_kernel, onnx.load(graph, load_external_data=False).graph.node)):
         return
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
 

@@ -26,7 +26,7 @@ from plugins import (
 )
 from plugins.static_scale import OUT_SCALE
 
-__all__ = ["add_cubins"]
+__all__ = ["add_cubins", "has_kernel"]
 
 _TYPE_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorProto.BFLOAT16: "bf16"}
 
@@ -127,6 +127,11 @@ _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
+def has_kernel(node: onnx.NodeProto) -> bool:
+    """Of this project's ops, those that cuBLASLt computes have none."""
+    return node.domain == SANA_DOMAIN and node.op_type not in (linear.OP, linear.FP8)
+
+
 def add_cubins(model: onnx.ModelProto, targets: Iterable[Target]) -> int:
     """Give every node of domain `sana` in `model` its plugin attributes, in place. Returns how many there were.
 
@@ -136,7 +141,7 @@ def add_cubins(model: onnx.ModelProto, targets: Iterable[Target]) -> int:
     type_of = {value.name: value.type.tensor_type for value in values}
     count = 0
     for node in model.graph.node:
-        if node.domain != SANA_DOMAIN or node.op_type in (linear.OP, linear.FP8):  # which have no kernels
+        if not has_kernel(node):
             continue
         if node.op_type not in _ATTRIBUTES:
             raise BuildError(f"node {node.name!r}: got the op {node.op_type}; expected one of {', '.join(_ATTRIBUTES)}")

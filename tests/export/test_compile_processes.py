@@ -6,7 +6,7 @@ from onnx import TensorProto, helper
 
 from engines.spec import Target
 from export.compile_processes import compile_ahead
-from plugins import relu_linear_attention
+from plugins import linear, relu_linear_attention
 
 TARGETS = (Target.SM80, Target.SM89)
 
@@ -42,3 +42,12 @@ def test_what_is_wrong_is_left_to_the_build(tmp_path, cache):
 def test_one_architecture_needs_no_process(tmp_path, cache):
     compile_ahead(tmp_path / "not read", TARGETS[:1])
     assert not cache.exists()
+
+
+def test_a_graph_without_kernels_needs_no_process(tmp_path, cache, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.run", lambda command, **_: started.append(command))
+    compile_ahead(graph(tmp_path / "graph.onnx", linear.OP), TARGETS)
+    assert not started
+    compile_ahead(graph(tmp_path / "graph.onnx", relu_linear_attention.OP), TARGETS)
+    assert [command[-1] for command in started] == [*TARGETS]

@@ -1,5 +1,7 @@
 """A build that is killed leaves the old bundle or the new one, and the next build finishes what it began."""
 
+import contextlib
+import json
 import os
 import random
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,29 +22,42 @@ from export.build import build
 # Each starts processes that build. Among the quick tests, a bundle and a cache entry are killed at every step: tests/engines.
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-# Sends itself SIGKILL at the begin or the end of stage number `at` (of what `which` says), then builds.
-DRIVER = """
-import os, signal, sys
+# A process that has imported what a build needs, which takes longer than the build. For each line that it reads it forks one that
+# builds, says its id, and then how it ended. That one sends itself SIGKILL at the begin or the end of stage `at`, if it is told to.
+SERVER = """
+import json, os, signal, sys
+import export.build, export.settings, export.quantization_request
 from export import progress
 from export.build_engine import main
-which, at = sys.argv[1], int(sys.argv[2])
-entered = left = 0
 real = progress.Progress.stage
-class Killing:
-    def __init__(self, manager): self.manager = manager
-    def __enter__(self):
-        global entered
-        stage = self.manager.__enter__()
-        if which == "begin" and entered == at: os.kill(os.getpid(), signal.SIGKILL)
-        entered += 1
-        return stage
-    def __exit__(self, *error):
-        global left
-        self.manager.__exit__(*error)
-        if which == "end" and left == at: os.kill(os.getpid(), signal.SIGKILL)
-        left += 1
-progress.Progress.stage = lambda self, name: Killing(real(self, name))
-sys.exit(main(sys.argv[3:]))
+def build(which, at, arguments):
+    entered = left = 0
+    class Killing:
+        def __init__(self, manager): self.manager = manager
+        def __enter__(self):
+            nonlocal entered
+            stage = self.manager.__enter__()
+            if which == "begin" and entered == at: os.kill(os.getpid(), signal.SIGKILL)
+            entered += 1
+            return stage
+        def __exit__(self, *error):
+            nonlocal left
+            self.manager.__exit__(*error)
+            if which == "end" and left == at: os.kill(os.getpid(), signal.SIGKILL)
+            left += 1
+    progress.Progress.stage = lambda self, name: Killing(real(self, name))
+    return main(arguments)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 99
+        try:
+            code = build(*json.loads(line))
+        finally:
+            os._exit(code)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 STAGES = 15  # read; export, reference, parity of four; quality; write
 
@@ -60,18 +76,36 @@ def old_and_new(tmp_path_factory) -> tuple[Path, Path, str, str]:
     return old.path, other, old.digest, new.digest
 
 
-def start(driver: list[str], model: Path, out: Path, cache: Path) -> subprocess.Popen[bytes]:
-    options = ["--model", str(model), "--target", "onnx", "--out", str(out), "--cache", str(cache)]
+class Builds:
+    """Processes that build, one at a time."""
+
+    def __init__(self, server: subprocess.Popen[str]) -> None:
+        self.server = server
+
+    def start(self, model: Path, out: Path, cache: Path, which: str = "never", at: int = 0) -> int:
+        """The process's id."""
+        arguments = ["--model", str(model), "--target", "onnx", "--out", str(out), "--cache", str(cache)]
+        print(json.dumps([which, at, arguments]), file=self.server.stdin, flush=True)
+        return int(self.server.stdout.readline())
+
+    def wait(self) -> int:
+        """The exit code; -n after signal n."""
+        return int(self.server.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def builds() -> Iterator[Builds]:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, *driver, *options], stderr=subprocess.DEVNULL, env=environment)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([sys.executable, "-c", SERVER], **pipes, text=True, env=environment) as server:
+        yield Builds(server)
 
 
 def cache_of_exports(folder: Path) -> Path:
     """The shared cache in a place of its own, and in it only exports, which take long: all else runs again."""
-    shutil.copytree(cache(), folder / "cache")
-    for entry in (folder / "cache").glob("??/*"):
-        if not list(entry.glob("files/*.onnx")):
-            shutil.rmtree(entry)
+    for entry in cache().glob("??/*"):
+        if list(entry.glob("files/*.onnx")):
+            shutil.copytree(entry, folder / "cache" / entry.parent.name / entry.name)
     return folder / "cache"
 
 
@@ -88,22 +122,23 @@ BOUNDARIES = [("begin", STAGES - 1), ("end", STAGES - 1), ("begin", 1), ("begin"
 
 
 @pytest.mark.parametrize(("which", "at"), BOUNDARIES)
-def test_killed_at_a_stage_boundary(old_and_new, tmp_path, which, at):
+def test_killed_at_a_stage_boundary(old_and_new, builds, tmp_path, which, at):
     old_path, model, old, new = old_and_new
     out, own = tmp_path / "bundle", cache_of_exports(tmp_path)
     shutil.copytree(old_path, out)
-    child = start(["-c", DRIVER, which, str(at)], model, out, own)
-    assert child.wait(timeout=120) == -signal.SIGKILL
+    builds.start(model, out, own, which, at)
+    assert builds.wait() == -signal.SIGKILL
     assert check(out, old, new, model, own) == (new if (which, at) == ("end", STAGES - 1) else old)
 
 
-def test_killed_at_random_moments(old_and_new, tmp_path):
+def test_killed_at_random_moments(old_and_new, builds, tmp_path):
     old_path, model, old, new = old_and_new
     own = cache_of_exports(tmp_path)
-    begin = time.monotonic()
     out = tmp_path / "bundle"
     shutil.copytree(old_path, out)
-    assert start(["-m", "export.build_engine"], model, out, own).wait(timeout=120) == 0
+    begin = time.monotonic()
+    builds.start(model, out, own)
+    assert builds.wait() == 0
     lasts = time.monotonic() - begin
     moments = random.Random(0)
     for _ in range(6):
@@ -111,8 +146,9 @@ def test_killed_at_random_moments(old_and_new, tmp_path):
         shutil.copytree(old_path, out)
         shutil.rmtree(own)
         cache_of_exports(tmp_path)  # else the first build would have left nothing to do
-        child = start(["-m", "export.build_engine"], model, out, own)
-        time.sleep(lasts * moments.uniform(0.3, 1.0))  # before that it only imports
-        child.kill()
-        child.wait(timeout=30)
+        child = builds.start(model, out, own)
+        time.sleep(lasts * moments.uniform(0.0, 1.0))
+        with contextlib.suppress(ProcessLookupError):  # it was faster this time
+            os.kill(child, signal.SIGKILL)
+        assert builds.wait() in (0, -signal.SIGKILL)
         check(out, old, new, model, own)
