@@ -31,12 +31,13 @@ demo: $(VENV)/.installed-export ## build the small model that ships, draw a pict
 	$(BIN)/python export/build_engine.py --model models/sana-tiny --precision fp16 --target sm80,sm86,sm89,sm120 --out $(BUNDLE)
 	$(BIN)/sana generate $(BUNDLE) "$(PROMPT)" --out $(OUT)/picture.png
 
-# A file's tests share what its fixtures build: they stay in one process. Those that need the GPU have it to themselves.
+# A file's tests share what its fixtures build: they stay in one process. Files come in the order of tests/conftest.py, long ones first.
+# Tests that need the GPU have it to themselves.
 test: $(VENV)/.installed-test ## lint, types, all tests (CPU; tests that need a GPU say that they skip)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses=$(WORKERS) --dist=loadfile
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses=$(WORKERS) --dist=loadfile --no-loadscope-reorder
 	$(BIN)/python -m pytest -m gpu -rs
 
 check: $(VENV)/.installed-test ## lint, types and the quick tests, in two processes of about the same length

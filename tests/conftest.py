@@ -1,6 +1,8 @@
 """For all tests."""
 
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import cpp_build
@@ -13,6 +15,33 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Time says more about the machine than about the code: on a busy one an example may take seconds.
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
+
+# Files that take a minute and more, the longest first: else one process begins a long one when the other has nothing left to do.
+LONGEST = (
+    "train/test_tiny.py",
+    "export/test_stages.py",
+    "export/test_kills.py",
+    "train/test_data_program.py",
+    "train/test_parallel.py",
+    "benchmarks/test_latency_peers.py",
+    "benchmarks/test_latency.py",
+)
+SHARED_CACHE = "SANA_TESTS_CACHE"  # of exports: see tiny_build.cache
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # xdist's workers inherit it
+        os.environ[SHARED_CACHE] = tempfile.mkdtemp(prefix="sana-tests-cache-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(SHARED_CACHE), ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import io
+import os
 import shutil
 import tempfile
 from dataclasses import replace
@@ -51,7 +52,8 @@ def tiny() -> Path:
 
 
 def cache() -> Path:
-    return shared() / "cache"
+    """The processes of one run share it: entries are named by what went into them, and appear whole (engines/store.py)."""
+    return Path(os.environ["SANA_TESTS_CACHE"])
 
 
 def quiet() -> Progress:

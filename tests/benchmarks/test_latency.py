@@ -225,10 +225,11 @@ def test_the_work_must_fit(bundle: Path) -> None:
 
 @pytest.mark.slow
 def test_sana_tiny_on_this_machines_own_clocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Noise is real, the slow-down is planted: the stopwatch says 40 % more than it measured.
+    """Noise is real, the slow-down is planted: the stopwatch says twice what it measured.
 
     Two runs of one bundle have differed by 5 % on a CPU, rounds in each by less than 1 %: where a process has its memory decides
-    too. So 10 % are let by here, and what is planted shows on a busy machine.
+    too, and what else runs. So 25 % are let by here, and what is planted shows on a busy machine. How small a slow-down is found is
+    shown above, with clocks that are planted.
     """
     bundle = tmp_path / "bundle"
     build = [
@@ -245,14 +246,14 @@ def test_sana_tiny_on_this_machines_own_clocks(tmp_path: Path, monkeypatch: pyte
     subprocess.run([sys.executable, *build], cwd=ROOT, check=True)
     monkeypatch.setattr(latency_session, "has_gpu", lambda: False)
     arguments = ["--bundle", str(bundle), "--history", str(tmp_path / "history"), "--components", "denoiser", "--sizes", "256"]
-    arguments += ["--peers", "none", "--check", "--confirm", "2", "--percent", "10"]
+    arguments += ["--peers", "none", "--check", "--confirm", "2", "--percent", "25", "--rounds", "15"]
     assert latency.main(arguments) == 0
     assert latency.main(arguments) == 0
 
     def slower(stopwatch: Stopwatch) -> Stopwatch:
         def watch(call: Callable[[], object]) -> Sample:
             found = stopwatch(call)
-            return Sample(1.4 * found.ms, 1.4 * found.wall_ms)
+            return Sample(2 * found.ms, 2 * found.wall_ms)
 
         return watch
 

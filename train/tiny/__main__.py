@@ -46,6 +46,8 @@ from train.trainer.checkpoint import latest
 from train.trainer.errors import TrainingError
 
 SAMPLES = 32  # pictures of samples.png
+NUM_PICTURES = 256  # that an autoencoder is measured on
+NUM_SINGLE = 1000  # scenes that the recogniser itself is judged on
 HELD_OUT_SEED = 951  # of the scenes on which the judge is judged
 
 
@@ -134,11 +136,11 @@ def autoencoders(training: Training) -> None:
         if not out.is_dir():
             training.trained(experiment)
             settings = training.settings(experiment)
-            export(settings, out, device=training.device)
+            export(settings, out, num_pictures=NUM_PICTURES, device=training.device)
         key = experiment.removeprefix("sana_tiny_")
         if key not in training.metrics:
             size = training.settings("sana_tiny_text").scenes.sizes[0]
-            pictures = held_out_pictures(training.sprites.rgba, 256, training.sprites.num_classes, size)
+            pictures = held_out_pictures(training.sprites.rgba, NUM_PICTURES, training.sprites.num_classes, size)
             training.record(key, measure(load_autoencoder(out, training.device), pictures))
 
 
@@ -148,7 +150,7 @@ def judge(training: Training) -> dict[str, Tensor]:
     if "recogniser" not in training.metrics:
         model, device, sprites = make_judge(training, weights), training.device, training.sprites
         side = training.settings("sana_tiny_recogniser").side
-        single = draw_scenes(1000, seed=HELD_OUT_SEED, num_objects=sprites.num_classes, kind=SINGLE)
+        single = draw_scenes(NUM_SINGLE, seed=HELD_OUT_SEED, num_objects=sprites.num_classes, kind=SINGLE)
         tensors = SceneTensors.of(single, device)
         autoencoder = load_autoencoder(training.work / "vae", device)
         found: dict[str, list[Tensor]] = {"composed": [], "decoded": []}
