@@ -31,7 +31,7 @@ PLAN = scaling.Plan(config=CONFIG, side=4, micro_batch=4, steps=2, curve_steps=6
 def run(out: Path, **changes: object) -> dict:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, str(out)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, json.dumps(changes)], capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    done = subprocess.run([*command, json.dumps(changes)], capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "train_scaling_2gpu_losses.json").read_text())["losses"]
 

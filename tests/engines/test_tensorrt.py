@@ -228,7 +228,7 @@ def test_the_version_in_an_engine(tmp_path):
 
 def run_python(code, **environment):
     return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=120, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment, timeout=600, check=False
     )
 
 

@@ -33,7 +33,7 @@ def opened(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch):
 
 def test_engines_load_at_the_same_time_for_the_first_picture(opened) -> None:
     together_ = threading.Barrier(len(COMPONENTS))
-    with opened(lambda component: together_.wait(timeout=20)) as engine:
+    with opened(lambda component: together_.wait(timeout=200)) as engine:
         assert engine._backend.load_s == {}
         engine.generate("a cat", **REQUEST)  # one after another would break the barrier
         assert set(engine._backend.load_s) == set(COMPONENTS)

@@ -25,7 +25,7 @@ def run(code: str, *, blocked: set[str]) -> str:
         [sys.executable, "-W", "error", "-c", BLOCK.format(blocked=blocked) + code],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
         cwd=Path(__file__).parents[2],
     )

@@ -78,7 +78,7 @@ def on_two(root: Path, **phases: dict[str, Any]) -> dict[str, list[dict[str, Any
     """What each process found, by the phase's name."""
     (root / "phases.json").write_text(json.dumps(phases))
     command = torchrun(str(WORKER), str(root / "phases.json"), str(root))
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, cwd=ROOT, env=environment())
     assert done.returncode == 0, done.stderr[-4000:]
     return {name: json.loads((root / f"{name}.json").read_text()) for name in phases}
 
