@@ -12,6 +12,9 @@ struct sana_engine {
 struct sana_pictures {
     sana::Pictures pictures;
 };
+struct sana_canceller {
+    std::stop_source source;
+};
 struct sana_error {
     sana::Error error;
 };
@@ -74,6 +77,7 @@ sana::Request request_of(const sana_request& from) {
     if (from.width != 0) out.width = from.width;
     if (from.height != 0) out.height = from.height;
     if (from.scheduler != nullptr) out.scheduler = from.scheduler;
+    if (from.canceller != nullptr) out.cancel = from.canceller->source.get_token();
     if (from.on_step != nullptr) {
         out.on_step = [&from](int step, int total, std::span<const float> latents) {
             return from.on_step(from.user, step, total, latents.data(), latents.size()) != 0;
@@ -125,6 +129,28 @@ sana_error* sana_generate(sana_engine* engine, const sana_request* request, sana
         *out = new sana_pictures{valued(engine->engine.generate(request_of(*request)))};
     });
 }
+
+sana_error* sana_apply_lora(sana_engine* engine, const char* path, double scale) {
+    return contained([&] {
+        require(engine, "engine");
+        require(path, "path");
+        if (const auto error = engine->engine.apply_lora(path, scale)) throw Failure(error->kind, error->message);
+    });
+}
+
+sana_canceller* sana_canceller_new() {
+    try {
+        return new sana_canceller;
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void sana_cancel(sana_canceller* canceller) {
+    if (canceller != nullptr) canceller->source.request_stop();
+}
+
+void sana_canceller_free(sana_canceller* canceller) { delete canceller; }
 
 size_t sana_pictures_count(const sana_pictures* pictures) { return pictures == nullptr ? 0 : pictures->pictures.images.size(); }
 
