@@ -146,6 +146,15 @@ def test_changed_manifests(ask):
     both_say(ask, [json.dumps(each, ensure_ascii=chance.random() < 0.5).encode() for each in documents])
 
 
+def test_numbers_that_equal_the_right_one(ask):
+    documents = []
+    for value in (32, 32.0, 31, 32.5, True, "32", None, 1 << 63, 1 << 64, -(1 << 80)):
+        document = copy.deepcopy(valid_documents()[0])
+        document["latents"]["px_per_latent"] = value
+        documents.append(json.dumps(document).encode())
+    both_say(ask, documents)
+
+
 @SAME_PYTHON
 def test_damaged_bytes(ask):
     chance = random.Random(9)

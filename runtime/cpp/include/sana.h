@@ -42,6 +42,7 @@ typedef struct sana_request {
     double guidance;                 /* NaN: as the bundle says */
     int64_t width, height;           /* px */
     const char* scheduler;           /* NULL: as the bundle says */
+    const char* schedule_file;       /* NULL, or a YAML file of a schedule in place of a scheduler */
     sana_on_step on_step;            /* NULL or called after each step */
     void* user;                      /* for on_step */
     const sana_canceller* canceller; /* NULL, or what cancels it; may be freed while the request is drawn */
@@ -54,6 +55,9 @@ SANA_EXPORT void sana_request_init(sana_request* request);
 SANA_EXPORT sana_error* sana_engine_open(const char* bundle, const sana_engine_options* options, sana_engine** out);
 /* After the request in progress; those that wait are refused. Calls that begin later may not have the engine. */
 SANA_EXPORT void sana_engine_close(sana_engine* engine);
+/* A picture again from its info: the same pixels on the same device. on_step, canceller: as in sana_request. */
+SANA_EXPORT sana_error* sana_replay(sana_engine* engine, const char* info, sana_on_step on_step, void* user,
+                                    const sana_canceller* canceller, sana_pictures** out);
 /* Reserved: refused, for engines cannot change their weights yet. */
 SANA_EXPORT sana_error* sana_apply_lora(sana_engine* engine, const char* path, double scale);
 SANA_EXPORT sana_error* sana_generate(sana_engine* engine, const sana_request* request, sana_pictures** out);
@@ -64,6 +68,8 @@ SANA_EXPORT sana_canceller* sana_canceller_new(void);
 SANA_EXPORT void sana_cancel(sana_canceller* canceller);
 SANA_EXPORT void sana_canceller_free(sana_canceller* canceller);
 
+/* One picture from a PNG file that sana_picture_save wrote. */
+SANA_EXPORT sana_error* sana_picture_read(const char* path, sana_pictures** out);
 SANA_EXPORT size_t sana_pictures_count(const sana_pictures* pictures);
 /* (height, width, 3) RGB, valid until sana_pictures_free; NULL if there is no such picture. width, height: NULL or filled. */
 SANA_EXPORT const uint8_t* sana_picture_pixels(const sana_pictures* pictures, size_t index, int* width, int* height);

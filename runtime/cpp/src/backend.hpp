@@ -1,6 +1,7 @@
 // What draws the pictures of a bundle on one kind of device. As Backend of runtime/session.py.
 #pragma once
 
+#include <cstdint>
 #include <functional>
 #include <span>
 #include <string>
@@ -12,6 +13,8 @@
 #include "session.hpp"
 
 namespace sana {
+
+constexpr std::int64_t kMaxBatch = 1;  // pictures drawn in one go: which never decides about their pixels then
 
 struct Job {                  // one picture, ready to be drawn
     std::vector<Text> texts;  // k: the negative prompt first

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <new>
 
 #include "failure.hpp"
@@ -63,6 +64,19 @@ const sana::Image* image_at(const sana_pictures* pictures, size_t index) {
     return pictures != nullptr && index < pictures->pictures.images.size() ? &pictures->pictures.images[index] : nullptr;
 }
 
+sana::OnStep callback_of(sana_on_step on_step, void* user) {
+    if (on_step == nullptr) return {};
+    return [on_step, user](int step, int total, std::span<const float> latents) {
+        return on_step(user, step, total, latents.data(), latents.size()) != 0;
+    };
+}
+
+sana_pictures* one_picture(sana::Image image) {
+    auto out = std::make_unique<sana_pictures>();
+    out->pictures.images.push_back(std::move(image));
+    return out.release();
+}
+
 sana::Request request_of(const sana_request& from) {
     sana::Request out;
     for (size_t i = 0; i < from.num_prompts; ++i) {
@@ -78,11 +92,8 @@ sana::Request request_of(const sana_request& from) {
     if (from.height != 0) out.height = from.height;
     if (from.scheduler != nullptr) out.scheduler = from.scheduler;
     if (from.canceller != nullptr) out.cancel = from.canceller->source.get_token();
-    if (from.on_step != nullptr) {
-        out.on_step = [&from](int step, int total, std::span<const float> latents) {
-            return from.on_step(from.user, step, total, latents.data(), latents.size()) != 0;
-        };
-    }
+    if (from.schedule_file != nullptr) out.schedule_file = from.schedule_file;
+    out.on_step = callback_of(from.on_step, from.user);
     return out;
 }
 
@@ -130,6 +141,18 @@ sana_error* sana_generate(sana_engine* engine, const sana_request* request, sana
     });
 }
 
+sana_error* sana_replay(sana_engine* engine, const char* info, sana_on_step on_step, void* user, const sana_canceller* canceller,
+                        sana_pictures** out) {
+    return contained([&] {
+        require(engine, "engine");
+        require(info, "info");
+        require(out, "out");
+        *out = nullptr;
+        const std::stop_token cancel = canceller != nullptr ? canceller->source.get_token() : std::stop_token();
+        *out = one_picture(valued(engine->engine.replay(info, callback_of(on_step, user), cancel)));
+    });
+}
+
 sana_error* sana_apply_lora(sana_engine* engine, const char* path, double scale) {
     return contained([&] {
         require(engine, "engine");
@@ -151,6 +174,15 @@ void sana_cancel(sana_canceller* canceller) {
 }
 
 void sana_canceller_free(sana_canceller* canceller) { delete canceller; }
+
+sana_error* sana_picture_read(const char* path, sana_pictures** out) {
+    return contained([&] {
+        require(path, "path");
+        require(out, "out");
+        *out = nullptr;
+        *out = one_picture(valued(sana::read_png(path)));
+    });
+}
 
 size_t sana_pictures_count(const sana_pictures* pictures) { return pictures == nullptr ? 0 : pictures->pictures.images.size(); }
 

@@ -13,6 +13,7 @@
 #include "python_text.hpp"
 #include "queue.hpp"
 #include "request.hpp"
+#include "schedule_file.hpp"
 
 namespace sana {
 namespace {
@@ -72,8 +73,47 @@ struct Engine::State {
         return bundle.file(kTokenizer);
     }
 
-    Pictures draw(const Request& request) {
-        const CheckedRequest checked = check_request(bundle.manifest, request);
+    Pictures generate(const Request& request) {
+        if (!request.schedule_file) return draw(check_request(bundle.manifest, request), request);
+        if (request.scheduler) {
+            throw Failure(ErrorKind::kRequest, "scheduler: got " + repr(*request.scheduler) + " beside the schedule " +
+                                                   repr(*request.schedule_file) + ". Leave one of them out.");
+        }
+        return draw(check_request(bundle.manifest, request, read_schedule_file(*request.schedule_file, request.steps)), request);
+    }
+
+    Image replay(const std::string& text, const OnStep& on_step, const std::stop_token& cancel) {
+        const PictureInfo info = parse_picture_info(text, "picture's metadata");
+        const Drawer& by = info.drawer;
+        if (by.bundle_digest != bundle.digest) {
+            throw Failure(ErrorKind::kRequest, "bundle: the picture was drawn by " + repr(by.model) + ", bundle " +
+                                                   by.bundle_digest.substr(0, 12) + "…; this is " + repr(bundle.manifest.model) +
+                                                   ", bundle " + bundle.digest.substr(0, 12) +
+                                                   "…. Use the bundle that it was drawn with.");
+        }
+        if (by.backend != chosen.name) {
+            throw Failure(ErrorKind::kRequest, "backend: the picture was drawn by " + repr(by.backend) + " on " + by.device +
+                                                   "; this is " + repr(chosen.name) + " on " + device +
+                                                   ". Open the bundle with backend=" + repr(by.backend) + ".");
+        }
+        if (info.batch_index >= info.batch_size || info.batch_size > kMaxBatch) {
+            throw Failure(ErrorKind::kRequest, "batch: got picture " + std::to_string(info.batch_index) + " of " +
+                                                   std::to_string(info.batch_size) + "; expected one of at most " +
+                                                   std::to_string(kMaxBatch) + ".");
+        }
+        Request request;
+        request.prompts = {info.prompt};
+        request.negative_prompts = {info.negative_prompt};
+        request.seeds = {info.seed};
+        request.guidance = info.guidance;
+        request.width = info.width;
+        request.height = info.height;
+        request.on_step = on_step;
+        request.cancel = cancel;
+        return std::move(draw(check_request(bundle.manifest, request, make_schedule(info.recipe)), request).images.front());
+    }
+
+    Pictures draw(const CheckedRequest& checked, const Request& request) {
         Pictures out;
         std::vector<Job> jobs;
         const bool guided = checked.guidance_weights().size() == 2;
@@ -97,7 +137,7 @@ struct Engine::State {
                 }
             });
             out.images.push_back({static_cast<int>(checked.width), static_cast<int>(checked.height), to_pixels(decoded),
-                                  picture_info(checked, job.index, drawer)});
+                                  json_of(picture_info(checked, job.index, drawer))});
         }
         return out;
     }
@@ -153,7 +193,15 @@ Result<Pictures> Engine::generate(const Request& request) {
     const std::shared_ptr<State> state = state_;  // which outlives an engine that goes while this waits
     return guard([&] {
         if (!state) throw closed_engine();
-        return state->draw(request);
+        return state->generate(request);
+    });
+}
+
+Result<Image> Engine::replay(const std::string& info, const OnStep& on_step, const std::stop_token& cancel) {
+    const std::shared_ptr<State> state = state_;
+    return guard([&] {
+        if (!state) throw closed_engine();
+        return state->replay(info, on_step, cancel);
     });
 }
 

@@ -44,6 +44,7 @@ struct Request {
     std::optional<double> guidance;     // 0 to 100; 1 and below use the prompt alone
     std::optional<long> width, height;  // px, multiples of 32 within the bundle's range
     std::optional<std::string> scheduler;
+    std::optional<std::string> schedule_file;  // in place of a scheduler: a YAML file, docs/runtime.md; `steps` replace its own
     OnStep on_step;
     // std::stop_source::request_stop() from any thread cancels the request: at once while it waits for others, else after the step
     // in progress.
@@ -72,6 +73,10 @@ class SANA_EXPORT Engine {
 
     Result<Pictures> generate(const Request& request);
 
+    // Draw a picture again from its info: the same pixels on the same device. Refused with a RequestError if it came from another
+    // bundle or backend.
+    Result<Image> replay(const std::string& info, const OnStep& on_step = {}, const std::stop_token& cancel = {});
+
     // Frees what draws, after the request in progress. Requests that wait, and later ones, are refused. From any thread, also from
     // a callback, where it does not wait.
     void close();
@@ -95,5 +100,7 @@ class SANA_EXPORT Engine {
 SANA_EXPORT std::vector<std::uint8_t> png_bytes(const Image& image);
 // Appears whole or not at all; missing folders are made. Returns the path.
 SANA_EXPORT Result<std::string> save_png(const Image& image, const std::string& path);
+// What save_png wrote, or another program wrote again: 8 bits a channel, RGB or RGBA, not interlaced, with its info.
+SANA_EXPORT Result<Image> read_png(const std::string& path);
 
 }  // namespace sana
