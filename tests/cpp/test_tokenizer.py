@@ -150,3 +150,13 @@ def test_damaged_files_are_refused(ask, tmp_path):
         )
         requests.append(("tokens", f"{path}\0abba".encode()))
     assert {kind for kind, _ in ask(requests)} <= {"ok", "CheckpointError"}
+
+
+def test_a_normalizer_that_doubles_and_doubles(ask, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    changes = {"normalizer": {"type": "Sequence", "normalizers": [doubling] * 40}}
+    path.write_text(json.dumps(json.loads(TINY.read_bytes()) | changes))
+    ((kind, text),) = ask([("tokens", f"{path}\0a".encode())])
+    assert kind == "CheckpointError"
+    assert "a normalizer that makes a text of more than 64 MB" in text.decode()

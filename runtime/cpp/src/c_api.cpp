@@ -52,6 +52,12 @@ void require(const void* pointer, const char* name) {
 }
 
 template <class T>
+void clear(T** out) {
+    require(out, "out");
+    *out = nullptr;
+}
+
+template <class T>
 void require_size(const T& options, const char* name) {
     if (options.struct_size != sizeof(T)) {
         throw Failure(ErrorKind::kRequest, std::string(name) + ".struct_size: got " + std::to_string(options.struct_size) +
@@ -112,9 +118,8 @@ void sana_request_init(sana_request* request) {
 
 sana_error* sana_engine_open(const char* bundle, const sana_engine_options* options, sana_engine** out) {
     return contained([&] {
+        clear(out);
         require(bundle, "bundle");
-        require(out, "out");
-        *out = nullptr;
         sana::EngineOptions wanted;
         if (options != nullptr) {
             require_size(*options, "sana_engine_options");
@@ -132,10 +137,9 @@ void sana_engine_close(sana_engine* engine) { delete engine; }
 
 sana_error* sana_generate(sana_engine* engine, const sana_request* request, sana_pictures** out) {
     return contained([&] {
+        clear(out);
         require(engine, "engine");
         require(request, "request");
-        require(out, "out");
-        *out = nullptr;
         require_size(*request, "sana_request");
         *out = new sana_pictures{valued(engine->engine.generate(request_of(*request)))};
     });
@@ -144,10 +148,9 @@ sana_error* sana_generate(sana_engine* engine, const sana_request* request, sana
 sana_error* sana_replay(sana_engine* engine, const char* info, sana_on_step on_step, void* user, const sana_canceller* canceller,
                         sana_pictures** out) {
     return contained([&] {
+        clear(out);
         require(engine, "engine");
         require(info, "info");
-        require(out, "out");
-        *out = nullptr;
         const std::stop_token cancel = canceller != nullptr ? canceller->source.get_token() : std::stop_token();
         *out = one_picture(valued(engine->engine.replay(info, callback_of(on_step, user), cancel)));
     });
@@ -177,9 +180,8 @@ void sana_canceller_free(sana_canceller* canceller) { delete canceller; }
 
 sana_error* sana_picture_read(const char* path, sana_pictures** out) {
     return contained([&] {
+        clear(out);
         require(path, "path");
-        require(out, "out");
-        *out = nullptr;
         *out = one_picture(valued(sana::read_png(path)));
     });
 }
