@@ -15,7 +15,7 @@ namespace sana {
 namespace {
 
 constexpr std::size_t kMaxBytes = 256 << 20;      // Gemma-2's is 34 MB
-constexpr std::size_t kMaxNormalized = 64 << 20;  // some Replace in a row can double a text each
+constexpr std::size_t kMaxNormalized = 16 << 20;  // some Replace in a row can double a text each
 
 // What ByteLevel writes for each byte: printable ASCII and Latin-1 as they are, the others as characters from U+0100 on.
 std::string byte_character(unsigned char byte) {
@@ -239,7 +239,7 @@ struct Tokenizer::Parts {
                 out.text += put;
                 if (track) out.origin.insert(out.origin.end(), put.size(), segment.origin[at]);
                 at += hit ? each.from.size() : 1;
-                if (out.text.size() > kMaxNormalized) unknown("a normalizer that makes a text of more than 64 MB");
+                if (out.text.size() > kMaxNormalized) unknown("a normalizer that makes a text of more than 16 MB");
             }
             segment = std::move(out);
         }
