@@ -21,7 +21,7 @@ Tensor taken(Outputs& outputs, const std::string& name) {
 
 OpenSession ort_sessions(const Bundle& bundle, int num_threads, std::string library) {
     return [&bundle, num_threads, library = std::move(library)](const std::string& component) {
-        return std::make_unique<OrtSession>(bundle.onnx_path(component), num_threads, component != "denoiser", library);
+        return std::make_unique<OrtSession>(bundle.onnx_path(component), num_threads, library);
     };
 }
 
