@@ -54,10 +54,10 @@ def ask(program: Path, requests: Iterable[tuple[str, bytes]]) -> list[tuple[str,
     sent = b"".join(f"{word} {len(body)}\n".encode() + body for word, body in requests)
     done = subprocess.run([program], input=sent, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
-    answers, rest = [], done.stdout
-    while rest:
-        head, _, rest = rest.partition(b"\n")
-        kind, size = head.split()
-        answers.append((kind.decode(), rest[: int(size)]))
-        rest = rest[int(size) :]
+    answers, at, out = [], 0, done.stdout
+    while at < len(out):
+        end = out.index(b"\n", at)
+        kind, size = out[at:end].split()
+        at = end + 1 + int(size)
+        answers.append((kind.decode(), out[end + 1 : at]))
     return answers
