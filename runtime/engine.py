@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,6 +174,13 @@ class SanaEngine:
             scheduler=info.schedule.recipe().make(),
         )
         return self._draw(request, on_step)[info.batch_index]
+
+    def apply_lora(self, path: Path | str, scale: float = 1.0) -> NoReturn:
+        """Reserved. Raises RequestError: engines cannot change their weights yet."""
+        raise RequestError(
+            f"apply_lora: got {str(path)!r} with a scale of {float(scale)!r}; engines cannot change their weights yet. Fuse the "
+            "LoRA into the checkpoint, and build a bundle of that."
+        )
 
     @contextmanager
     def session(self, component: str) -> Iterator[Session]:

@@ -46,8 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def cpp(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The folder with the C++ programs: SANA_CPP_BUILD, or one that goes with the run."""
+    """The folder with the C++ programs: SANA_CPP_BUILD, or one that goes with the run. SANA_CPP_SANITIZE: as cpp_build.build's."""
+    sanitize = os.environ.get("SANA_CPP_SANITIZE", "")
     if kept := os.environ.get("SANA_CPP_BUILD"):
-        return cpp_build.build(Path(kept))
+        return cpp_build.build(Path(kept), sanitize=sanitize)
     base = tmp_path_factory.getbasetemp()
-    return cpp_build.build((base if worker_id == "master" else base.parent) / "cpp")
+    return cpp_build.build((base if worker_id == "master" else base.parent) / "cpp", sanitize=sanitize)

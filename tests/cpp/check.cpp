@@ -17,8 +17,11 @@
 #include "manifest.hpp"
 #include "noise.hpp"
 #include "onnx_locations.hpp"
+#include "picture_info.hpp"
+#include "png_reader.hpp"
 #include "python_text.hpp"
 #include "schedule.hpp"
+#include "schedule_file.hpp"
 #include "tokenizer.hpp"
 #include "unicode.hpp"
 
@@ -93,6 +96,16 @@ std::string tokens(const std::string& body) {  // path and text, a NUL between -
     return raw(out);
 }
 
+std::string png(const std::string& body) {  // a file's bytes -> its info, a NUL and the pixels
+    const Image image = decode_png(body, "picture.png");
+    return image.info + '\0' + raw(image.pixels);
+}
+
+std::string schedule_file(const std::string& path) {
+    const Schedule made = read_schedule_file(path);
+    return raw(made.sigmas) + raw(made.table);
+}
+
 std::string answer(const std::string& word, const std::string& body) {
     if (word == "manifest") return parse_manifest(body, "manifest.json").model;
     if (word == "json") return python_repr(parse_json(body, "manifest.json"));
@@ -102,6 +115,9 @@ std::string answer(const std::string& word, const std::string& body) {
     if (word == "noise") return noise(body);
     if (word == "schedule") return schedule(body);
     if (word == "tokens") return tokens(body);
+    if (word == "info") return json_of(parse_picture_info(body, "picture"));
+    if (word == "png") return png(body);
+    if (word == "schedule_file") return schedule_file(body);
     if (word == "sha256") return sha256(body);
     if (word == "lower") return lower(body);
     if (word == "strip") return strip(body);

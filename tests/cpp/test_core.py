@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import random
 import shutil
 import sys
@@ -146,6 +147,15 @@ def test_changed_manifests(ask):
     both_say(ask, [json.dumps(each, ensure_ascii=chance.random() < 0.5).encode() for each in documents])
 
 
+def test_numbers_that_equal_the_right_one(ask):
+    documents = []
+    for value in (32, 32.0, 31, 32.5, True, "32", None, 1 << 63, 1 << 64, -(1 << 80)):
+        document = copy.deepcopy(valid_documents()[0])
+        document["latents"]["px_per_latent"] = value
+        documents.append(json.dumps(document).encode())
+    both_say(ask, documents)
+
+
 @SAME_PYTHON
 def test_damaged_bytes(ask):
     chance = random.Random(9)
@@ -195,6 +205,10 @@ def test_lone_surrogates_and_depth(ask):
     documents = [json.dumps(valid_documents()[0]).replace("hostile", text).encode() for text in texts]
     documents += [json.dumps(valid_documents()[0]).replace('"none"', "[" * n + "]" * n).encode() for n in (150, 199, 200, 300)]
     documents.append(b"[" * 1_000_000)
+    many = valid_documents()[0]
+    entry = next(iter(many["files"].values()))
+    many["files"] |= {f"f{index}": entry for index in range(10_000)}
+    documents.append(json.dumps(many).encode())
     both_say(ask, documents)
 
 
@@ -235,15 +249,41 @@ def test_bad_bundles(ask, tmp_path):
     path = spoilt("fifo") / "parity.json"
     path.unlink()
     path.mkdir()
-    for name, location in {"up": "../../secret", "here": "./model.onnx.data", "unlisted": "u.data", "none": ""}.items():
-        rewrite_location(spoilt(f"location-{name}"), location)
+    (tmp_path / "secret").write_bytes(bytes(24))
+    locations = [
+        "../../secret",
+        "/etc/hostname",
+        "../denoiser/model.onnx.data",
+        "unlisted.data",
+        "./model.onnx.data",
+        "",
+        "model.onnx.data",
+    ]
+    for number, location in enumerate(locations):
+        folder = spoilt(f"location-{number}")
+        (folder / "decoder" / "unlisted.data").write_bytes(bytes(24))
+        rewrite_location(folder, location)
+    folder = spoilt("link-to-the-same")
+    shutil.move(folder / "parity.json", tmp_path / "elsewhere")
+    (folder / "parity.json").symlink_to(tmp_path / "elsewhere")
+    manifest = json.loads((pristine / "manifest.json").read_bytes())
+    for number, change in enumerate(({"schema_version": 3, "new": 1}, {"schema_version": 1}, {"licence": 3})):
+        (spoilt(f"manifest-{number}") / "manifest.json").write_text(json.dumps(manifest | change))
+    (spoilt("half") / "manifest.json").write_bytes((pristine / "manifest.json").read_bytes()[:999])
+    path = spoilt("manifest-fifo") / "manifest.json"
+    path.unlink()
+    os.mkfifo(path)
+    with open(spoilt("hole") / "manifest.json", "wb") as file:
+        file.truncate(1 << 40)  # takes no room on the disk
+    (tmp_path / "link").symlink_to(pristine)
+    folders.append(tmp_path / "link")
     for word, verify in (("bundle", True), ("unverified", False)):
         for folder, (kind, text) in zip(folders, ask([(word, str(folder).encode()) for folder in folders]), strict=True):
             try:
                 expected = "ok", Bundle.open(folder, verify=verify).digest
             except SanaError as error:
                 expected = type(error).__name__, str(error)
-            assert (kind, text.decode()) == expected
+            assert (kind, text.decode()) == expected, folder
 
 
 def rewrite_location(folder: Path, location: str) -> None:

@@ -10,10 +10,11 @@ from pathlib import Path
 import fakes
 import numpy as np
 import pytest
+from cpp_bundles import letters_bundle
 from cpp_pictures import flags, run_program, same_pictures
 from PIL import Image
 
-from engines.bundle import PromptInfo, ScheduleInfo
+from engines.bundle import ScheduleInfo
 from engines.errors import SanaError
 from runtime import SanaEngine
 
@@ -25,28 +26,9 @@ def run(cpp):
     return partial(run_program, cpp)
 
 
-def save_letters(path: Path) -> None:
-    """A tokenizer of single letters, as the C++ runtime reads it, in place of the fake's whole words."""
-    words = ["<pad>", "<eos>", "<bos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", "▁", "an", "▁a"]
-    fakes_tokenizer(path)
-    document = json.loads(path.read_text())
-    del document["pre_tokenizer"]
-    document["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    vocabulary = {word: index for index, word in enumerate(words)}
-    merges = [["a", "n"], ["▁", "a"]]
-    document["model"] = {"type": "BPE", "vocab": vocabulary, "merges": merges, "unk_token": "<unk>", "fuse_unk": True}
-    path.write_text(json.dumps(document))
-
-
-fakes_tokenizer = fakes.save_fake_tokenizer
-
-
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fakes, "save_fake_tokenizer", save_letters)
-        prompt = PromptInfo(complex_human_instruction="draw ", max_sequence_length=fakes.LENGTH)
-        return fakes.write_fake_bundle(tmp_path_factory.mktemp("cpp") / "fake", prompt=prompt).path
+    return letters_bundle(tmp_path_factory.mktemp("cpp") / "fake")
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +49,11 @@ def sprint(tmp_path_factory) -> Path:
         return inputs | more
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fakes, "save_fake_tokenizer", save_letters)
         patch.setitem(fakes.GRAPHS, "denoiser", (text, shapes))
         patch.setattr(fakes, "fake_inputs", fake_inputs)
         schedule = ScheduleInfo(scheduler="scm", num_inference_steps=3, guidance_scale=4.5, max_timestep=1.5)
         folder = tmp_path_factory.mktemp("cpp") / "sprint"
-        return fakes.write_fake_bundle(folder, schedule=schedule, guidance_embeds=True).path
+        return letters_bundle(folder, schedule=schedule, guidance_embeds=True)
 
 
 @CUT

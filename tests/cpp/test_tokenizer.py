@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from golden import make_prompt_corpus
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 ROOT = Path(__file__).parents[2]
@@ -79,15 +80,15 @@ def test_every_character(ask):
     equal(ask, TINY, [f"a{c}1{c} {c}{c}" for c in known[::9]])
 
 
-def gemma_like(path: Path, **model: object) -> Path:
-    """A tokenizer.json with the parts of Gemma-2's, trained on the prompts."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True, **model))
+def gemma_like(path: Path, texts: list[str] = PROMPTS, *, vocabulary: int = 900, alphabet: int = 200) -> Path:
+    """A tokenizer.json with the parts of Gemma-2's, trained on the texts."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     special = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    alphabet = trainers.BpeTrainer(vocab_size=900, special_tokens=special, limit_alphabet=200, show_progress=False)
-    tokenizer.train_from_iterator(PROMPTS, alphabet)
+    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=special, limit_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("\n\n", "\n\n\n", "▁▁", "▁▁▁", "<h1>")])
     tokenizer.add_tokens([AddedToken("a b", normalized=True)])
     bos = tokenizer.token_to_id("<bos>")
@@ -135,6 +136,34 @@ def test_parts_that_it_does_not_know_are_refused(ask, tmp_path, changes, words):
     assert text.decode().startswith(str(path))
 
 
+def answered(ask, path: Path, texts: list[str]) -> list[list[int]]:
+    answers = ask([("tokens", f"{path}\0{text}".encode()) for text in texts])
+    assert {kind for kind, _ in answers} == {"ok"}
+    return [np.frombuffer(body, np.int64)[::2].tolist() for _, body in answers]
+
+
+def test_corpus(ask):
+    """Digests that both sides are held to, so that neither drifts together with the other."""
+    corpus = make_prompt_corpus.prompts()
+    assert len(corpus) == 2000
+    assert len({text for _, text in corpus}) > 1950
+    golden = json.loads((ROOT / "tests" / "golden" / "prompt_corpus.json").read_text())
+    assert make_prompt_corpus.golden() == golden
+    ids = answered(ask, TINY, [text for _, text in corpus])
+    for language, expected in golden.items():
+        mine = [row for (each, _), row in zip(corpus, ids, strict=True) if each == language]
+        assert make_prompt_corpus.digest(mine) == expected["ids"], language
+
+
+def test_corpus_with_a_tokenizer_like_gemmas(ask, tmp_path):
+    texts = [text for _, text in make_prompt_corpus.prompts()]
+    path = gemma_like(tmp_path / "tokenizer.json", texts[::3], vocabulary=4000, alphabet=500)
+    tokenizer = Tokenizer.from_file(str(path))
+    assert tokenizer.get_vocab_size() > 3000
+    assert any("<0x" in token for text in texts for token in tokenizer.encode(text).tokens)  # some characters fall back to bytes
+    equal(ask, path, texts)
+
+
 def test_damaged_files_are_refused(ask, tmp_path):
     """None crashes it, and none is taken for a tokenizer that it is not."""
     chance = random.Random(14)
@@ -150,3 +179,13 @@ def test_damaged_files_are_refused(ask, tmp_path):
         )
         requests.append(("tokens", f"{path}\0abba".encode()))
     assert {kind for kind, _ in ask(requests)} <= {"ok", "CheckpointError"}
+
+
+def test_a_normalizer_that_doubles_and_doubles(ask, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    doubling = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    changes = {"normalizer": {"type": "Sequence", "normalizers": [doubling] * 40}}
+    path.write_text(json.dumps(json.loads(TINY.read_bytes()) | changes))
+    ((kind, text),) = ask([("tokens", f"{path}\0a".encode())])
+    assert kind == "CheckpointError"
+    assert "a normalizer that makes a text of more than 16 MB" in text.decode()

@@ -13,8 +13,9 @@
 extern "C" {
 #endif
 
-typedef struct sana_engine sana_engine;     /* may be shared between threads: requests wait for one another */
-typedef struct sana_pictures sana_pictures; /* of one request; may be read by several threads */
+typedef struct sana_engine sana_engine;       /* may be shared between threads: drawn one at a time, in the order of the calls */
+typedef struct sana_pictures sana_pictures;   /* of one request; may be read by several threads */
+typedef struct sana_canceller sana_canceller; /* cancels requests, from any thread */
 typedef struct sana_error sana_error;
 
 /* After each step, counted from 1 over all pictures. latents: count floats (1, C, h, w), valid during the call. 0 cancels. */
@@ -35,14 +36,16 @@ typedef struct sana_request {
     size_t struct_size;
     const char* const* prompts;
     size_t num_prompts;
-    const char* negative_prompt; /* NULL or one for all */
-    uint64_t seed;               /* of the first picture; the next ones get the next integers */
-    int64_t steps;               /* 0: as the bundle says; so are the following */
-    double guidance;             /* NaN: as the bundle says */
-    int64_t width, height;       /* px */
-    const char* scheduler;       /* NULL: as the bundle says */
-    sana_on_step on_step;        /* NULL or called after each step */
-    void* user;                  /* for on_step */
+    const char* negative_prompt;     /* NULL or one for all */
+    uint64_t seed;                   /* of the first picture; the next ones get the next integers */
+    int64_t steps;                   /* 0: as the bundle says; so are the following */
+    double guidance;                 /* NaN: as the bundle says */
+    int64_t width, height;           /* px */
+    const char* scheduler;           /* NULL: as the bundle says */
+    const char* schedule_file;       /* NULL, or a YAML file of a schedule in place of a scheduler */
+    sana_on_step on_step;            /* NULL or called after each step */
+    void* user;                      /* for on_step */
+    const sana_canceller* canceller; /* NULL, or what cancels it; may be freed while the request is drawn */
 } sana_request;
 
 SANA_EXPORT void sana_engine_options_init(sana_engine_options* options);
@@ -50,9 +53,23 @@ SANA_EXPORT void sana_request_init(sana_request* request);
 
 /* options: NULL for the usual ones. */
 SANA_EXPORT sana_error* sana_engine_open(const char* bundle, const sana_engine_options* options, sana_engine** out);
+/* After the request in progress; those that wait are refused. Calls that begin later may not have the engine. */
 SANA_EXPORT void sana_engine_close(sana_engine* engine);
+/* A picture again from its info: the same pixels on the same device. on_step, canceller: as in sana_request. */
+SANA_EXPORT sana_error* sana_replay(sana_engine* engine, const char* info, sana_on_step on_step, void* user,
+                                    const sana_canceller* canceller, sana_pictures** out);
+/* Reserved: refused, for engines cannot change their weights yet. */
+SANA_EXPORT sana_error* sana_apply_lora(sana_engine* engine, const char* path, double scale);
 SANA_EXPORT sana_error* sana_generate(sana_engine* engine, const sana_request* request, sana_pictures** out);
 
+/* NULL if there is no memory. */
+SANA_EXPORT sana_canceller* sana_canceller_new(void);
+/* At once where the request waits for others, else after the step in progress. For good: the next request needs a new one. */
+SANA_EXPORT void sana_cancel(sana_canceller* canceller);
+SANA_EXPORT void sana_canceller_free(sana_canceller* canceller);
+
+/* One picture from a PNG file that sana_picture_save wrote. */
+SANA_EXPORT sana_error* sana_picture_read(const char* path, sana_pictures** out);
 SANA_EXPORT size_t sana_pictures_count(const sana_pictures* pictures);
 /* (height, width, 3) RGB, valid until sana_pictures_free; NULL if there is no such picture. width, height: NULL or filled. */
 SANA_EXPORT const uint8_t* sana_picture_pixels(const sana_pictures* pictures, size_t index, int* width, int* height);

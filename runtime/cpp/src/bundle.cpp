@@ -45,11 +45,12 @@ void recover(const std::string& folder) {
     const int lock = open(parent.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);  // a living writer between its renames holds it
     bool moved = lock >= 0 && flock(lock, LOCK_EX) == 0;
     if (moved && !is_there(folder) && is_folder(aside)) moved = std::rename(aside.c_str(), folder.c_str()) == 0;
-    const std::string why = moved ? "" : std::strerror(errno);
+    const int error = errno;
     if (lock >= 0) close(lock);
     if (!moved) {
         throw Failure(ErrorKind::kBundle, folder + ": a writer was killed and left the bundle in " + aside +
-                                              ", which cannot be renamed back (" + why + "). Run: mv " + aside + " " + folder);
+                                              ", which cannot be renamed back (" + std::strerror(error) + "). Run: mv " + aside +
+                                              " " + folder);
     }
 }
 

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <new>
 
 #include "failure.hpp"
@@ -11,6 +12,9 @@ struct sana_engine {
 };
 struct sana_pictures {
     sana::Pictures pictures;
+};
+struct sana_canceller {
+    std::stop_source source;
 };
 struct sana_error {
     sana::Error error;
@@ -48,6 +52,12 @@ void require(const void* pointer, const char* name) {
 }
 
 template <class T>
+void clear(T** out) {
+    require(out, "out");
+    *out = nullptr;
+}
+
+template <class T>
 void require_size(const T& options, const char* name) {
     if (options.struct_size != sizeof(T)) {
         throw Failure(ErrorKind::kRequest, std::string(name) + ".struct_size: got " + std::to_string(options.struct_size) +
@@ -58,6 +68,19 @@ void require_size(const T& options, const char* name) {
 
 const sana::Image* image_at(const sana_pictures* pictures, size_t index) {
     return pictures != nullptr && index < pictures->pictures.images.size() ? &pictures->pictures.images[index] : nullptr;
+}
+
+sana::OnStep callback_of(sana_on_step on_step, void* user) {
+    if (on_step == nullptr) return {};
+    return [on_step, user](int step, int total, std::span<const float> latents) {
+        return on_step(user, step, total, latents.data(), latents.size()) != 0;
+    };
+}
+
+sana_pictures* one_picture(sana::Image image) {
+    auto out = std::make_unique<sana_pictures>();
+    out->pictures.images.push_back(std::move(image));
+    return out.release();
 }
 
 sana::Request request_of(const sana_request& from) {
@@ -74,11 +97,9 @@ sana::Request request_of(const sana_request& from) {
     if (from.width != 0) out.width = from.width;
     if (from.height != 0) out.height = from.height;
     if (from.scheduler != nullptr) out.scheduler = from.scheduler;
-    if (from.on_step != nullptr) {
-        out.on_step = [&from](int step, int total, std::span<const float> latents) {
-            return from.on_step(from.user, step, total, latents.data(), latents.size()) != 0;
-        };
-    }
+    if (from.canceller != nullptr) out.cancel = from.canceller->source.get_token();
+    if (from.schedule_file != nullptr) out.schedule_file = from.schedule_file;
+    out.on_step = callback_of(from.on_step, from.user);
     return out;
 }
 
@@ -97,9 +118,8 @@ void sana_request_init(sana_request* request) {
 
 sana_error* sana_engine_open(const char* bundle, const sana_engine_options* options, sana_engine** out) {
     return contained([&] {
+        clear(out);
         require(bundle, "bundle");
-        require(out, "out");
-        *out = nullptr;
         sana::EngineOptions wanted;
         if (options != nullptr) {
             require_size(*options, "sana_engine_options");
@@ -117,12 +137,52 @@ void sana_engine_close(sana_engine* engine) { delete engine; }
 
 sana_error* sana_generate(sana_engine* engine, const sana_request* request, sana_pictures** out) {
     return contained([&] {
+        clear(out);
         require(engine, "engine");
         require(request, "request");
-        require(out, "out");
-        *out = nullptr;
         require_size(*request, "sana_request");
         *out = new sana_pictures{valued(engine->engine.generate(request_of(*request)))};
+    });
+}
+
+sana_error* sana_replay(sana_engine* engine, const char* info, sana_on_step on_step, void* user, const sana_canceller* canceller,
+                        sana_pictures** out) {
+    return contained([&] {
+        clear(out);
+        require(engine, "engine");
+        require(info, "info");
+        const std::stop_token cancel = canceller != nullptr ? canceller->source.get_token() : std::stop_token();
+        *out = one_picture(valued(engine->engine.replay(info, callback_of(on_step, user), cancel)));
+    });
+}
+
+sana_error* sana_apply_lora(sana_engine* engine, const char* path, double scale) {
+    return contained([&] {
+        require(engine, "engine");
+        require(path, "path");
+        if (const auto error = engine->engine.apply_lora(path, scale)) throw Failure(error->kind, error->message);
+    });
+}
+
+sana_canceller* sana_canceller_new() {
+    try {
+        return new sana_canceller;
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void sana_cancel(sana_canceller* canceller) {
+    if (canceller != nullptr) canceller->source.request_stop();
+}
+
+void sana_canceller_free(sana_canceller* canceller) { delete canceller; }
+
+sana_error* sana_picture_read(const char* path, sana_pictures** out) {
+    return contained([&] {
+        clear(out);
+        require(path, "path");
+        *out = one_picture(valued(sana::read_png(path)));
     });
 }
 

@@ -1,18 +1,19 @@
 #include "sana/engine.hpp"
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
+#include <memory>
 #include <mutex>
-#include <thread>
 
-#include "bundle.hpp"
+#include "engine_parts.hpp"
 #include "failure.hpp"
 #include "ort_backend.hpp"
 #include "picture_info.hpp"
 #include "prompt.hpp"
 #include "python_text.hpp"
+#include "queue.hpp"
 #include "request.hpp"
+#include "schedule_file.hpp"
 
 namespace sana {
 namespace {
@@ -57,23 +58,62 @@ std::string choose_backend(const std::string& wanted, const Manifest& manifest) 
 }  // namespace
 
 struct Engine::State {
-    State(const std::string& folder, const EngineOptions& options)
-        : bundle(Bundle::open(folder, false)),
-          backend_reason(choose_backend(options.backend, bundle.manifest)),
-          backend(bundle, options.num_threads, options.low_memory, options.onnxruntime_library),
-          tokenizer(verified(options.verify), bundle.manifest.prompt) {}
+    State(Bundle opened, const EngineParts::Choose& choose, bool verify)
+        : bundle(std::move(opened)),
+          chosen(choose(bundle)),
+          device(chosen.backend->device),
+          tokenizer(verified(verify), bundle.manifest.prompt) {}
 
     std::string verified(bool verify) const {  // the tokenizer's path, once what is opened of the bundle is known to be right
         if (verify) {
-            std::vector<std::string> names = backend.files();
+            std::vector<std::string> names = chosen.backend->files();
             names.insert(names.begin(), kTokenizer);
             bundle.verify(names);
         }
         return bundle.file(kTokenizer);
     }
 
-    Pictures draw(const Request& request) {
-        const CheckedRequest checked = check_request(bundle.manifest, request);
+    Pictures generate(const Request& request) {
+        if (!request.schedule_file) return draw(check_request(bundle.manifest, request), request);
+        if (request.scheduler) {
+            throw Failure(ErrorKind::kRequest, "scheduler: got " + repr(*request.scheduler) + " beside the schedule " +
+                                                   repr(*request.schedule_file) + ". Leave one of them out.");
+        }
+        return draw(check_request(bundle.manifest, request, read_schedule_file(*request.schedule_file, request.steps)), request);
+    }
+
+    Image replay(const std::string& text, const OnStep& on_step, const std::stop_token& cancel) {
+        const PictureInfo info = parse_picture_info(text, "picture's metadata");
+        const Drawer& by = info.drawer;
+        if (by.bundle_digest != bundle.digest) {
+            throw Failure(ErrorKind::kRequest, "bundle: the picture was drawn by " + repr(by.model) + ", bundle " +
+                                                   by.bundle_digest.substr(0, 12) + "…; this is " + repr(bundle.manifest.model) +
+                                                   ", bundle " + bundle.digest.substr(0, 12) +
+                                                   "…. Use the bundle that it was drawn with.");
+        }
+        if (by.backend != chosen.name) {
+            throw Failure(ErrorKind::kRequest, "backend: the picture was drawn by " + repr(by.backend) + " on " + by.device +
+                                                   "; this is " + repr(chosen.name) + " on " + device +
+                                                   ". Open the bundle with backend=" + repr(by.backend) + ".");
+        }
+        if (info.batch_index >= info.batch_size || info.batch_size > kMaxBatch) {
+            throw Failure(ErrorKind::kRequest, "batch: got picture " + std::to_string(info.batch_index) + " of " +
+                                                   std::to_string(info.batch_size) + "; expected one of at most " +
+                                                   std::to_string(kMaxBatch) + ".");
+        }
+        Request request;
+        request.prompts = {info.prompt};
+        request.negative_prompts = {info.negative_prompt};
+        request.seeds = {info.seed};
+        request.guidance = info.guidance;
+        request.width = info.width;
+        request.height = info.height;
+        request.on_step = on_step;
+        request.cancel = cancel;
+        return std::move(draw(check_request(bundle.manifest, request, make_schedule(info.recipe)), request).images.front());
+    }
+
+    Pictures draw(const CheckedRequest& checked, const Request& request) {
         Pictures out;
         std::vector<Job> jobs;
         const bool guided = checked.guidance_weights().size() == 2;
@@ -83,59 +123,97 @@ struct Engine::State {
             if (guided) job.texts.push_back(tokenizer.encode(checked.negative_prompts[i], true, out.warnings));
             job.texts.push_back(tokenizer.encode(checked.prompts[i], false, out.warnings));
         }
-        if (working == std::this_thread::get_id()) {
-            throw Failure(ErrorKind::kSana,
-                          "SanaEngine was called from its own on_step. Let the request end first, or use a second engine.");
-        }
-        const std::lock_guard held(lock);
-        const Working mark(working);
+        const Queue::Turn turn = queue.wait(request.cancel);
         const int per_picture = static_cast<int>(checked.schedule.table.size()),
                   total = per_picture * static_cast<int>(jobs.size());
-        const Drawer drawer{bundle.manifest.model, bundle.digest, backend_name, backend.device};
+        const Drawer drawer{bundle.manifest.model, bundle.digest, chosen.name, device};
         for (const Job& job : jobs) {
             const int before = static_cast<int>(job.index) * per_picture;
-            const Tensor decoded = backend.draw(checked, job, [&](int step, std::span<const float> latents) {
-                if (request.on_step && !request.on_step(before + step, total, latents)) {
+            const Tensor decoded = chosen.backend->draw(checked, job, [&](int step, std::span<const float> latents) {
+                const bool goes_on = !request.on_step || request.on_step(before + step, total, latents);
+                if (!goes_on || request.cancel.stop_requested()) {
                     throw Failure(ErrorKind::kCancelled,
                                   "cancelled after step " + std::to_string(before + step) + " of " + std::to_string(total) + ".");
                 }
             });
             out.images.push_back({static_cast<int>(checked.width), static_cast<int>(checked.height), to_pixels(decoded),
-                                  picture_info(checked, job.index, drawer)});
+                                  json_of(picture_info(checked, job.index, drawer))});
         }
         return out;
     }
 
-    struct Working {  // which thread draws, so that a call from its own callback does not wait for itself
-        explicit Working(std::atomic<std::thread::id>& to) : at(to) { at = std::this_thread::get_id(); }
-        ~Working() { at = std::thread::id(); }
-        std::atomic<std::thread::id>& at;
-    };
+    void close() {
+        if (!queue.close()) return;
+        const std::lock_guard held(freeing);  // of several that close
+        chosen.backend.reset();
+    }
 
     Bundle bundle;
-    std::string backend_name = "onnxruntime", backend_reason;
-    OrtBackend backend;
+    EngineParts::Chosen chosen;  // its backend goes when the engine is closed
+    std::string device;
     PromptTokenizer tokenizer;
-    std::mutex lock;
-    std::atomic<std::thread::id> working;
+    Queue queue;
+    std::mutex freeing;
 };
 
-Engine::Engine(std::unique_ptr<State> state) : state_(std::move(state)) {}
+Engine EngineParts::made(Bundle bundle, const Choose& choose, bool verify) {
+    return Engine(std::make_shared<Engine::State>(std::move(bundle), choose, verify));
+}
+
+std::size_t EngineParts::queued(const Engine& engine) { return engine.state_->queue.length(); }
+
+Engine::Engine(std::shared_ptr<State> state) : state_(std::move(state)) {}
 Engine::Engine(Engine&&) noexcept = default;
-Engine& Engine::operator=(Engine&&) noexcept = default;
-Engine::~Engine() = default;
+Engine& Engine::operator=(Engine&& other) noexcept {
+    if (this != &other) {
+        close();
+        state_ = std::move(other.state_);
+    }
+    return *this;
+}
+Engine::~Engine() { close(); }
+
+void Engine::close() {
+    if (state_) state_->close();
+}
 
 Result<Engine> Engine::open(const std::string& bundle, const EngineOptions& options) {
-    return guard([&] { return Engine(std::make_unique<State>(bundle, options)); });
+    return guard([&] {
+        const auto choose = [&](const Bundle& opened) {
+            std::string reason = choose_backend(options.backend, opened.manifest);
+            auto sessions = ort_sessions(opened, options.num_threads, options.onnxruntime_library);
+            return EngineParts::Chosen{"onnxruntime", std::move(reason),
+                                       std::make_unique<OrtBackend>(opened, std::move(sessions), options.low_memory)};
+        };
+        return EngineParts::made(Bundle::open(bundle, false), choose, options.verify);
+    });
 }
 
 Result<Pictures> Engine::generate(const Request& request) {
-    return guard([&] { return state_->draw(request); });
+    const std::shared_ptr<State> state = state_;  // which outlives an engine that goes while this waits
+    return guard([&] {
+        if (!state) throw closed_engine();
+        return state->generate(request);
+    });
 }
 
-const std::string& Engine::backend() const { return state_->backend_name; }
-const std::string& Engine::backend_reason() const { return state_->backend_reason; }
-const std::string& Engine::device() const { return state_->backend.device; }
+Result<Image> Engine::replay(const std::string& info, const OnStep& on_step, const std::stop_token& cancel) {
+    const std::shared_ptr<State> state = state_;
+    return guard([&] {
+        if (!state) throw closed_engine();
+        return state->replay(info, on_step, cancel);
+    });
+}
+
+std::optional<Error> Engine::apply_lora(const std::string& path, double scale) {
+    return Error{ErrorKind::kRequest, "apply_lora: got " + repr(path) + " with a scale of " + repr(scale) +
+                                          "; engines cannot change their weights yet. Fuse the LoRA into the checkpoint, and "
+                                          "build a bundle of that."};
+}
+
+const std::string& Engine::backend() const { return state_->chosen.name; }
+const std::string& Engine::backend_reason() const { return state_->chosen.reason; }
+const std::string& Engine::device() const { return state_->device; }
 const std::string& Engine::bundle_digest() const { return state_->bundle.digest; }
 
 }  // namespace sana

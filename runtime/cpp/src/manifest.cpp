@@ -296,9 +296,7 @@ Manifest parse_manifest(std::string_view data, const std::string& source) {
     Reader reader;
     Manifest manifest;
     if (const std::string error = second_opinion(data); !error.empty()) {
-        std::string shown = repr_bytes(data);
-        if (shown.size() > 80) shown = shown.substr(0, 77) + "...";
-        reader.complain({}, "got " + shown + "; " + error);
+        reader.complain_of_bytes(data, error);
     } else {
         read_manifest(reader, document, manifest);
     }

@@ -21,7 +21,14 @@ struct RunOptions;
 struct MemoryInfo;
 struct Value;
 struct ShapeInfo;
-struct Allocator;
+
+struct Allocator {  // the table of one, up to the version that is asked for
+    std::uint32_t version;
+    void* (*alloc)(Allocator*, std::size_t);
+    void (*free)(Allocator*, void*);
+    const MemoryInfo* (*info)(const Allocator*);
+    const MemoryInfo* memory;  // of ours
+};
 
 enum ElementType : int { kFloat = 1, kInt64 = 7 };
 enum : int { kSequential = 0, kLogErrors = 3, kDeviceAllocator = 0, kDefaultMemory = 0 };
@@ -70,7 +77,7 @@ using ReleaseRunOptions = Slot<97, void(RunOptions*)>;
 using ReleaseShapeInfo = Slot<99, void(ShapeInfo*)>;
 using ReleaseSessionOptions = Slot<100, void(SessionOptions*)>;
 using AddSessionConfigEntry = Slot<130, Status*(SessionOptions*, const char* key, const char* value)>;
-using AddRunConfigEntry = Slot<165, Status*(RunOptions*, const char* key, const char* value)>;
+using RegisterAllocator = Slot<176, Status*(Env*, Allocator*)>;
 using SetDeterministicCompute = Slot<273, Status*(SessionOptions*, bool)>;
 
 // The library, opened once for the process.

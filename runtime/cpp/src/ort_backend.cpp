@@ -19,8 +19,14 @@ Tensor taken(Outputs& outputs, const std::string& name) {
 
 }  // namespace
 
-OrtBackend::OrtBackend(const Bundle& bundle, int num_threads, bool low_memory, std::string library)
-    : device(cpu_name()), bundle_(bundle), num_threads_(num_threads), low_memory_(low_memory), library_(std::move(library)) {}
+OpenSession ort_sessions(const Bundle& bundle, int num_threads, std::string library) {
+    return [&bundle, num_threads, library = std::move(library)](const std::string& component) {
+        return std::make_unique<OrtSession>(bundle.onnx_path(component), num_threads, library);
+    };
+}
+
+OrtBackend::OrtBackend(const Bundle& bundle, OpenSession open, bool low_memory)
+    : Backend(cpu_name()), bundle_(bundle), open_(std::move(open)), low_memory_(low_memory) {}
 
 std::vector<std::string> OrtBackend::files() const {
     std::vector<std::string> out;
@@ -32,7 +38,7 @@ std::vector<std::string> OrtBackend::files() const {
 
 Session& OrtBackend::session(const std::string& component) {
     auto& held = sessions_[component];
-    if (!held) held = std::make_unique<OrtSession>(bundle_.onnx_path(component), num_threads_, component != "denoiser", library_);
+    if (!held) held = open_(component);
     return *held;
 }
 
@@ -62,8 +68,7 @@ Tensor OrtBackend::embed_all(const std::vector<Text>& texts) {
     return out;
 }
 
-Tensor OrtBackend::draw(const CheckedRequest& request, const Job& job,
-                        const std::function<void(int, std::span<const float>)>& after_step) {
+Tensor OrtBackend::draw(const CheckedRequest& request, const Job& job, const AfterStep& after_step) {
     Session& denoiser = session("denoiser");
     const Tensor embeds = embed_all(job.texts);
     Outputs projected = session("text_projection").run({{"prompt_embeds", &embeds}});

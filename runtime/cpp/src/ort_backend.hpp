@@ -5,32 +5,27 @@
 #include <list>
 #include <map>
 #include <memory>
-#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "backend.hpp"
 #include "bundle.hpp"
-#include "prompt.hpp"
-#include "request.hpp"
-#include "session.hpp"
 
 namespace sana {
 
-struct Job {                  // one picture, ready to be drawn
-    std::vector<Text> texts;  // k: the negative prompt first
-    std::size_t index;        // in the request
-};
+// The session of a component, when it is first used.
+using OpenSession = std::function<std::unique_ptr<Session>(const std::string& component)>;
 
-class OrtBackend {
+OpenSession ort_sessions(const Bundle& bundle, int num_threads, std::string library);  // the bundle must outlive it
+
+class OrtBackend : public Backend {
   public:
-    OrtBackend(const Bundle& bundle, int num_threads, bool low_memory, std::string library);
+    // The bundle must outlive it. low_memory: the text encoder goes after each use.
+    OrtBackend(const Bundle& bundle, OpenSession open, bool low_memory);
 
-    std::vector<std::string> files() const;  // what it opens of the bundle, by the manifest's names
-    // (1, 3, H, W), nominally -1 to 1. after_step: with the number of the step, from 1, and the latents (1, C, h, w).
-    Tensor draw(const CheckedRequest& request, const Job& job, const std::function<void(int, std::span<const float>)>& after_step);
-
-    std::string device;
+    std::vector<std::string> files() const override;
+    Tensor draw(const CheckedRequest& request, const Job& job, const AfterStep& after_step) override;
 
   private:
     Session& session(const std::string& component);
@@ -38,9 +33,8 @@ class OrtBackend {
     Tensor embed_all(const std::vector<Text>& texts);  // (k, 1, L, C)
 
     const Bundle& bundle_;
-    int num_threads_;
+    OpenSession open_;
     bool low_memory_;
-    std::string library_;
     std::map<std::string, std::unique_ptr<Session>> sessions_;
     std::list<std::pair<std::vector<std::int64_t>, Tensor>> embedded_;  // the latest first
 };

@@ -6,6 +6,7 @@
 
 #include "failure.hpp"
 #include "ort_api.hpp"
+#include "ort_memory.hpp"
 #include "python_text.hpp"
 
 #ifndef SANA_ONNXRUNTIME_LIBRARY
@@ -58,6 +59,7 @@ Library opened_library(const std::string& path) {
         ReleaseStatus::call(library.table, status);
         throw Failure(ErrorKind::kSana, "ONNX Runtime failed (" + message + ").");
     }
+    use_system_memory(library.table, library.env);
     return library;
 }
 

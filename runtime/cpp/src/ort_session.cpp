@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "failure.hpp"
+#include "ort_memory.hpp"
 #include "python_text.hpp"
 #include "unicode.hpp"
 
@@ -120,7 +121,7 @@ std::string cpu_name() {
     return "CPU";
 }
 
-OrtSession::OrtSession(std::string path, int num_threads, bool release_memory, const std::string& library)
+OrtSession::OrtSession(std::string path, int num_threads, const std::string& library)
     : path_(std::move(path)),
       ort_(ort::library(library)),
       session_(nullptr, release<ReleaseSession, ort::Session>),
@@ -135,6 +136,7 @@ OrtSession::OrtSession(std::string path, int num_threads, bool release_memory, c
         check(SetInterOpNumThreads::call(table, raw, 1));
         // Threads that spin between operators take the cores from others.
         check(AddSessionConfigEntry::call(table, raw, "session.intra_op.allow_spinning", "0"));
+        check(AddSessionConfigEntry::call(table, raw, kUseSystemMemory, "1"));
         check(SetSessionExecutionMode::call(table, raw, kSequential));
         check(SetDeterministicCompute::call(table, raw, true));
         check(SetSessionLogSeverityLevel::call(table, raw, kLogErrors));
@@ -144,7 +146,6 @@ OrtSession::OrtSession(std::string path, int num_threads, bool release_memory, c
         RunOptions* run_options = nullptr;
         check(CreateRunOptions::call(table, &run_options));
         run_options_.reset(run_options);
-        if (release_memory) check(AddRunConfigEntry::call(table, run_options, "memory.enable_memory_arena_shrinkage", "cpu:0"));
         MemoryInfo* memory = nullptr;
         check(CreateCpuMemoryInfo::call(table, kDeviceAllocator, kDefaultMemory, &memory));
         memory_.reset(memory);

@@ -15,10 +15,9 @@ std::string cpu_name();  // this machine's processor in words
 
 class OrtSession : public Session {
   public:
-    // num_threads: for one operator; 0 for default_threads(). release_memory: give the working memory back after each run, for
-    // components that run once a picture. library: of ONNX Runtime, "" for the usual one. Raises BundleError for a graph that it
-    // does not take.
-    OrtSession(std::string path, int num_threads, bool release_memory, const std::string& library);
+    // num_threads: for one operator; 0 for default_threads(). library: of ONNX Runtime, "" for the usual one. Raises BundleError
+    // for a graph that it does not take.
+    OrtSession(std::string path, int num_threads, const std::string& library);
 
     // Inputs that the graph does not have are left out. Raises SanaError for one that is missing, and when the run fails.
     Outputs run(const Inputs& inputs) override;

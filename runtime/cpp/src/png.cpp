@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <memory>
 #include <random>
 
 #include "failure.hpp"
@@ -42,6 +43,8 @@ void put_chunk(Bytes& out, std::string_view kind, const Bytes& body) {
 void deflate_onto(Bytes& out, Bytes& filtered, bool last) {
     z_stream stream{};
     if (deflateInit2(&stream, kLevel, Z_DEFLATED, -MAX_WBITS, 8, Z_DEFAULT_STRATEGY) != Z_OK) throw std::bad_alloc();
+    const std::unique_ptr<z_stream, int (*)(z_stream*)> ended(&stream,
+                                                              deflateEnd);  // also if there is no memory for what comes out
     const std::size_t at = out.size();
     out.resize(at + deflateBound(&stream, static_cast<uLong>(filtered.size())) + 16);  // and an empty block
     stream.next_in = filtered.data();
@@ -51,7 +54,6 @@ void deflate_onto(Bytes& out, Bytes& filtered, bool last) {
     deflate(&stream, Z_NO_FLUSH);
     deflate(&stream, last ? Z_FINISH : Z_FULL_FLUSH);
     out.resize(at + stream.total_out);
-    deflateEnd(&stream);
 }
 
 Bytes compressed(const Image& image) {

@@ -90,14 +90,18 @@ long check_side(const std::string& name, std::optional<long> value, const ShapeR
     return side;
 }
 
-Schedule check_schedule(const Request& request, const ScheduleInfo& info) {
+Schedule check_schedule(const Request& request, const std::optional<Schedule>& given, const ScheduleInfo& info) {
     Recipe recipe;
-    recipe.scheduler = request.scheduler.value_or(info.scheduler);
-    recipe.num_steps = request.steps.value_or(info.num_inference_steps);
-    recipe.flow_shift = info.flow_shift;
+    if (given) {
+        recipe = given->recipe;
+    } else {
+        recipe.scheduler = request.scheduler.value_or(info.scheduler);
+        recipe.num_steps = request.steps.value_or(info.num_inference_steps);
+        recipe.flow_shift = info.flow_shift;
+        recipe.max_timestep = info.max_timestep;
+        recipe.intermediate_timestep = info.intermediate_timestep.value_or(kIntermediateTimestep);
+    }
     recipe.timestep_scale = info.timestep_scale;
-    recipe.max_timestep = info.max_timestep;
-    recipe.intermediate_timestep = info.intermediate_timestep.value_or(kIntermediateTimestep);
     Schedule schedule = make_schedule(recipe);
     const bool scm = info.scheduler == "scm";
     if ((recipe.scheduler == "scm") != scm) {
@@ -118,7 +122,7 @@ std::vector<float> CheckedRequest::guidance_weights() const {
     return {static_cast<float>(1 - guidance), static_cast<float>(guidance)};
 }
 
-CheckedRequest check_request(const Manifest& manifest, const Request& request) {
+CheckedRequest check_request(const Manifest& manifest, const Request& request, const std::optional<Schedule>& schedule) {
     CheckedRequest out;
     check_prompts(request.prompts, "prompts", true);
     out.prompts = request.prompts;
@@ -128,7 +132,7 @@ CheckedRequest check_request(const Manifest& manifest, const Request& request) {
     out.seeds = check_seeds(request.seeds, count);
     out.width = check_side("width", request.width, manifest.ranges);
     out.height = check_side("height", request.height, manifest.ranges);
-    out.schedule = check_schedule(request, manifest.schedule);
+    out.schedule = check_schedule(request, schedule, manifest.schedule);
     out.guidance_embeds = manifest.guidance_embeds;
     const bool given = std::any_of(out.negative_prompts.begin(), out.negative_prompts.end(),
                                    [](const std::string& text) { return !strip(text).empty(); });

@@ -1,6 +1,7 @@
 // A request for pictures, checked against what the bundle can do. As runtime/request.py, with its messages.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +22,7 @@ struct CheckedRequest {
     std::vector<float> guidance_weights() const;  // (k): of the velocities of negative prompt and prompt
 };
 
-CheckedRequest check_request(const Manifest& manifest, const Request& request);  // Raises RequestError
+// schedule: in place of the request's scheduler, from a file or a picture. Raises RequestError, and what make_schedule raises.
+CheckedRequest check_request(const Manifest& manifest, const Request& request, const std::optional<Schedule>& schedule = {});
 
 }  // namespace sana

@@ -54,6 +54,14 @@ void Reader::got(const Place& at, const Json& value, const std::string& expected
     complain(at, "got " + short_repr(python_repr(value)) + "; " + expected);
 }
 
+void Reader::complain_of_bytes(std::string_view document, const std::string& message) {
+    std::string shown = repr_bytes(document);
+    if (shown.size() > kMaxShown) shown = shown.substr(0, kMaxShown - 3) + "...";
+    complain({}, "got " + shown + "; " + message);
+}
+
+void Reader::add(const Reader& other) { complaints_.insert(complaints_.end(), other.complaints_.begin(), other.complaints_.end()); }
+
 void Reader::finish(const std::string& source) const {
     if (complaints_.empty()) return;
     const std::vector<std::string> shown(complaints_.begin(),
@@ -182,8 +190,14 @@ void Reader::word(const Json& value, const Place& at, const std::vector<std::str
 }
 
 void Reader::number_word(const Json& value, const Place& at, std::int64_t valid) {
-    const auto* found = value.get<std::int64_t>();
-    if (found == nullptr || *found != valid) got(at, value, "input should be " + std::to_string(valid));
+    if (value.get<BigInteger>() != nullptr)
+        return got(at, value, "unable to parse input string as an integer, exceeded maximum size");
+    const auto* whole = value.get<std::int64_t>();
+    const auto* real = value.get<double>();
+    const auto* flag = value.get<bool>();  // 1.0 and true are 1, for pydantic
+    const bool equal = (whole != nullptr && *whole == valid) || (real != nullptr && *real == static_cast<double>(valid)) ||
+                       (flag != nullptr && static_cast<std::int64_t>(*flag) == valid);
+    if (!equal) got(at, value, "input should be " + std::to_string(valid));
 }
 
 void Reader::pattern(const Json& value, const Place& at, const char* pattern, bool (*fits)(std::string_view),

@@ -22,6 +22,7 @@ struct Limits {  // of an integer
 struct RealLimits {
     std::optional<double> above = std::nullopt, least = std::nullopt, most = std::nullopt;
 };
+constexpr RealLimits kPositive{.above = 0};
 struct TextLimits {  // characters
     std::size_t least = 0, most = std::numeric_limits<std::size_t>::max();
 };
@@ -54,6 +55,8 @@ class Reader {
 
     void got(const Place& at, const Json& value, const std::string& expected);
     void complain(const Place& at, const std::string& message);
+    void complain_of_bytes(std::string_view document, const std::string& message);  // of one that is not JSON for pydantic
+    void add(const Reader& other);                                                  // its complaints
     bool clean() const { return complaints_.empty(); }
     std::size_t count() const { return complaints_.size(); }
     // Raises ManifestError if there was any complaint.

@@ -14,7 +14,8 @@
 namespace sana {
 namespace {
 
-constexpr std::size_t kMaxBytes = 256 << 20;  // Gemma-2's is 34 MB
+constexpr std::size_t kMaxBytes = 256 << 20;      // Gemma-2's is 34 MB
+constexpr std::size_t kMaxNormalized = 16 << 20;  // some Replace in a row can double a text each
 
 // What ByteLevel writes for each byte: printable ASCII and Latin-1 as they are, the others as characters from U+0100 on.
 std::string byte_character(unsigned char byte) {
@@ -238,6 +239,7 @@ struct Tokenizer::Parts {
                 out.text += put;
                 if (track) out.origin.insert(out.origin.end(), put.size(), segment.origin[at]);
                 at += hit ? each.from.size() : 1;
+                if (out.text.size() > kMaxNormalized) unknown("a normalizer that makes a text of more than 16 MB");
             }
             segment = std::move(out);
         }
@@ -326,19 +328,28 @@ struct Tokenizer::Parts {
     }
 };
 
-Tokenizer::Tokenizer(const std::string& path) {
-    auto parts = std::make_unique<Parts>();
-    parts->path = path;
+namespace {
+
+std::string contents(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     std::ostringstream text;
     if (!file || !(text << file.rdbuf())) {
         throw Failure(ErrorKind::kCheckpoint, path + ": cannot be read ([Errno " + std::to_string(errno) + "] " +
                                                   std::strerror(errno) + ": " + repr(path) + "); expected a tokenizer.json.");
     }
-    const std::string data = std::move(text).str();
+    return std::move(text).str();
+}
+
+}  // namespace
+
+Tokenizer::Tokenizer(const std::string& path) : Tokenizer(contents(path), path) {}
+
+Tokenizer::Tokenizer(std::string_view document, const std::string& path) {
+    auto parts = std::make_unique<Parts>();
+    parts->path = path;
     Json json;
     try {
-        json = parse_json(data, "JSON", kMaxBytes);
+        json = parse_json(document, "JSON", kMaxBytes);
     } catch (const Failure& failure) {
         parts->refuse(failure.error().message);
     }

@@ -23,6 +23,7 @@ class Tokenizer {
   public:
     // Raises CheckpointError for a file that is missing, not a tokenizer, or one with parts that are not known here.
     explicit Tokenizer(const std::string& path);
+    Tokenizer(std::string_view document, const std::string& path);  // of what the file holds
     Tokenizer(Tokenizer&&) noexcept;
     ~Tokenizer();
 

@@ -14,6 +14,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <stop_token>
 #include <string>
 #include <vector>
 
@@ -43,7 +44,11 @@ struct Request {
     std::optional<double> guidance;     // 0 to 100; 1 and below use the prompt alone
     std::optional<long> width, height;  // px, multiples of 32 within the bundle's range
     std::optional<std::string> scheduler;
+    std::optional<std::string> schedule_file;  // in place of a scheduler: a YAML file, docs/runtime.md; `steps` replace its own
     OnStep on_step;
+    // std::stop_source::request_stop() from any thread cancels the request: at once while it waits for others, else after the step
+    // in progress.
+    std::stop_token cancel;
 };
 
 struct Image {
@@ -57,15 +62,27 @@ struct Pictures {
     std::vector<std::string> warnings;  // of prompts that were cut
 };
 
-// May be shared between threads: requests wait for one another.
+// One engine, many threads: any thread may call `generate` at any time. Requests are drawn one at a time, in the order in which
+// they came. A request's callback runs in the thread that asked, and must not ask the same engine for more.
 class SANA_EXPORT Engine {
   public:
     static Result<Engine> open(const std::string& bundle, const EngineOptions& options = {});
     Engine(Engine&&) noexcept;
     Engine& operator=(Engine&&) noexcept;
-    ~Engine();
+    ~Engine();  // as close(); requests that wait elsewhere may outlive it, calls that begin later may not
 
     Result<Pictures> generate(const Request& request);
+
+    // Draw a picture again from its info: the same pixels on the same device. Refused with a RequestError if it came from another
+    // bundle or backend.
+    Result<Image> replay(const std::string& info, const OnStep& on_step = {}, const std::stop_token& cancel = {});
+
+    // Frees what draws, after the request in progress. Requests that wait, and later ones, are refused. From any thread, also from
+    // a callback, where it does not wait.
+    void close();
+
+    // Reserved: refused with a RequestError, for engines cannot change their weights yet.
+    std::optional<Error> apply_lora(const std::string& path, double scale = 1.0);
 
     const std::string& backend() const;         // what draws
     const std::string& backend_reason() const;  // why that
@@ -73,14 +90,17 @@ class SANA_EXPORT Engine {
     const std::string& bundle_digest() const;
 
   private:
+    friend struct EngineParts;
     struct State;
-    explicit Engine(std::unique_ptr<State> state);
-    std::unique_ptr<State> state_;
+    explicit Engine(std::shared_ptr<State> state);
+    std::shared_ptr<State> state_;
 };
 
 // A PNG file with the image's info, equal to what the Python runtime writes for the same pixels and info.
 SANA_EXPORT std::vector<std::uint8_t> png_bytes(const Image& image);
 // Appears whole or not at all; missing folders are made. Returns the path.
 SANA_EXPORT Result<std::string> save_png(const Image& image, const std::string& path);
+// What save_png wrote, or another program wrote again: 8 bits a channel, RGB or RGBA, not interlaced, with its info.
+SANA_EXPORT Result<Image> read_png(const std::string& path);
 
 }  // namespace sana

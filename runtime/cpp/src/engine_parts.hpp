@@ -1,0 +1,27 @@
+// An engine of parts that the caller chose: what Engine::open does once it knows what draws, and what tests do with fake sessions.
+#pragma once
+
+#include <functional>
+#include <memory>
+#include <string>
+
+#include "backend.hpp"
+#include "bundle.hpp"
+#include "sana/engine.hpp"
+
+namespace sana {
+
+struct EngineParts {
+    struct Chosen {
+        std::string name, reason;  // of what draws
+        std::unique_ptr<Backend> backend;
+    };
+    using Choose = std::function<Chosen(const Bundle&)>;  // the bundle stays where it is as long as the engine lives
+
+    // verify: compare the SHA-256 of the tokenizer and of what the backend opens. Raises what they raise.
+    static Engine made(Bundle bundle, const Choose& choose, bool verify);
+
+    static std::size_t queued(const Engine& engine);  // requests that wait or are drawn
+};
+
+}  // namespace sana
