@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "runtime" / "cpp"
 
 
-def build(folder: Path) -> Path:
+def build(folder: Path, source: Path = SOURCE) -> Path:
     """`folder` with the programs in it. Skips where a tool or a package is missing; fails where the code does not compile."""
     for tool in ("cmake", "c++"):
         if shutil.which(tool) is None:
@@ -23,7 +23,7 @@ def build(folder: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # -O1 and all files at once: compiles in half the time, and rounds the same
         options = ["-DSANA_TESTS=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0"]
-        configured = subprocess.run(["cmake", "-S", SOURCE, "-B", folder, *options], capture_output=True, text=True, check=False)
+        configured = subprocess.run(["cmake", "-S", source, "-B", folder, *options], capture_output=True, text=True, check=False)
         if configured.returncode:
             if "Could NOT find" in configured.stderr:
                 missing = next(line for line in configured.stderr.splitlines() if "Could NOT find" in line)
