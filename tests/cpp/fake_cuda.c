@@ -2,8 +2,21 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #define FAKE __attribute__((visibility("default")))
+
+static int asked(const char* call, int otherwise) { /* FAKE_CUDA_BREAKS: a call that fails with FAKE_CUDA_CODE */
+    const char* breaks = getenv("FAKE_CUDA_BREAKS");
+    return breaks != NULL && strcmp(breaks, call) == 0 ? atoi(getenv("FAKE_CUDA_CODE")) : otherwise;
+}
+
+FAKE int cuInit(unsigned flags) { return (void)flags, asked("cuInit", 0); }
+FAKE int cuDeviceGetCount(int* count) { return *count = getenv("FAKE_CUDA_SM") != NULL, asked("cuDeviceGetCount", 0); }
+FAKE int cuDeviceGet(int* device, int index) { return *device = index, asked("cuDeviceGet", 0); }
+FAKE int cuDeviceGetName(char* name, int size, int device) {
+    return (void)device, snprintf(name, (size_t)size, "NVIDIA Fake"), asked("cuDeviceGetName", 0);
+}
 
 FAKE int cuCtxGetCurrent(void** context) { return *context = getenv("FAKE_CUDA_NO_CONTEXT") ? NULL : (void*)1, 0; }
 FAKE int cuCtxGetId(void* context, unsigned long long* id) { return (void)context, *id = 1, 0; }

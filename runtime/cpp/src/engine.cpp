@@ -6,6 +6,7 @@
 #include <mutex>
 #include <thread>
 
+#include "backend_choice.hpp"
 #include "bundle.hpp"
 #include "failure.hpp"
 #include "ort_backend.hpp"
@@ -40,26 +41,12 @@ std::vector<std::uint8_t> to_pixels(const Tensor& decoded) {
     return out;
 }
 
-std::string choose_backend(const std::string& wanted, const Manifest& manifest) {  // why ONNX Runtime draws
-    static const std::vector<std::string> words = {"auto", "tensorrt", "onnxruntime"};
-    if (std::find(words.begin(), words.end(), wanted) == words.end()) {
-        throw Failure(ErrorKind::kRequest, "backend: got " + repr(wanted) + "; " + nearest(wanted, words) + ".");
-    }
-    if (wanted == "tensorrt") {
-        throw Failure(
-            ErrorKind::kRequest,
-            "backend: got 'tensorrt', which this libsana_runtime was built without. Use 'onnxruntime', or the Python runtime.");
-    }
-    if (wanted == "onnxruntime") return "it was asked for";
-    return manifest.targets.empty() ? "the bundle has portable graphs only" : "this libsana_runtime was built without TensorRT";
-}
-
 }  // namespace
 
 struct Engine::State {
     State(const std::string& folder, const EngineOptions& options)
         : bundle(Bundle::open(folder, false)),
-          backend_reason(choose_backend(options.backend, bundle.manifest)),
+          backend_reason(choose_backend(options.backend, bundle)),
           backend(bundle, options.num_threads, options.low_memory, options.onnxruntime_library),
           tokenizer(verified(options.verify), bundle.manifest.prompt) {}
 
