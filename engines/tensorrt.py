@@ -150,7 +150,7 @@ def _check_plugins(trt: Any, network: Any, onnx_path: Path, expected: Mapping[st
         layer = network.get_layer(index)
         if layer.type == trt.LayerType.PLUGIN_V3:
             layer.__class__ = trt.IPluginV3Layer  # TensorRT's own way to reach a layer's fields
-            found[str(layer.plugin.plugin_name)] += 1
+            found[str(layer.plugin.get_capability_interface(trt.PluginCapabilityType.CORE).plugin_name)] += 1
     wanted = {op: count for op, count in expected.items() if count}
     if dict(found) != wanted:
         raise PluginMissingError(

@@ -15,7 +15,7 @@ from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_
 from pathlib import Path
 from typing import Any
 
-__all__ = ["WORKSPACE", "CublasError", "Product"]
+__all__ = ["WORKSPACE", "CublasError", "Product", "paths"]
 
 WORKSPACE = 32 << 20  # bytes; what NVIDIA recommends for compute capability 9.0
 CANDIDATES = 8  # algorithms that the heuristic is asked for: one that it names may still be refused when it runs
@@ -45,7 +45,7 @@ class _Heuristic(ctypes.Structure):
     )
 
 
-def _paths() -> list[str]:
+def paths() -> list[str]:
     """Where the library may be, in the order of trying."""
     found = []
     for version in VERSIONS:
@@ -64,7 +64,7 @@ def _paths() -> list[str]:
 def _library() -> Any:
     """Raises CublasError if there is none."""
     tried = []
-    for path in _paths():
+    for path in paths():
         try:
             return ctypes.CDLL(path)
         except OSError as error:

@@ -27,6 +27,7 @@ import numpy as np
 
 from plugins import cublas_lt
 from plugins.launch import Expression, Launch, LaunchError, Product, evaluate
+from plugins.native import load_native
 
 __all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
 
@@ -385,10 +386,14 @@ def _launch_kernel() -> Any:
 def register(trt: ModuleType, ops: Iterable[str] = OPS) -> None:
     """Tell TensorRT (the module `tensorrt` or `tensorrt_rtx`) about the plugins of these ops, once a process however often called.
 
-    Needed before an ONNX file with such nodes is parsed and before an engine with such plugins is loaded.
-    Raises RuntimeError if another plugin of that name and version is registered already.
+    Needed before an ONNX file with such nodes is parsed and before an engine with such plugins is loaded. Uses the shell in C++
+    (plugins/native.py) where it is installed.
+    Raises RuntimeError if another plugin of that name and version is registered already, or for a library that cannot be loaded.
     """
+    native = OPS if load_native(trt) else ()
     for op in ops:
+        if op in native:
+            continue
         if (trt.__name__, op) in _creators:
             continue
         creator = _classes(trt)[1](op)

@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "runtime" / "cpp"
 
 
-def build(folder: Path, *targets: str, sanitize: str = "") -> Path:
+def build(folder: Path, *targets: str, source: Path = SOURCE, sanitize: str = "") -> Path:
     """`folder` with the programs in it. Skips where a tool or a package is missing; fails where the code does not compile.
 
     targets: what of it to build; all of it unless given. sanitize: "thread", or "address,undefined".
@@ -27,7 +27,7 @@ def build(folder: Path, *targets: str, sanitize: str = "") -> Path:
         # -O1 and all files at once: compiles in half the time, and rounds the same
         options = ["-DSANA_TESTS=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", "-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_UNITY_BUILD_BATCH_SIZE=0"]
         options += [f"-DSANA_SANITIZE={sanitize}"]
-        configured = subprocess.run(["cmake", "-S", SOURCE, "-B", folder, *options], capture_output=True, text=True, check=False)
+        configured = subprocess.run(["cmake", "-S", source, "-B", folder, *options], capture_output=True, text=True, check=False)
         if configured.returncode:
             if "Could NOT find" in configured.stderr:
                 missing = next(line for line in configured.stderr.splitlines() if "Could NOT find" in line)

@@ -169,7 +169,7 @@ def test_refused(library, call):
 
 
 def test_not_installed(monkeypatch):
-    monkeypatch.setattr(cublas_lt, "_paths", lambda: ["libnothing.so.13", "/nowhere/libcublasLt.so.13"])
+    monkeypatch.setattr(cublas_lt, "paths", lambda: ["libnothing.so.13", "/nowhere/libcublasLt.so.13"])
     cublas_lt._library.cache_clear()
     with pytest.raises(cublas_lt.CublasError, match=r"got no cuBLASLt \(libnothing.*nowhere.*pip install 'sana-deploy"):
         cublas_lt._library()
@@ -180,7 +180,7 @@ def test_paths(tmp_path, monkeypatch):
     (tmp_path / "nvidia" / "cu13").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "nvidia", raising=False)
-    paths = cublas_lt._paths()
+    paths = cublas_lt.paths()
     assert paths[:2] == ["libcublasLt.so.13", str(tmp_path / "nvidia" / "cu13" / "lib" / "libcublasLt.so.13")]
     assert "libcublasLt.so.12" in paths
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <mutex>
 
+#include "backend_choice.hpp"
 #include "engine_parts.hpp"
 #include "failure.hpp"
 #include "ort_backend.hpp"
@@ -39,20 +40,6 @@ std::vector<std::uint8_t> to_pixels(const Tensor& decoded) {
         }
     }
     return out;
-}
-
-std::string choose_backend(const std::string& wanted, const Manifest& manifest) {  // why ONNX Runtime draws
-    static const std::vector<std::string> words = {"auto", "tensorrt", "onnxruntime"};
-    if (std::find(words.begin(), words.end(), wanted) == words.end()) {
-        throw Failure(ErrorKind::kRequest, "backend: got " + repr(wanted) + "; " + nearest(wanted, words) + ".");
-    }
-    if (wanted == "tensorrt") {
-        throw Failure(
-            ErrorKind::kRequest,
-            "backend: got 'tensorrt', which this libsana_runtime was built without. Use 'onnxruntime', or the Python runtime.");
-    }
-    if (wanted == "onnxruntime") return "it was asked for";
-    return manifest.targets.empty() ? "the bundle has portable graphs only" : "this libsana_runtime was built without TensorRT";
 }
 
 }  // namespace
@@ -180,7 +167,7 @@ void Engine::close() {
 Result<Engine> Engine::open(const std::string& bundle, const EngineOptions& options) {
     return guard([&] {
         const auto choose = [&](const Bundle& opened) {
-            std::string reason = choose_backend(options.backend, opened.manifest);
+            std::string reason = choose_backend(options.backend, opened);
             auto sessions = ort_sessions(opened, options.num_threads, options.onnxruntime_library);
             return EngineParts::Chosen{"onnxruntime", std::move(reason),
                                        std::make_unique<OrtBackend>(opened, std::move(sessions), options.low_memory)};
