@@ -6,7 +6,7 @@
 The denoiser is what runs at every step; the text's projection is a component of its own. Each group counts with its numbers,
 scales, smoothing and low-rank branch (export/choose_recipe.py), and all that is no group in 16 bits. The largest parts of that
 rest are named.
---record appends quant_FORMAT_size_ratio, whose note says the model's name; of sana-tiny it is quant_FORMAT_tiny_size_ratio.
+--record appends quant_FORMAT_size_ratio of sana_1600m_1024px; of others quant_FORMAT_MODEL_size_ratio: quant_fp8_tiny_size_ratio.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 from sana_ref.variants import VARIANTS
 
 __all__ = ["Weight", "main", "rest", "weigh"]
+
+TARGETED = "sana_1600m_1024px"  # of which the figure has no name of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = ", ".join(f"{part} {share:.4f}" for part, share in shares.items())
         print(f"{model} {name}: {weight.ratio:.4f} of fp16's {weight.half} bytes ({text})")
         if options.record:
-            figure = f"quant_{recipes[name].format}{'' if options.variant else '_tiny'}_size_ratio"
+            which = "" if model == TARGETED else f"_{model[5:] if model.startswith(('sana_', 'sana-')) else model}"
+            figure = f"quant_{recipes[name].format}{which}_size_ratio"
             keys = "".join(f" {key}" for key in options.key)
             note = f"{model}, denoiser's weights reckoned from shapes, recipe {name}{keys}: {text}"
             print(json.dumps(record(figure, weight.ratio, "ratio", note=note)))
