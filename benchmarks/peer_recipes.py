@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal
 
@@ -170,7 +171,7 @@ def candidates(
         for name, each in own:
             plan = make_plan(checkpoint, each, store=store, progress=progress)
             smooth = any(key.endswith(".smooth") for key in plan.tensors)
-            add(name, "sana", kind, plan_digest(plan), lambda plan=plan: OurLinears(transformer, plan), each.low_rank, smooth)
+            add(name, "sana", kind, plan_digest(plan), partial(OurLinears, transformer, plan), each.low_rank, smooth)
         settings = recipe.calibration
         runs = draw_all(reference, plan_runs(checkpoint, settings), store, progress)
         seen = observe(reference, runs, rows=settings.rows, store=store, progress=progress)
@@ -186,7 +187,7 @@ def candidates(
             scales = {group: static_scale(kind, float(seen.channels(group).amax())) for group in sides}
             plain = uniform_plan(kind, sides, scales)
             name = "modelopt NVFP4_DEFAULT_CFG, by our operators"
-            add(name, "modelopt", kind, plan_digest(plain), lambda plan=plain: OurLinears(transformer, plan))
+            add(name, "modelopt", kind, plan_digest(plain), partial(OurLinears, transformer, plain))
         try:
             release = version("torchao")
             torchao_linears(transformer, kind)
@@ -198,7 +199,7 @@ def candidates(
             )
         else:
             digest = digest_of({"torchao": release, "kind": kind})
-            add(f"torchao {kind}, dynamic", "torchao", kind, digest, lambda kind=kind: torchao_linears(transformer, kind))
+            add(f"torchao {kind}, dynamic", "torchao", kind, digest, partial(torchao_linears, transformer, kind))
     return found, missing
 
 
