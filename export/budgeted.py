@@ -88,7 +88,7 @@ def choose_for(
     reference = SanaReference(checkpoint, dtype=torch.float32, device=device)
     runs = draw_all(reference, plan_runs(checkpoint, recipe.calibration)[:WHOLE_RUNS], store, progress)
     table = measure(reference, plans, runs[:num_runs], store=store, progress=progress)
-    sizes, sides = sizes_of(reference)
+    sizes, sides = sizes_of(reference.denoiser.transformer)
     with progress.stage("choice of formats") as stage:
 
         def cost(formats: Mapping[str, Format]) -> dict[str, float]:

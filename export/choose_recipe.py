@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from torch import nn
 
 from engines.errors import SanaError, SpecError
 from engines.spec import nearest
@@ -27,7 +28,6 @@ from export.progress import Progress
 from export.recipe import FormatRule, Recipe, load_recipe
 from export.sensitivity import Table
 from sana_ref import checkpoint as checkpoints
-from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import FORMATS, Format, QuantizationPlan, groups_of
 from sana_ref.quantize_ops import BLOCK
 from sana_ref.text_projection import is_text_parameter
@@ -70,9 +70,9 @@ def group_bytes(kind: Format, columns: int, depth: int, *, rank: int = 0, smooth
     return numbers + 4 * columns + extra
 
 
-def sizes_of(reference: SanaReference) -> tuple[Sizes, dict[str, tuple[int, int]]]:
+def sizes_of(transformer: nn.Module) -> tuple[Sizes, dict[str, tuple[int, int]]]:
     """Of the denoiser, without the text's projection, which is a component of its own; and each group's (columns, depth)."""
-    own = {name: p for name, p in reference.denoiser.transformer.named_parameters() if not is_text_parameter(name)}
+    own = {name: p for name, p in transformer.named_parameters() if not is_text_parameter(name)}
     shapes = {group: (sum(own[name].shape[0] for name in names), own[names[0]].shape[1]) for group, names in groups_of(own).items()}
     half = 2 * sum(parameter.numel() for parameter in own.values())
     return Sizes(fixed=half - 2 * sum(columns * depth for columns, depth in shapes.values()), half=half), shapes

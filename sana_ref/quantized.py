@@ -32,7 +32,16 @@ from sana_ref.quantize_ops import (
     round_static,
 )
 
-__all__ = ["InputRanges", "QuantizedLayer", "QuantizedLinears", "check_plan", "quantize_layer", "static_scale", "uniform_plan"]
+__all__ = [
+    "InputRanges",
+    "Products",
+    "QuantizedLayer",
+    "QuantizedLinears",
+    "check_plan",
+    "quantize_layer",
+    "static_scale",
+    "uniform_plan",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +149,7 @@ def static_scale(kind: Format, largest: float) -> float:
     return largest / {"int8": 127.0, "fp8": 448.0, "nvfp4": NVFP4_RANGE}[kind]
 
 
-class _Products(TorchFunctionMode):
+class Products(TorchFunctionMode):
     """Sees the products of a transformer's groups: F.linear and 1x1 convolutions with a weight, or with q's, k's and v's joined."""
 
     def __init__(self, transformer: nn.Module) -> None:
@@ -195,7 +204,7 @@ class _Products(TorchFunctionMode):
         return (joined[0], slice(None)) if joined is not None else self._rows.get(weight.data_ptr())
 
 
-class QuantizedLinears(_Products):
+class QuantizedLinears(Products):
     """Inside `with QuantizedLinears(transformer, plan):` the planned groups compute as planned; all else is as it was.
 
     transformer: with weights, which are quantised here, once. Raises SpecError for a plan that is not of it, CheckpointError for a
@@ -217,7 +226,7 @@ class QuantizedLinears(_Products):
         return None if layer is None else layer.product(x, rows, bias)
 
 
-class InputRanges(_Products):
+class InputRanges(Products):
     """Inside `with InputRanges(transformer) as ranges:` notes the largest absolute value of each group's activations."""
 
     def __init__(self, transformer: nn.Module) -> None:

@@ -83,7 +83,7 @@ def test_the_plan_of_a_chosen_recipe_is_the_formats_plans_put_together(reference
 
 
 def test_sizes_are_of_the_denoiser_without_the_texts_projection(reference):
-    sizes, shapes = sizes_of(reference)
+    sizes, shapes = sizes_of(reference.denoiser.transformer)
     assert shapes["transformer_blocks.0.attn1.to_qkv"] == (192, 64)
     assert len(shapes) == 12
     own = [p for name, p in reference.denoiser.transformer.named_parameters() if "caption" not in name]
