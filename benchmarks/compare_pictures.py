@@ -158,18 +158,17 @@ def run(options: argparse.Namespace) -> QualityReport:
     if options.into_bundle:
         print(f"{options.second}: now bundle {put_into(bundle, section, files).digest[:12]}")
     if options.record is not None:
-        _record(options.record, section, f"{title} against {against.name} {against.digest[:12]}", bytes_2 / bytes_1, what)
+        _record(options.record, section, f"{title} against {against.name} {against.digest[:12]}")
     return section
 
 
-def _record(form: str, section: QualityReport, title: str, ratio: float, what: str) -> None:
+def _record(form: str, section: QualityReport, title: str) -> None:
     assert section.scores is not None  # the judge always looks
     pictures = f"{section.prompts} captions kept out, {section.seeds} seeds each"
     for name, value, unit, note in (
         ("scene_points_lost", section.scores.points_lost.mean, "points of 100", section.scores.points_lost.text(2)),
         ("psnr_db", section.psnr_db.mean, "dB", f"{section.psnr_db.text(2)}, SSIM {section.ssim.mean:.4f}"),
         ("lpips", section.lpips.mean, "LPIPS", section.lpips.text(4)),
-        ("size_ratio", ratio, "ratio", f"denoiser's {what}"),
     ):
         print(json.dumps(record(f"quant_{form}_{name}", value, unit, note=f"{note}; {pictures}; {title}")))
 

@@ -111,10 +111,8 @@ def test_recorded_figures(bundles, tmp_path, monkeypatch):
     options = compare_pictures.parse(arguments(bundles, tmp_path / "out"))
     options.record = "int8"
     section = compare_pictures.run(options)
-    assert [name for name, _, _ in lines] == [
-        f"quant_int8_{each}" for each in ("scene_points_lost", "psnr_db", "lpips", "size_ratio")
-    ]
-    assert [value for _, value, _ in lines[1:]] == [section.psnr_db.mean, section.lpips.mean, 1.0]
+    assert [name for name, _, _ in lines] == [f"quant_int8_{each}" for each in ("scene_points_lost", "psnr_db", "lpips")]
+    assert [value for _, value, _ in lines[1:]] == [section.psnr_db.mean, section.lpips.mean]
     assert all("5 captions kept out, 2 seeds each" in note for _, _, note in lines)
 
 
