@@ -233,7 +233,7 @@ def test_the_same_bits_twice_and_nothing_done_the_third_time(folder, reference, 
 
 def test_a_method_or_prompt_that_changes_makes_another_plan(folder, store):
     checkpoint = checkpoints.load(folder)
-    changes = [[], ["method=absmax"], ["calibration.seed=7"], ["calibration.rows=11"]]
+    changes = [[], ["method=mse"], ["calibration.seed=7"], ["calibration.rows=11"]]
     folders = {
         calibrate(checkpoint, load_recipe("fp8", [*SMALL, "activations=static", *change]), store=store, progress=quiet())
         for change in changes
@@ -260,7 +260,7 @@ def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path):
 
 
 def test_notes_hold_the_recipe(folder, store):
-    recipe = load_recipe("int8", SMALL)
+    recipe = load_recipe("int8", [*SMALL, "smoothquant=0.5"])
     plan = make_plan(checkpoints.load(folder), recipe, store=store, progress=quiet())
     assert json.loads(plan.notes["recipe"])["smoothquant"] == 0.5
 

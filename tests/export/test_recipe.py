@@ -27,7 +27,7 @@ def test_the_recipes_that_ship():
         ("int8", ["method=msee"], "did you mean 'mse'"),
         ("int8", ["format=int4"], "Valid: none, int8, fp8, nvfp4"),
         ("int8", ["smoothquant=1.5"], "smoothquant: got 1.5"),
-        ("int8", ["awq=[0.5]"], "both smoothquant and awq"),
+        ("int8", ["smoothquant=0.5", "awq=[0.5]"], "both smoothquant and awq"),
         ("nvfp4", ["awq=[]"], "awq: got"),
         ("int8", ["calibration.num_prompts=0"], "num_prompts: got 0"),
     ],
