@@ -73,7 +73,7 @@ class Channels:
 
 
 def test_modelopt_has_the_ranges_that_it_is_shown(transformer):
-    pytest.importorskip("modelopt")
+    pytest.importorskip("modelopt", reason="needs the extra quantize")
     sides = {group: parts[0].flatten(1).shape[1] for group, parts in PeerLinears(transformer).parts.items()}
     seen: Any = Channels({group: torch.linspace(0.1, 3.0, depth) for group, depth in sides.items()})
     peer = peer_recipes.modelopt_linears(transformer, "INT8_DEFAULT_CFG", seen)
