@@ -18,6 +18,7 @@ from engines.errors import SpecError
 __all__ = [
     "AHEAD_OF_TIME_TARGETS",
     "COMPONENTS",
+    "FP8_TARGETS",
     "PX_PER_LATENT",
     "QUANTIZED",
     "ComponentName",
@@ -62,6 +63,7 @@ class Target(StrEnum):
 AHEAD_OF_TIME_TARGETS = (Target.SM80, Target.SM86, Target.SM89, Target.SM120, Target.SM121)
 
 QUANTIZED = (Precision.INT8, Precision.FP8, Precision.NVFP4)  # of the denoiser's linear layers, which are fp16 otherwise
+FP8_TARGETS = tuple(target for target in Target if target not in (Target.SM80, Target.SM86))
 _FP4_TARGETS = (Target.SM120, Target.SM121)
 
 
@@ -83,7 +85,8 @@ def component_precision(precision: Precision) -> dict[ComponentName, Precision]:
     """The precision of each component in a build at `precision`.
 
     fp16 is for the denoiser and the text projection, which is a part of its network: Gemma-2's activations pass fp16's largest
-    number (65504), and DC-AE decodes to noise in it. int8, fp8 and nvfp4 are for the denoiser alone, which is fp16 otherwise.
+    number (65504), and DC-AE decodes to noise in it. int8, fp8 and nvfp4 are for the denoiser alone, which is fp16 otherwise; that
+    fp8 is also for the decoder depends on the targets (export/plans.py).
     """
     half = precision is Precision.FP16 or precision in QUANTIZED
     others = Precision.BF16 if half else precision
@@ -97,7 +100,7 @@ def check_precision(precision: Precision, targets: Iterable[Target]) -> None:
     INT8 runs on all of them, FP8 on sm89 and later, NVFP4 on sm120 and sm121. On sm90 FP8 is cuBLASLt's, in a graph of its own.
     """
     targets = tuple(targets)
-    old = [target for target in targets if target in (Target.SM80, Target.SM86)]
+    old = [target for target in targets if target not in FP8_TARGETS]
     if precision is Precision.FP8 and old:
         raise SpecError(
             f"precision: got fp8 for {', '.join(old)}; expected sm89 or later: FP8 needs its hardware. "

@@ -6,7 +6,7 @@ Nothing at `out` changes before everything has passed, and then it changes at on
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -35,7 +35,7 @@ from engines.spec import (
 from engines.store import Store
 from export.components import Component, components, profiles
 from export.fingerprint import code, versions
-from export.plans import check_request, denoiser_plan, is_cublas
+from export.plans import check_request, decoder_plan, decoder_precision, denoiser_plan, is_cublas
 from export.progress import Progress
 from export.quantize import Quantized, check_asked, quantize, report_of
 from export.reference import reference_dtype
@@ -93,13 +93,9 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     if request.quantization is not None and "denoiser" in request.components:
         quantized = quantize(request, request.quantization, checkpoint, runner.store, progress)
         request = replace(request, precision=quantized.precision)
-    precisions = component_precision(request.precision)
-    if request.precision in QUANTIZED:
-        progress.say(
-            f"  {request.precision} is the denoiser's linear layers alone: the rest of it is fp16, text encoder and decoder bf16"
-        )
-    if request.precision is Precision.FP16:
-        progress.say("  fp16 is the denoiser's alone: Gemma-2 and DC-AE overflow in it, so text encoder and decoder are bf16")
+    precisions = component_precision(request.precision) | {"decoder": decoder_precision(request)}
+    for line in _of_components(request.precision, precisions["decoder"]):
+        progress.say(f"  {line}")
     ranges = shape_range(
         request,
         trained_side=checkpoint.transformer_config.sample_size * PX_PER_LATENT,
@@ -109,14 +105,31 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     if request.precision in QUANTIZED and "denoiser" in request.components:
         if quantized is None:
             quantized = _uncalibrated(request, runner, everything, ranges)
-        component = replace(everything["denoiser"], plan=quantized.plan, cublas=is_cublas(request))
+        component = replace(everything["denoiser"], plan=quantized.plan, in_engine=is_cublas(request))
         everything = {**everything, "denoiser": component}
+    if precisions["decoder"] is Precision.FP8 and "decoder" in request.components:
+        plan = decoder_plan(runner, everything["decoder"], ranges)
+        everything = {**everything, "decoder": replace(everything["decoder"], plan=plan, in_engine=True)}
     parts = _run_stages(request, runner, everything, ranges, quantized)
     result = _write(request, runner, _bundle_info(request, checkpoint, ranges, parts), parts)
     if quantized is not None:
         for line in quantized.report.lines():
             progress.say(f"  denoiser: {line}")
     return result
+
+
+def _of_components(precision: Precision, decoder: Precision) -> Iterator[str]:
+    """For people: what one precision means for each component."""
+    if precision in QUANTIZED:
+        yield f"{precision} is the denoiser's linear layers alone: the rest of it is fp16, the text encoder bf16"
+    if precision is Precision.FP16:
+        yield "fp16 is the denoiser's alone: Gemma-2 and DC-AE overflow in it, so text encoder and decoder are bf16"
+    if decoder is Precision.FP8:
+        yield "decoder: fp8 is the 3x3 convolutions of its residual blocks, in engines alone; the rest of it is bf16"
+    elif precision is Precision.FP8:
+        yield "decoder: bf16, because FP8 convolutions are kernels of engines; the build makes none"
+    elif precision in QUANTIZED:
+        yield "decoder: bf16"
 
 
 def _uncalibrated(

@@ -43,6 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         help="fp32, fp16 (the denoiser's alone), bf16; its layers int8, fp8 (sm89 up), nvfp4 (sm120); a recipe's .yaml",
     )
     add(
+        "--decoder-precision",
+        choices=("fp32", "bf16", "fp8"),
+        help="left out: fp8 beside --precision fp8 for sm89 up, else as the rest",
+    )
+    add(
         "--plan",
         type=Path,
         metavar="FILE",
@@ -97,6 +102,7 @@ def _build(options: argparse.Namespace) -> None:
         raise SpecError("model: got none; expected one. Give it: --model …, or checkpoint=….")
     if settings.out is None:
         raise SpecError("out: got none; expected a folder for the bundle. Give it: --out ….")
+    from engines.spec import Precision
     from export.quantization_request import quantization_of
     from export.request import BuildRequest, parse_components, targets_of
 
@@ -118,6 +124,7 @@ def _build(options: argparse.Namespace) -> None:
         components=parse_components(",".join(settings.components)),
         cache=settings.cache,
         quantization=quantization,
+        decoder_precision=None if settings.decoder_precision is None else Precision(settings.decoder_precision),
         plan=settings.plan,
     )
     from export.build import build

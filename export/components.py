@@ -42,7 +42,7 @@ from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, 
 
 __all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles"]
 
-# Of the module; quantized precisions are of its linear layers alone (export/qdq_nodes.py, export/fp8_nodes.py).
+# Of a module; quantized precisions are of its linear layers alone (export/qdq_nodes.py, export/fp8_nodes.py). See also `decoder`.
 TORCH_DTYPES = {
     Precision.FP32: torch.float32,
     Precision.FP16: torch.float16,
@@ -57,8 +57,8 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]  # input: smallest, most common,
 class Component:
     """One graph. `module` is on the meta device, at the component's precision.
 
-    plan: how it is quantized. cublas: by cuBLASLt's nodes, which are put into the engine's graph when it is compiled
-    (export/fp8_nodes.py); the exported graphs are not quantized then.
+    plan: how it is quantized. in_engine: by FP8 nodes that are put into the engine's graph when it is compiled
+    (export/fp8_nodes.py, export/fp8_conv_nodes.py); the exported graphs are not quantized then.
     """
 
     name: ComponentName
@@ -69,12 +69,17 @@ class Component:
     module: nn.Module
     spec: ExportSpec
     plan: QuantizationPlan | None = None
-    cublas: bool = False
+    in_engine: bool = False
 
     @property
     def graph_plan(self) -> QuantizationPlan | None:
         """Of the exported graphs."""
-        return None if self.cublas else self.plan
+        return None if self.in_engine else self.plan
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the module's parameters."""
+        return next(self.module.parameters()).dtype
 
     def checkpoint_name(self, parameter: str) -> str:
         """The checkpoint's name of a parameter of the module."""
@@ -205,8 +210,12 @@ def decoder_plugins(config: AutoencoderDCConfig, *, fused: bool) -> dict[str, in
 
 
 def decoder(config: AutoencoderDCConfig, precision: Precision) -> Component:
-    """Fused in half precision; the kernels' sums are not as exact in fp32 as PyTorch's (sana_ref/conv_ops.py)."""
+    """Fused in half precision; the kernels' sums are not as exact in fp32 as PyTorch's (sana_ref/conv_ops.py).
+
+    FP8 is of its residual blocks' convolutions; the rest is bf16 then, because fp16 overflows.
+    """
     fused = precision is not Precision.FP32
+    dtype = torch.bfloat16 if precision in QUANTIZED else TORCH_DTYPES[precision]
     with torch.device("meta"):
         vae = AutoencoderDC(config)
         module = DecoderForExport(vae, FusedDecoder(vae.decoder) if fused else None)
@@ -217,7 +226,7 @@ def decoder(config: AutoencoderDCConfig, precision: Precision) -> Component:
         prefix="decoder.",
         checkpoint_prefix="decoder.",
         precision=precision,
-        module=module.to(TORCH_DTYPES[precision]),
+        module=module.to(dtype),
         spec=ExportSpec(
             axes=_axes("batch", "height", "width"),
             inputs=(TensorSpec(name=DECODER_INPUTS[0], dims=("batch", config.latent_channels, "height", "width")),),

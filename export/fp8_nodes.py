@@ -10,25 +10,21 @@ all tokens would gather the error.
 sana_ref/quantized.py is the same in PyTorch. TensorRT knows the bits as int8, which plugins take and give.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import onnx
-import torch
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
+from export.fp8_constants import DATA_NAME, Constants
 from export.linear_nodes import remove_unused
 from plugins import cross_attention, fp8_quantize, gated_depthwise_conv, gated_sum, linear, modulated_norm, qkv_linear_attention
 from plugins.static_scale import OUT_SCALE
-from sana_ref.fp8 import quantize_rows
 from sana_ref.quantization import QuantizationPlan, group_of
 
-__all__ = ["DATA_NAME", "QUANTIZED", "has_static_scale", "use_fp8"]
+__all__ = ["QUANTIZED", "has_static_scale", "use_fp8"]
 
-DATA_NAME = "fp8.bin"  # beside the graph, as long as it is compiled
 QUANTIZED = "quantized"  # the attribute of a modulated norm whose second output is bits, with a third, their scales
 _NORMS = (modulated_norm.GATED, modulated_norm.PLAIN)
 _STATIC = (cross_attention.OP, gated_depthwise_conv.OP, qkv_linear_attention.APPLY)  # kernels that quantise with a given scale
@@ -77,7 +73,7 @@ def use_fp8(model: onnx.ModelProto, folder: Path, plan: QuantizationPlan) -> dic
                     del unused[group]
                 if added is not None:
                     counts[added] += 1
-            bits, scale = graph.add_weight(weight, file.write, file.tell)
+            bits, scale = graph.add_weight_and_scales(weight, file)
             columns, depth = graph.shapes[weight]
             made = linear.fp8_attributes(graph.rank(source), columns, depth, bias=bool(bias))
             inputs = [quantized[source][0], bits, quantized[source][1], scale, *bias]
@@ -93,21 +89,12 @@ def use_fp8(model: onnx.ModelProto, folder: Path, plan: QuantizationPlan) -> dic
     return {op: count for op, count in counts.items() if count}
 
 
-class _Graph:
+class _Graph(Constants):
     def __init__(self, graph: onnx.GraphProto, folder: Path) -> None:
-        self.graph, self.folder = graph, folder
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.maker = {name: node for node in graph.node for name in node.output}
+        super().__init__(graph, folder)
         values = (*graph.value_info, *graph.input, *graph.output)
         self.types: dict[str, Any] = {value.name: value.type.tensor_type for value in values}
         self.shapes: dict[str, tuple[int, int]] = {}  # of weights
-
-    def sources(self, name: str) -> Iterator[str]:
-        """The initializers that a constant is made of."""
-        if name in self.constants:
-            yield name
-        for each in self.maker[name].input if name in self.maker else ():
-            yield from self.sources(each)
 
     def rank(self, name: str) -> int:
         return len(self.types[name].shape.dim)
@@ -202,39 +189,11 @@ class _Graph:
         node = self.maker.get(name)
         return node if node is not None and node.op_type == op else None
 
-    def value(self, name: str) -> NDArray[Any]:
-        """Of a constant, evaluated."""
-        if name in self.constants:
-            tensor = self.constants[name]
-            if tensor.data_location != TensorProto.EXTERNAL:
-                return numpy_helper.to_array(tensor)
-            where = {entry.key: entry.value for entry in tensor.external_data}  # onnx reads no file that has a second name
-            count = int(np.prod(tensor.dims, dtype=np.int64))
-            kind = helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            data = np.fromfile(self.folder / where["location"], kind, count, offset=int(where.get("offset", 0)))
-            return data.reshape(tuple(tensor.dims))
-        node = self.maker[name]
-        inputs = [self.value(each) for each in node.input]
-        if node.op_type == "Concat":
-            return np.concatenate(inputs, axis=helper.get_node_attr_value(node, "axis"))
-        if node.op_type == "Reshape":
-            return inputs[0].reshape([n or inputs[0].shape[i] for i, n in enumerate(inputs[1].tolist())])
-        raise ValueError(f"weight {name!r}: got it from a {node.op_type}; expected a Concat or a Reshape of constants")
-
-    def add_weight(self, name: str, write: Callable[[bytes], int], tell: Callable[[], int]) -> tuple[str, str]:
+    def add_weight_and_scales(self, name: str, file: BinaryIO) -> tuple[str, str]:
         """The names of a weight's bits and scales, as new constants."""
-        bits_name, scale_name = f"{name}_bits", f"{name}_scale"
-        bits, scale = quantize_rows(torch.from_numpy(self.value(name)))
-        columns, depth = bits.shape
+        scale_name, (bits_name, scale) = f"{name}_scale", self.add_weight(name, file)
+        columns, depth = self.constants[bits_name].dims
         self.shapes[name] = (columns, depth)
-        if bits_name in self.constants:
-            return bits_name, scale_name
-        tensor = TensorProto(name=bits_name, data_type=TensorProto.INT8, dims=[columns, depth], data_location=TensorProto.EXTERNAL)
-        for key, value in (("location", DATA_NAME), ("offset", tell()), ("length", columns * depth)):
-            tensor.external_data.add(key=key, value=str(value))
-        write(bits.view(torch.uint8).numpy().tobytes())
-        scales = numpy_helper.from_array(scale.numpy(), scale_name)
-        for each in (tensor, scales):
-            self.graph.initializer.append(each)
-            self.constants[each.name] = each
+        if scale_name not in self.constants:
+            self.add(numpy_helper.from_array(scale.numpy(), scale_name))
         return bits_name, scale_name

@@ -10,29 +10,27 @@ from collections.abc import Mapping
 import torch
 
 from engines.errors import SpecError
-from engines.spec import QUANTIZED, ComponentName, Precision, ShapeRange, Target, check_precision
-from export.components import TORCH_DTYPES, Component
+from engines.spec import FP8_TARGETS, QUANTIZED, ComponentName, Precision, ShapeRange, Target, check_precision, component_precision
+from export.components import Component
 from export.fp8_nodes import has_static_scale
 from export.qdq_nodes import is_dynamic
 from export.reference import loaded, run_module
-from export.references import denoiser_inputs
+from export.references import decoder_inputs, denoiser_inputs
 from export.request import BuildRequest
 from export.stages import Runner
 from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, groups_of, load_plan
 from sana_ref.quantize_ops import BLOCK
-from sana_ref.quantized import InputRanges, check_plan, static_scale, uniform_plan
+from sana_ref.quantized import MARGIN, InputRanges, check_plan, static_scale, uniform_plan
+from sana_ref.quantized_convs import ConvRanges, conv_plan
 
-__all__ = ["MARGIN", "check_request", "denoiser_plan", "for_cublas", "is_cublas"]
-
-# FP8 is a floating format: with a scale that is this many times too large, numbers keep their digits down to 1/3600 of the largest
-# that was seen, and what is smaller errs by less than 1/57000 of it. What is larger still is cut off.
-MARGIN = 8.0
+__all__ = ["check_request", "decoder_plan", "decoder_precision", "denoiser_plan", "for_cublas", "is_cublas"]
 
 _FORMATS: dict[Precision, Format] = {Precision.INT8: "int8", Precision.FP8: "fp8", Precision.NVFP4: "nvfp4"}
 
 
 def check_request(request: BuildRequest) -> None:
-    """Before anything is loaded: raises SpecError for a plan that is none, or that the precision or a target cannot have."""
+    """Before anything is loaded: raises SpecError for a plan that is none, or what the precision or a target cannot have."""
+    decoder_precision(request)
     if request.plan is None:
         return
     if request.precision not in QUANTIZED:
@@ -76,7 +74,7 @@ def denoiser_plan(
     cases, depends = denoiser_inputs(runner, everything, ranges)
 
     def make() -> QuantizationPlan:
-        module = loaded(component.module, runner.loader(component), TORCH_DTYPES[component.precision])
+        module = loaded(component.module, runner.loader(component), component.dtype)
         with InputRanges(module.get_submodule("transformer")) as found:
             for inputs in cases().values():
                 run_module(module, component, inputs)
@@ -98,6 +96,45 @@ def denoiser_plan(
             depth = parameters[groups[group][0]].shape[1]
             runner.progress.say(f"  {group} stays fp16: its depth of {depth} is no multiple of {BLOCK}, which share a scale")
     return plan
+
+
+def decoder_precision(request: BuildRequest) -> Precision:
+    """FP8 if it is asked for; or if nothing is, where the denoiser is FP8 and every target has it. Else as the build's precision.
+
+    Raises SpecError for another than the build's precision that is not FP8, and for FP8 where it cannot be.
+    """
+    usual, asked = component_precision(request.precision)["decoder"], request.decoder_precision
+    lacking = [target for target in request.targets if target not in FP8_TARGETS]
+    if asked is None:
+        fits = request.precision is Precision.FP8 and bool(request.targets) and not lacking
+        return Precision.FP8 if fits else usual
+    if asked is usual:
+        return usual
+    if asked is not Precision.FP8 or usual is not Precision.BF16:
+        raise SpecError(
+            f"decoder-precision: got {asked} with --precision {request.precision}; expected {usual}"
+            f"{' or fp8' if usual is Precision.BF16 else ''}. Leave it out, or take another --precision."
+        )
+    if lacking or not request.targets:
+        raise SpecError(
+            f"decoder-precision: got fp8 for {', '.join(lacking) or 'onnx'}; expected some of {', '.join(FP8_TARGETS)}: "
+            "FP8 convolutions are kernels of an engine, which need their hardware. Use bf16 there."
+        )
+    return asked
+
+
+def decoder_plan(runner: Runner, component: Component, ranges: ShapeRange) -> QuantizationPlan:
+    """Of a decoder in FP8: every group, with scales from the largest inputs in the parity check's cases."""
+    cases, depends = decoder_inputs(runner, ranges)
+
+    def make() -> QuantizationPlan:
+        module = loaded(component.module, runner.loader(component), component.dtype)
+        with ConvRanges(module) as found:
+            for inputs in cases().values():
+                run_module(module, component, inputs)
+        return conv_plan(found.largest())
+
+    return runner.ranges(component, make, depends)
 
 
 def is_cublas(request: BuildRequest) -> bool:

@@ -19,9 +19,10 @@ from engines.golden import Golden
 from engines.parity_report import ErrorStats, measure
 from engines.spec import Precision
 from export.cases import Arrays
-from export.components import TORCH_DTYPES, Component
+from export.components import Component
 from export.wide import Wide
 from sana_ref.quantized import QuantizedLinears
+from sana_ref.quantized_convs import QuantizedConvs
 
 __all__ = ["CaseStats", "PyTorchErrors", "loaded", "make_reference", "reference_dtype", "run_module"]
 
@@ -70,7 +71,7 @@ def make_reference(
     load: parameter name -> tensor as the checkpoint stores it. A quantized component's own precision is the simulation; where its
     portable graph is quantized too, PyTorch in fp32 says nothing of it.
     """
-    module = loaded(component.module, load, TORCH_DTYPES[component.precision])
+    module = loaded(component.module, load, component.dtype)
     exact_dtype = reference_dtype(component)
     golden = {case: Golden(inputs=dict(i), outputs=run_module(module, component, i, exact_dtype)) for case, i in cases.items()}
     with _quantized(component, module):
@@ -82,7 +83,11 @@ def make_reference(
 
 
 def _quantized(component: Component, module: nn.Module) -> AbstractContextManager[object]:
-    return nullcontext() if component.plan is None else QuantizedLinears(module.get_submodule("transformer"), component.plan)
+    if component.plan is None:
+        return nullcontext()
+    if component.name == "decoder":
+        return QuantizedConvs(module, component.plan)
+    return QuantizedLinears(module.get_submodule("transformer"), component.plan)
 
 
 def _errors(golden: Mapping[str, Golden], run: Callable[[Arrays], Mapping[str, NDArray[np.generic]]]) -> CaseStats:

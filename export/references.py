@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 from engines.manifest import ScheduleInfo
 from engines.spec import ComponentName, Precision, ShapeRange
 from export.cases import Arrays, decoder_cases, denoiser_cases, text_cases, text_projection_cases
-from export.components import TORCH_DTYPES, Component
+from export.components import Component
 from export.reference import loaded, run_module
 from export.stages import Result, Runner, golden_of
 from runtime.prompt import PromptTokenizer
 from runtime.schedule import Schedule, make_schedule
 from sana_ref.checkpoint import Checkpoint
 
-__all__ = ["denoiser_inputs", "make_references", "schedule_info"]
+__all__ = ["decoder_inputs", "denoiser_inputs", "make_references", "schedule_info"]
 
 
 def schedule_info(checkpoint: Checkpoint) -> ScheduleInfo:
@@ -44,7 +44,7 @@ def _keys_values(
 
     In fp16 where that is a 16-bit one: such numbers are in both types, and take half the space.
     """
-    dtype = TORCH_DTYPES[component.precision]
+    dtype = component.dtype
     module = loaded(component.module, runner.loader(component), dtype)
     found: dict[str, dict[str, NDArray[np.floating]]] = {}
     for text, each in embeds.items():
@@ -90,6 +90,12 @@ def denoiser_inputs(
     return cases, {"text": text.key, "ranges": ranges.model_dump(), "schedule": schedule.table.tolist()}
 
 
+def decoder_inputs(runner: Runner, ranges: ShapeRange) -> tuple[Callable[[], dict[str, Arrays]], dict[str, Any]]:
+    """What makes the cases of the decoder, and what decides them besides its weights."""
+    channels = runner.checkpoint.vae_config.latent_channels
+    return lambda: decoder_cases(channels=channels, ranges=ranges), {"ranges": ranges.model_dump()}
+
+
 def make_references(
     runner: Runner, everything: Mapping[ComponentName, Component], wanted: Sequence[ComponentName], ranges: ShapeRange
 ) -> dict[ComponentName, Result]:
@@ -107,8 +113,5 @@ def make_references(
     if "denoiser" in wanted:
         found["denoiser"] = runner.reference(everything["denoiser"], *denoiser_inputs(runner, everything, ranges, texts))
     if "decoder" in wanted:
-        channels = runner.checkpoint.vae_config.latent_channels
-        found["decoder"] = runner.reference(
-            everything["decoder"], lambda: decoder_cases(channels=channels, ranges=ranges), {"ranges": ranges.model_dump()}
-        )
+        found["decoder"] = runner.reference(everything["decoder"], *decoder_inputs(runner, ranges))
     return found

@@ -40,6 +40,7 @@ class BuildRequest:
     components: tuple[ComponentName, ...] = COMPONENTS
     cache: Path | None = None
     quantization: QuantizationRequest | None = None  # of the denoiser, by a calibration
+    decoder_precision: Precision | None = None  # None: export/plans.py
     plan: Path | None = None  # of a quantized denoiser, made before; neither: one without a calibration (export/plans.py)
 
 

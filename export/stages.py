@@ -6,6 +6,7 @@ A stage loads what it needs, writes files, and lets go: one network is in memory
 import contextlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +29,10 @@ from engines.spec import AHEAD_OF_TIME_TARGETS, Target
 from engines.store import Store
 from export.cases import Arrays
 from export.compile_processes import compile_ahead
-from export.components import TORCH_DTYPES, Component, Profile
+from export.components import Component, Profile
 from export.fingerprint import code, versions
-from export.fp8_nodes import DATA_NAME as FP8_DATA_NAME
+from export.fp8_constants import DATA_NAME as FP8_DATA_NAME
+from export.fp8_conv_nodes import use_fp8_convs
 from export.fp8_nodes import use_fp8
 from export.linear_nodes import use_linear_plugins, wants_linear_plugins
 from export.onnx_export import export_module, with_function_bodies
@@ -64,9 +66,12 @@ _EXPORT_CODE = (
 _ENGINE_CODE = (
     "sana_ref/fp8.py",
     "sana_ref/quantization.py",
+    "sana_ref/quantized_convs.py",
     "plugins/*.py",
     "engines/tensorrt.py",
     "engines/tensorrt_library.py",
+    "export/fp8_constants.py",
+    "export/fp8_conv_nodes.py",
     "export/fp8_nodes.py",
     "export/linear_nodes.py",
     "export/plugin_nodes.py",
@@ -165,7 +170,7 @@ class Runner:
         def make(folder: Path, stage: Stage) -> None:
             model, load = export_module(component.module, component.spec), self.loader(component)
             if component.graph_plan is not None:
-                load = quantize_graph(model, component.graph_plan, load, TORCH_DTYPES[component.precision])
+                load = quantize_graph(model, component.graph_plan, load, component.dtype)
             size = write_weights(model, load, folder / DATA_NAME)
             for name, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
                 ir.save(with_function_bodies(graph), folder / name)
@@ -190,13 +195,12 @@ class Runner:
 
         def make(folder: Path, stage: Stage) -> None:
             model = onnx.load(graphs.folder / TYPED_NAME, load_external_data=False)
-            more = {linear.OP: use_linear_plugins(model) if wants_linear_plugins(targets, tensorrt.flavor()) else 0}
+            expected = Counter(component.spec.plugins)
+            expected[linear.OP] += use_linear_plugins(model) if wants_linear_plugins(targets, tensorrt.flavor()) else 0
             log: list[str] = []
             with _beside(graphs.folder / DATA_NAME, folder), (folder / name).open("wb") as file:
-                if component.cublas:
-                    assert component.plan is not None
-                    added = use_fp8(model, folder, component.plan)
-                    more |= added | {linear.OP: more[linear.OP] - added[linear.FP8]}
+                if component.in_engine:
+                    expected.update(_use_fp8(component, model, folder))
                 onnx.save(model, folder / TYPED_NAME)
                 compile_ahead(folder / TYPED_NAME, targets)
                 add_cubins(model, targets)
@@ -206,7 +210,7 @@ class Runner:
                     file,
                     profiles=profile,
                     targets=targets,
-                    expected_plugins={**component.spec.plugins, **more},
+                    expected_plugins=expected,
                     register_plugins=shell.register,
                     log=log.append,
                 )
@@ -280,7 +284,7 @@ class Runner:
 
         def make(folder: Path, stage: Stage) -> None:
             golden = golden_of(reference)
-            parity = bounds(pytorch_of(reference), None if component.graph_plan is None else golden)
+            parity = bounds(pytorch_of(reference), None if component.plan is None else golden)
             frugal = self._weights_bytes(component) > _FRUGAL_BYTES
             portable = run_onnxruntime(graphs.folder / PORTABLE_NAME, golden, frugal=frugal)
             for name, error in measured(component.name, "onnxruntime", portable, golden, parity).items():
@@ -324,6 +328,15 @@ class Runner:
             "versions": versions(),
         }
         return self._run("quality", content, make)
+
+
+def _use_fp8(component: Component, model: onnx.ModelProto, folder: Path) -> dict[str, int]:
+    """How many more nodes of each op there are."""
+    assert component.plan is not None
+    if component.name == "decoder":
+        return use_fp8_convs(model, folder, component.plan)
+    added = use_fp8(model, folder, component.plan)
+    return added | {linear.OP: -added[linear.FP8]}
 
 
 def _digest(plan: QuantizationPlan | None) -> str | None:

@@ -20,10 +20,10 @@ namespace {
 
 using namespace nvinfer1;
 
-constexpr std::array<const char*, 14> kOps = {
-    "Conv3x3",       "Conv3x3Norm", "Conv3x3Upsample",    "CrossAttention",     "Fp8GatedSum", "Fp8Linear",
-    "Fp8Quantize",   "GatedDepthwiseConv", "GatedModulatedNorm", "Linear",      "LinearAttentionApply",
-    "LinearAttentionState", "ModulatedNorm", "ReluLinearAttention"};
+constexpr std::array<const char*, 17> kOps = {
+    "Conv3x3",     "Conv3x3Norm",       "Conv3x3Upsample",    "CrossAttention",     "Fp8Conv3x3",           "Fp8Conv3x3Norm",
+    "Fp8GatedSum", "Fp8Linear",         "Fp8Quantize",        "Fp8StaticQuantize",  "GatedDepthwiseConv",   "GatedModulatedNorm",
+    "Linear",      "LinearAttentionApply", "LinearAttentionState", "ModulatedNorm", "ReluLinearAttention"};
 constexpr const char *kLaunch = "launch", *kCubins = "cubins", *kVersion = "1", *kNamespace = "";
 
 std::atomic<ILoggerFinder*> logger_finder = nullptr;
