@@ -63,7 +63,7 @@ def size_name(checkpoint: Checkpoint) -> str:
 def floor_of(checkpoint: Checkpoint, found: Record) -> Floor:
     size = {"width": found.width, "height": found.height}
     if found.component == "decoder":
-        return decoder_floor(checkpoint.vae_config, batch=found.batch, **size)
+        return decoder_floor(checkpoint.vae_config, batch=found.batch, precision=found.precision, **size)
     config = checkpoint.transformer_config
     texts = found.batch * (1 if config.guidance_embeds else 2)
     return denoiser_floor(config, texts=texts, precision=found.precision, **size)

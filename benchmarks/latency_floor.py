@@ -2,7 +2,8 @@
 
 Of a denoiser step: the products of all blocks, each with weights of its own, in one CUDA graph through PyTorch, plus what lies
 between them, if every tensor between two products were read and written once. Of a decode: its FLOPs at the rate of the fastest
-GEMM. Both are measured in the run that compares with them. FP8 products have a scale a row, as ours.
+GEMM, those of FP8 convolutions at that of an FP8 one. All are measured in the run that compares with them. FP8 products have a
+scale a row, as ours.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.graph_timing import graph_ms
-from benchmarks.latency_yardstick import copy_rate, gemm_rate
+from benchmarks.latency_yardstick import copy_rate, gemm_flops, gemm_rate
 from engines.spec import PX_PER_LATENT
-from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig
+from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, per_stage
 from sana_ref.build import empty
 
 if TYPE_CHECKING:
     from sana_ref.transformer import SanaTransformerConfig
 
-__all__ = ["Floor", "Product", "decoder_floor", "decoder_flops", "denoiser_floor", "products", "traffic_bytes"]
+__all__ = ["Floor", "Product", "decoder_floor", "decoder_flops", "denoiser_floor", "products", "residual_flops", "traffic_bytes"]
 
 BIG_GEMM = (8192, 8192, 8192)
 HALF = 2  # bytes
@@ -97,6 +98,27 @@ def decoder_flops(config: AutoencoderDCConfig, *, width: int, height: int, batch
     return int(counter.get_total_flops())
 
 
-def decoder_floor(config: AutoencoderDCConfig, *, width: int, height: int, batch: int = 1) -> Floor:
-    """In bf16 or fp16, whose rate is the same. Needs a GPU."""
-    return Floor(1000 * decoder_flops(config, width=width, height=height, batch=batch) / gemm_rate(BIG_GEMM, gpu=True), 0.0)
+def residual_flops(config: AutoencoderDCConfig, *, width: int, height: int, batch: int) -> int:
+    """Of the two 3x3 convolutions of each of the decoder's residual blocks."""
+    depths = config.decoder_layers_per_block
+    kinds = per_stage(config.decoder_block_types, len(depths))
+    stages = enumerate(zip(kinds, config.decoder_block_out_channels, depths, strict=True))
+    return sum(
+        2 * depth * 2 * 9 * channels**2 * batch * (width >> stage) * (height >> stage)
+        for stage, (kind, channels, depth) in stages
+        if kind == "ResBlock"
+    )
+
+
+def decoder_floor(config: AutoencoderDCConfig, *, width: int, height: int, batch: int = 1, precision: str = "bf16") -> Floor:
+    """precision: "bf16", "fp16" or "fp32", which are taken at the rate of fp16; or "fp8", of the residual blocks alone, as ours.
+    Needs a GPU."""
+    size = {"width": width, "height": height, "batch": batch}
+    flops, seconds = decoder_flops(config, **size), 0.0
+    if precision == "fp8":
+        narrow = residual_flops(config, **size)
+        rows, depth, columns = BIG_GEMM
+        repeats = 5
+        per_flop = graph_ms([_call(Product(rows, columns, depth), "fp8")] * repeats) / 1000 / (repeats * gemm_flops(BIG_GEMM))
+        flops, seconds = flops - narrow, narrow * per_flop
+    return Floor(1000 * (seconds + flops / gemm_rate(BIG_GEMM, gpu=True)), 0.0)

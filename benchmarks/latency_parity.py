@@ -23,17 +23,22 @@ from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import DecoderForExport, TextEncoderForExport
 from sana_ref.quantization import groups_of
 from sana_ref.quantized import QuantizedLinears, uniform_plan
+from sana_ref.quantized_convs import ConvRanges, QuantizedConvs, conv_plan
 from sana_ref.step import DenoiserStep
 
 if TYPE_CHECKING:
     from runtime import SanaEngine
 
-__all__ = ["DTYPES", "engine_errors", "golden_complaints", "network_output", "peer_error", "wider"]
+__all__ = ["dtype_of", "engine_errors", "golden_complaints", "network_output", "peer_error", "wider"]
 
-# Of PyTorch beside it; for fp8 also of peers, who have nothing narrower.
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float16}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float16}
 FP32_CLOSE = 1e-5  # relative; how closely sana_ref and diffusers agree in fp32, by tests/parity
 MAIN_OUTPUT: Mapping[str, str] = {"text_encoder": "prompt_embeds", "denoiser": "next_latents", "decoder": "images"}
+
+
+def dtype_of(component: str, precision: str) -> torch.dtype:
+    """Of PyTorch beside it; for fp8 also of peers, who have nothing narrower. The decoder overflows in fp16."""
+    return torch.bfloat16 if (component, precision) == ("decoder", "fp8") else _DTYPES[precision]
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
@@ -56,7 +61,11 @@ def _release(device: str) -> None:
 def _graph_output(
     component: ComponentName, checkpoint: Checkpoint, inputs: Arrays, dtype: torch.dtype, device: str, *, fp8: bool = False
 ) -> Tensor:
-    """What the reference makes of a component's inputs: the first output of the bundle's graph. fp8: with linear layers in it."""
+    """What the reference makes of a component's inputs: the first output of the bundle's graph.
+
+    fp8: with the denoiser's linear layers in it, or the convolutions of the decoder's residual blocks, whose scales are made as a
+    build makes them, from these inputs.
+    """
     x = _tensors(inputs, device, dtype)
     if component == "denoiser":
         step = DenoiserStep(checkpoint.transformer(dtype, device))
@@ -64,6 +73,12 @@ def _graph_output(
         plan = uniform_plan("fp8", groups_of(name for name, _ in step.transformer.named_parameters()))
         with QuantizedLinears(step.transformer, plan) if fp8 else nullcontext():
             return step(*(x[name] for name in step.input_names))[0]
+    if component == "decoder" and fp8:
+        decoder = DecoderForExport(checkpoint.vae(dtype, device))
+        with ConvRanges(decoder) as ranges:
+            decoder(x["latents"])
+        with QuantizedConvs(decoder, conv_plan(ranges.largest())):
+            return decoder(x["latents"])
     return network_output(component, checkpoint, inputs, dtype, device)
 
 
@@ -103,7 +118,7 @@ def engine_errors(
     with engine.session(component) as session:
         got = session.run(inputs)[MAIN_OUTPUT[component]]
     precision = engine.manifest.precision[component]
-    dtype = DTYPES[precision]
+    dtype = dtype_of(component, precision)
     exact = _array(_graph_output(component, checkpoint, inputs, wider(dtype), device))
     _release(device)
     same = _array(_graph_output(component, checkpoint, inputs, dtype, device, fp8=precision == Precision.FP8))

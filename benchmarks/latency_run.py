@@ -127,7 +127,7 @@ def measure(engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint
 
 
 def _peers(stack: ExitStack, engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
-    from benchmarks.latency_parity import DTYPES
+    from benchmarks.latency_parity import dtype_of
     from benchmarks.latency_peers import checked_peers
 
     component = cast(ComponentName, work.component)
@@ -139,7 +139,7 @@ def _peers(stack: ExitStack, engine: SanaEngine, work: Work, bench: Bench, plan:
             checkpoint,
             component_inputs(engine, work),
             plan.peers,
-            dtype=DTYPES[engine.manifest.precision[component] if bench.gpu else "fp32"],  # portable graphs compute in fp32
+            dtype=dtype_of(component, engine.manifest.precision[component] if bench.gpu else "fp32"),  # portable: fp32
             device="cuda" if bench.gpu else "cpu",
         )
     )

@@ -6,7 +6,8 @@
 Both 3x3 convolutions of a residual block are a group each, named as the checkpoint has them: up_blocks.2.1.conv1. Weights are e4m3
 with a scale for each channel out, activations e4m3 with one scale for all pixels and channels, known before: a sum mixes nine
 pixels, and the kernel that makes a picture does not see all of it. Sums, bias, activation, norm and residual are fp32, rounded once
-(plugins/conv3x3_fp8.py). The rest of the decoder is as it was: the upsampling convolutions, quantised too, would cost 10 dB more.
+(plugins/conv3x3_fp8.py). The rest of the decoder is as it was: what comes later in it has less behind it that hides an error
+(docs/quantization.md).
 
 A kernel quantises what it has not yet rounded to 16 bits; here that was, which is a sixteenth of e4m3's own rounding.
 """

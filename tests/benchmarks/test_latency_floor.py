@@ -3,9 +3,14 @@
 from dataclasses import replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import operator_flops
-from benchmarks.latency_floor import decoder_flops, products, traffic_bytes
+from benchmarks.latency_floor import decoder_flops, products, residual_flops, traffic_bytes
+from sana_ref.autoencoder import AutoencoderDC
+from sana_ref.build import empty
+from sana_ref.quantized_convs import conv_group
 from sana_ref.variants import DC_AE, VARIANTS
 
 CONFIG = replace(VARIANTS["sana_1600m_1024px"].transformer, num_layers=2)
@@ -33,3 +38,14 @@ def test_flops_of_the_decoder():
     small, large = (decoder_flops(DC_AE, width=side, height=side, batch=1) for side in (512, 1024))
     assert large == pytest.approx(8.4e12, rel=0.03)
     assert large == pytest.approx(4 * small, rel=0.001)
+
+
+def test_flops_of_residual_blocks():
+    """Those of the convolutions that FP8 is of."""
+    decoder = empty(lambda: AutoencoderDC(DC_AE)).decoder
+    with FlopCounterMode(display=False) as counter:
+        decoder(torch.empty(2, DC_AE.latent_channels, 4, 6, device="meta"))
+    by_module = counter.get_flop_counts()
+    found = {name: sum(counts.values()) for name, counts in by_module.items() if conv_group(f"{name}.weight")}
+    assert len(found) == 18
+    assert sum(found.values()) == residual_flops(DC_AE, width=6 * 32, height=4 * 32, batch=2)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from fake_tensorrt import fake_backend
 from fakes import write_fake_bundle
 from latency_records import record
@@ -28,6 +31,9 @@ from export.build import build
 from export.request import targets_of
 from runtime import SanaEngine
 from sana_ref.checkpoint import load
+from sana_ref.components import DecoderForExport
+from sana_ref.fused_decoder import FusedDecoder
+from sana_ref.quantized_convs import ConvRanges, QuantizedConvs, conv_plan
 
 SETTINGS = ["--model", str(tiny()), "--sizes", "64,128", "--rounds", "5", "--pictures", "3", "--steps", "2", "--kernels"]
 
@@ -90,9 +96,12 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SanaEngi
         yield made
 
 
-@pytest.mark.parametrize(("parameters", "step_name"), [(1_600_000_000, "step_1600m_64px"), (30_000_000, "step_tiny_64px")])
+@pytest.mark.parametrize(
+    ("parameters", "step_name", "precision"),
+    [(1_600_000_000, "step_1600m_64px", "fp8"), (30_000_000, "step_tiny_64px", "bf16")],
+)
 def test_figures_have_the_peers_beside_them(
-    engine: SanaEngine, recorded: Path, parameters: int, step_name: str, monkeypatch: pytest.MonkeyPatch
+    engine: SanaEngine, recorded: Path, parameters: int, step_name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("benchmarks.latency_figures.floor_of", lambda *_: Floor(products_ms=0.75, traffic_ms=0.125))
     stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
@@ -101,7 +110,7 @@ def test_figures_have_the_peers_beside_them(
     records = [
         record(component="text_encoder", width=0, height=0),
         record(peers={"diffusers_eager": 30.0, "torch_compile_max_autotune": 15.0}, **size),
-        record(component="decoder", precision="bf16", peers={"diffusers_eager": 50.0}, **size),
+        record(component="decoder", precision=precision, peers={"diffusers_eager": 50.0}, **size),
     ]
     checkpoint = SimpleNamespace(sources={"transformer": SimpleNamespace(shapes={"weight": (parameters,)})})
     assert record_figures(engine, checkpoint, records, errors, steps=2, pictures=2, note="random weights")  # type: ignore[arg-type]
@@ -113,5 +122,36 @@ def test_figures_have_the_peers_beside_them(
     assert step["note"].startswith(
         "rms error 1.00 x PyTorch's; floor: products 0.75 ms, traffic 0.12; random weights; TensorRT for RTX on compute capability "
     )
+    decode = {name for name in found if name.startswith("decode")}
+    assert decode == {f"decode_{'tiny_' if parameters < 100_000_000 else ''}64px_{precision}_ms"}
     assert ("tiny_picture_gpu_ms" in found) == (parameters < 100_000_000)
     assert len(lines) == (3 if parameters < 100_000_000 else 2)
+
+
+def test_an_fp8_decoder_is_held_to_the_simulation() -> None:
+    """Of its convolutions. With other scales, within a factor of 2, it is within the bound; with coarse ones it is not."""
+    checkpoint = load(tiny())
+    vae = checkpoint.vae(torch.bfloat16)
+    decoder = DecoderForExport(vae, FusedDecoder(vae.decoder))
+    inputs = {"latents": np.random.default_rng(1).standard_normal((1, 32, 2, 3)).astype(np.float32)}
+    latents = torch.from_numpy(inputs["latents"])
+    with torch.inference_mode(), ConvRanges(decoder) as ranges:
+        decoder(latents)
+    largest = ranges.largest()
+
+    def errors(factor: float, precision: Precision = Precision.FP8) -> dict[str, ErrorStats]:
+        """Of the fused decoder in FP8, in place of an engine that says it has `precision`. factor: of the scales."""
+        plan = conv_plan({group: factor * each for group, each in largest.items()})
+
+        def run(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            with torch.inference_mode(), QuantizedConvs(decoder, plan):
+                return {"images": decoder(torch.from_numpy(given["latents"])).numpy()}
+
+        session, manifest = nullcontext(SimpleNamespace(run=run)), SimpleNamespace(precision={"decoder": precision})
+        fake = SimpleNamespace(session=lambda _: session, manifest=manifest)
+        return engine_errors(fake, "decoder", checkpoint, inputs, device="cpu")  # type: ignore[arg-type]
+
+    for factor, fits in ((0.7, True), (2**14, False)):
+        found = errors(factor)
+        assert bool(check_size(found["engine"], bound_from(found["pytorch"]))) != fits
+    assert errors(1.0, Precision.BF16)["pytorch"] != errors(1.0)["pytorch"]

@@ -7,7 +7,7 @@ from tiny_build import quiet, request
 
 from engines import tensorrt
 from engines.gpu import current_target
-from engines.spec import Precision, Target
+from engines.spec import FP8_TARGETS, Precision, Target
 from export.build import build
 from export.request import targets_of
 
@@ -23,3 +23,13 @@ def test_engines_for_this_gpu_hold_parity(tmp_path, precision):
     for component in report["components"].values():
         for output in component["outputs"].values():
             assert output["tensorrt"]["rms"] <= output["bound"]["rms"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(current_target() not in FP8_TARGETS, reason="this machine has no GPU with FP8")
+def test_a_decoder_in_fp8_holds_parity(tmp_path):
+    wanted = request(tmp_path / "bundle", precision=Precision.FP8, targets=targets_of("current"), components=("decoder",))
+    bundle = build(wanted, quiet()).bundle
+    assert bundle.manifest.precision == {"decoder": "fp8"}
+    (output,) = json.loads((bundle.path / "parity.json").read_text())["components"]["decoder"]["outputs"].values()
+    assert output["tensorrt"]["rms"] <= output["bound"]["rms"]

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from engines.spec import Precision, Target
 from export.fp8_constants import DATA_NAME, Constants
 from export.fp8_conv_nodes import use_fp8_convs
-from export.plugin_nodes import add_cubins
+from export.linear_nodes import use_linear_plugins
+from export.plugin_nodes import add_cubins, has_kernel
 from export.stages import _beside
 from export.weights import DATA_NAME as WEIGHTS_NAME
 from plugins.launch import Launch
@@ -252,11 +253,12 @@ def test_plans_that_do_not_fit(tmp_path, layers, words):
 
 @pytest.fixture(scope="module")
 def decoder(tmp_path_factory):
-    """The small decoder's graph, its folder, the plan, and how many nodes were said to be added."""
+    """The small decoder's graph, as for sm90, its folder, the plan, and how many nodes were said to be added."""
     folder = tmp_path_factory.mktemp("fp8")
     found = component("decoder", Precision.FP8)
     graphs = runner().export(found)
     model = onnx.load(graphs.folder / "typed.onnx", load_external_data=False)
+    assert use_linear_plugins(model)
     groups = conv_groups(name for name, _ in found.module.named_parameters())
     plan = conv_plan({group: 4.0 + index for index, group in enumerate(groups)})
     with _beside(graphs.folder / WEIGHTS_NAME, folder):
@@ -291,7 +293,7 @@ def test_cubins_of_a_decoder(decoder):
     """Each node has its kernel, with its scale."""
     model = onnx.ModelProto()
     model.CopyFrom(decoder[0])
-    assert add_cubins(model, (Target.SM90,)) == sum(node.domain == "sana" for node in model.graph.node)
+    assert add_cubins(model, (Target.SM90,)) == sum(map(has_kernel, model.graph.node))
     for node in model.graph.node:
         given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         if node.op_type.startswith("Fp8"):

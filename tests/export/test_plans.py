@@ -1,6 +1,7 @@
 """Builds in 8 and 4 bits: the plan that they follow, and what they refuse."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from tiny_build import quiet, request, said, tiny
@@ -9,7 +10,7 @@ from engines.errors import SpecError
 from engines.spec import Precision, Target
 from export import plans
 from export.build import build
-from export.plans import check_request
+from export.plans import check_request, decoder_precision
 from sana_ref.checkpoint import load
 from sana_ref.quantization import LayerPlan, QuantizationPlan, groups_of, save_plan
 from sana_ref.quantized import uniform_plan
@@ -51,6 +52,45 @@ def test_requests_that_can(tmp_path):
         check_request(request(tmp_path / "out", precision=Precision.INT8, targets=targets, plan=planned(tmp_path, layer=STATIC)))
 
 
+@pytest.mark.parametrize(
+    ("precision", "targets", "asked", "found"),
+    [
+        (Precision.FP8, (Target.SM90,), None, "fp8"),
+        (Precision.FP8, (Target.SM89, Target.SM120), None, "fp8"),
+        (Precision.FP8, (), None, "bf16"),
+        (Precision.FP8, (Target.SM90,), "bf16", "bf16"),
+        (Precision.FP16, (Target.SM90,), None, "bf16"),
+        (Precision.FP16, (Target.SM90,), "fp8", "fp8"),
+        (Precision.INT8, (Target.SM89,), "fp8", "fp8"),
+        (Precision.NVFP4, (Target.SM120,), None, "bf16"),
+        (Precision.INT8, (Target.SM80, Target.SM89), None, "bf16"),
+        (Precision.FP32, (Target.SM89,), None, "fp32"),
+        (Precision.FP32, (), "fp32", "fp32"),
+    ],
+)
+def test_the_decoders_precision(tmp_path, precision, targets, asked, found):
+    """FP8 with the denoiser's, where every target has it; or where it is asked for."""
+    asked = None if asked is None else Precision(asked)
+    wanted = request(tmp_path / "out", precision=precision, targets=targets, decoder_precision=asked)
+    check_request(wanted)
+    assert decoder_precision(wanted) == found
+
+
+@pytest.mark.parametrize(
+    ("precision", "targets", "asked", "words"),
+    [
+        (Precision.FP16, (Target.SM80, Target.SM89), "fp8", "decoder-precision: got fp8 for sm80; expected some of sm89, sm90, "),
+        (Precision.FP16, (), "fp8", "decoder-precision: got fp8 for onnx; .* Use bf16 there"),
+        (Precision.FP32, (Target.SM89,), "fp8", "decoder-precision: got fp8 with --precision fp32; expected fp32. Leave it out"),
+        (Precision.FP32, (), "bf16", "decoder-precision: got bf16 with --precision fp32; expected fp32. Leave it out"),
+        (Precision.FP8, (Target.SM90,), "fp32", "decoder-precision: got fp32 with --precision fp8; expected bf16 or fp8. Leave it"),
+    ],
+)
+def test_decoders_that_cannot_be(tmp_path, precision, targets, asked, words):
+    with pytest.raises(SpecError, match=words):
+        check_request(request(tmp_path / "out", precision=precision, targets=targets, decoder_precision=Precision(asked)))
+
+
 def test_scales_for_cublas():
     """Of layers whose input comes from a kernel that is given one; q, k and v find a token's own, which is more exact."""
     qkv = "transformer_blocks.0.attn1.to_qkv"
@@ -80,6 +120,28 @@ def test_a_build_without_a_calibration(tmp_path):
         assert output["bound"]["rms"] == pytest.approx(2 * output["pytorch"]["rms"])
         assert output["portable_bound"] is None
     assert build(request(tmp_path / "four", precision=Precision.NVFP4, components=("denoiser",)), quiet()).unchanged
+
+
+@pytest.mark.slow
+def test_a_decoder_in_fp8(tmp_path):
+    """Its engine has FP8 convolutions; its portable graph, which has none, is held to PyTorch's fp32 error as before."""
+    progress, targets = quiet(), (Target.SM89, Target.SM120)
+    wanted = request(tmp_path / "bundle", precision=Precision.FP8, targets=targets, components=("decoder",))
+    bundle = build(wanted, progress).bundle
+    assert bundle.manifest.precision == {"decoder": "fp8"}
+    assert bundle.engine_path("decoder", Target.SM120) is not None
+    text = said(progress)
+    assert "8 of 8 groups" in text
+    assert "decoder: fp8 is the 3x3 convolutions of its residual blocks, in engines alone; the rest of it is bf16" in text
+    for count in ("4 Fp8StaticQuantize", "4 Fp8Conv3x3,", "4 Fp8Conv3x3Norm", "1 Conv3x3,"):
+        assert count in text + ","
+    parity = json.loads((bundle.path / "parity.json").read_text())["components"]["decoder"]
+    (output,) = parity["outputs"].values()
+    assert output["bound"]["rms"] == pytest.approx(2 * output["pytorch"]["rms"])
+    assert output["onnxruntime"]["rms"] <= output["portable_bound"]["rms"] < output["bound"]["rms"] / 100
+    assert build(wanted, quiet()).unchanged
+    other = build(replace(wanted, decoder_precision=Precision.BF16), quiet()).bundle
+    assert other.manifest.precision == {"decoder": "bf16"}
 
 
 @pytest.mark.slow
