@@ -6,8 +6,8 @@
 Both 3x3 convolutions of a residual block are a group each, named as the checkpoint has them: up_blocks.2.1.conv1. Weights are e4m3
 with a scale for each channel out, activations e4m3 with one scale for all pixels and channels, known before: a sum mixes nine
 pixels, and the kernel that makes a picture does not see all of it. Sums, bias, activation, norm and residual are fp32, rounded once
-(plugins/conv3x3_fp8.py). The rest of the decoder is as it was: what comes later in it has less behind it that hides an error
-(docs/quantization.md).
+(plugins/conv3x3_fp8.py). The rest of the decoder is as it was: the upsampling convolutions would cost more than all
+of these (docs/quantization.md).
 
 A kernel quantises what it has not yet rounded to 16 bits; here that was, which is a sixteenth of e4m3's own rounding.
 """
@@ -120,8 +120,11 @@ class ConvRanges(Convs):
         self._largest[group] = torch.maximum(largest, self._largest.get(group, largest))
 
     def largest(self) -> dict[str, float]:
-        """By group. Raises CheckpointError for one that never ran, or whose input is all zero, infinite or NaN."""
+        """By group, in the order in which they ran.
+
+        Raises CheckpointError for one that never ran, and for the first whose input is all zero, infinite or NaN.
+        """
         for group in self.groups:
             if group not in self._largest:
                 raise CheckpointError(f"{group}: got no activations; expected the decoder to have run with some.")
-        return {group: finite_range(self._largest[group], f"{group}, activations") for group in self.groups}
+        return {group: finite_range(largest, f"{group}, activations") for group, largest in self._largest.items()}
