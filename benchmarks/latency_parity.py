@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -136,7 +136,7 @@ def golden_complaints(engine: SanaEngine) -> list[str]:
         raise MissingFileError(f"{engine.bundle.path}: no parity.json, hence no bounds. Rebuild, or give --model.")
     return [
         f"{component}, {found.output}, case {found.case!r}: {sentence}"
-        for component in get_args(ComponentName)
+        for component in engine.manifest.components
         for found in measure_component(engine, report, component)
         for sentence in found.wrong
     ]

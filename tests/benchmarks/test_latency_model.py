@@ -21,7 +21,7 @@ from benchmarks import figures, latency, latency_figures, latency_session
 from benchmarks.latency_figures import record_figures
 from benchmarks.latency_floor import Floor
 from benchmarks.latency_history import History
-from benchmarks.latency_parity import engine_errors
+from benchmarks.latency_parity import engine_errors, golden_complaints
 from benchmarks.latency_peers import PEERS
 from benchmarks.latency_work import Work, graph_inputs
 from engines.gpu import current_target
@@ -126,6 +126,27 @@ def test_figures_have_the_peers_beside_them(
     assert decode == {f"decode_{'tiny_' if parameters < 100_000_000 else ''}64px_{precision}_ms"}
     assert ("tiny_picture_gpu_ms" in found) == (parameters < 100_000_000)
     assert len(lines) == (3 if parameters < 100_000_000 else 2)
+
+
+def test_a_bundle_that_draws_nothing_is_timed_by_itself(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.latency_figures.device_info", lambda: SimpleNamespace(capability=(9, 0)))
+    monkeypatch.setattr("benchmarks.latency_figures.floor_of", lambda *_: Floor(products_ms=0.75, traffic_ms=0.0))
+    alone = SimpleNamespace(manifest=SimpleNamespace(components=("decoder",)))
+    checkpoint = SimpleNamespace(sources={"transformer": SimpleNamespace(shapes={"weight": (1_600_000_000,)})})
+    stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
+    found = record(component="decoder", precision="fp8", width=1024, height=1024)
+    errors = {"decoder": {"engine": stats, "pytorch": stats}}
+    assert record_figures(alone, checkpoint, [found], errors, steps=2, pictures=2, note="")  # type: ignore[arg-type]
+    (line,) = map(json.loads, recorded.read_text().splitlines())
+    assert (line["figure"], line["value"]) == ("decode_1024px_fp8_ms", found.device.p50)
+    assert "by itself, in one CUDA graph" in line["note"]
+
+
+@pytest.mark.slow
+def test_the_golden_inputs_of_a_decoder_alone(tmp_path: Path) -> None:
+    bundle = build(request(tmp_path / "bundle", components=("decoder",)), quiet()).bundle
+    with SanaEngine(bundle.path, backend="onnxruntime") as engine:
+        assert golden_complaints(engine) == []
 
 
 def test_an_fp8_decoder_is_held_to_the_simulation() -> None:
