@@ -94,7 +94,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
         quantized = quantize(request, request.quantization, checkpoint, runner.store, progress)
         request = replace(request, precision=quantized.precision)
     precisions = component_precision(request.precision) | {"decoder": decoder_precision(request)}
-    for line in _of_components(request.precision, precisions["decoder"]):
+    for line in _of_components(request, precisions["decoder"]):
         progress.say(f"  {line}")
     ranges = shape_range(
         request,
@@ -118,16 +118,17 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     return result
 
 
-def _of_components(precision: Precision, decoder: Precision) -> Iterator[str]:
-    """For people: what one precision means for each component."""
+def _of_components(request: BuildRequest, decoder: Precision) -> Iterator[str]:
+    """For people: what one precision means for each component. decoder: its precision."""
+    precision = request.precision
     if precision in QUANTIZED:
         yield f"{precision} is the denoiser's linear layers alone: the rest of it is fp16, the text encoder bf16"
     if precision is Precision.FP16:
         yield "fp16 is the denoiser's alone: Gemma-2 and DC-AE overflow in it, so text encoder and decoder are bf16"
     if decoder is Precision.FP8:
         yield "decoder: fp8 is the 3x3 convolutions of its residual blocks, in engines alone; the rest of it is bf16"
-    elif precision is Precision.FP8:
-        yield "decoder: bf16, because FP8 convolutions are kernels of engines; the build makes none"
+    elif precision is Precision.FP8 and request.decoder_precision is None:
+        yield "decoder: bf16, because FP8 convolutions are kernels of engines, and none is built"
     elif precision in QUANTIZED:
         yield "decoder: bf16"
 

@@ -9,7 +9,7 @@ from tiny_build import quiet, request, said, tiny
 from engines.errors import SpecError
 from engines.spec import Precision, Target
 from export import plans
-from export.build import build
+from export.build import _of_components, build
 from export.plans import check_request, decoder_precision
 from sana_ref.checkpoint import load
 from sana_ref.quantization import LayerPlan, QuantizationPlan, groups_of, save_plan
@@ -74,6 +74,21 @@ def test_the_decoders_precision(tmp_path, precision, targets, asked, found):
     wanted = request(tmp_path / "out", precision=precision, targets=targets, decoder_precision=asked)
     check_request(wanted)
     assert decoder_precision(wanted) == found
+
+
+@pytest.mark.parametrize(
+    ("precision", "targets", "asked", "words"),
+    [
+        (Precision.FP8, (Target.SM90,), None, "decoder: fp8 is the 3x3 convolutions of its residual blocks, in engines alone"),
+        (Precision.FP8, (), None, "decoder: bf16, because FP8 convolutions are kernels of engines, and none is built"),
+        (Precision.FP8, (), "bf16", "decoder: bf16\n"),
+        (Precision.INT8, (Target.SM80,), None, "decoder: bf16\n"),
+    ],
+)
+def test_a_build_says_what_the_decoder_is(tmp_path, precision, targets, asked, words):
+    asked = None if asked is None else Precision(asked)
+    wanted = request(tmp_path / "out", precision=precision, targets=targets, decoder_precision=asked)
+    assert words in "".join(f"{line}\n" for line in _of_components(wanted, decoder_precision(wanted)))
 
 
 @pytest.mark.parametrize(
