@@ -71,7 +71,7 @@ def library(tmp_path_factory) -> Path:
 
 
 def run(engine: Path, shell_used: str) -> dict[str, object]:
-    paths = os.pathsep.join(map(str, (REPOSITORY, REPOSITORY / "tests")))
+    paths = os.pathsep.join(filter(None, (str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {native.VARIABLE: shell_used, "PYTHONPATH": paths}
     done = subprocess.run([sys.executable, "-c", RUN, engine], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
