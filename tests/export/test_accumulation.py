@@ -1,5 +1,7 @@
 """Products of fp16 tensors must say that they are summed in fp32: on a GPU, TensorRT would sum them in fp16."""
 
+from dataclasses import replace
+
 import onnx_ir as ir
 import pytest
 import torch
@@ -44,6 +46,29 @@ def test_fp16_products_are_fp32_between_two_casts():
         assert {value.dtype for value in (*node.inputs, node.outputs[0])} == {ir.DataType.FLOAT}
         (use,) = node.outputs[0].uses()
         assert (use.node.op_type, use.node.outputs[0].dtype) == ("Cast", ir.DataType.FLOAT16)
+
+
+class Rows(nn.Module):
+    """A Linear of a matrix, which is exported as Gemm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.to(self.linear.weight.dtype).flatten(0, 1)).unflatten(0, x.shape[:2]).float()
+
+
+def test_a_bias_is_added_in_fp16():
+    """Between the casts, it would make TensorRT keep the weights in fp32."""
+    with torch.device("meta"):
+        model = export_module(Rows().half(), replace(SPEC, outputs=(TensorSpec(name="y", dims=("batch", 5, 8)),)))
+    (product,) = (node for node in model.graph if node.op_type == "Gemm")
+    assert len(product.inputs) == 2
+    (cast,) = (use.node for use in product.outputs[0].uses())
+    (added,) = (use.node for use in cast.outputs[0].uses())
+    assert (cast.op_type, added.op_type, added.outputs[0].dtype) == ("Cast", "Add", ir.DataType.FLOAT16)
+    assert added.inputs[1].name == "linear.bias"
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32], ids=str)
