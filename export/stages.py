@@ -31,6 +31,7 @@ from export.cases import Arrays
 from export.compile_processes import compile_ahead
 from export.components import Component, Profile
 from export.fingerprint import code, versions
+from export.folding import fold_weights
 from export.fp8_constants import DATA_NAME as FP8_DATA_NAME
 from export.fp8_conv_nodes import use_fp8_convs
 from export.fp8_nodes import use_fp8
@@ -55,6 +56,7 @@ _EXPORT_CODE = (
     "plugins/*.py",
     "export/accumulation.py",
     "export/components.py",
+    "export/folding.py",
     "export/fp4_nodes.py",
     "export/onnx_export.py",
     "export/qdq_nodes.py",
@@ -80,6 +82,7 @@ _REFERENCE_CODE = (
     "sana_ref/*.py",
     "export/cases.py",
     "export/components.py",
+    "export/folding.py",
     "export/reference.py",
     "export/references.py",
     "export/wide.py",
@@ -171,6 +174,7 @@ class Runner:
             model, load = export_module(component.module, component.spec), self.loader(component)
             if component.graph_plan is not None:
                 load = quantize_graph(model, component.graph_plan, load, component.dtype)
+            load = fold_weights(model, load)
             size = write_weights(model, load, folder / DATA_NAME)
             for name, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
                 ir.save(with_function_bodies(graph), folder / name)
