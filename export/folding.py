@@ -1,81 +1,102 @@
-"""Weights that a graph computes from parameters, computed once and stored in their place.
+"""Weights that a graph for TensorRT computes from parameters, computed before it is compiled.
 
-A decoder's upsampling convolutions sum neighbouring taps of their weights (sana_ref.fused_decoder.of_corners). ONNX Runtime does
-so when it loads a graph; TensorRT does it again at every picture. Views of parameters stay: TensorRT folds those itself.
+A decoder's upsampling convolutions sum neighbouring taps of their weights (sana_ref.fused_decoder.of_corners). TensorRT folds views
+of parameters, and would compute those sums again at every picture. The portable graph is left alone: ONNX Runtime folds them when
+it loads one, and in fp32, while they are rounded here.
 """
 
-from collections.abc import Callable
+from pathlib import Path
 
-import onnx_ir as ir
-import onnx_ir.passes.common as passes
+import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
-from torch import Tensor
 
-__all__ = ["fold_weights"]
+from export.linear_nodes import remove_unused
 
-_VIEWS = frozenset({"Cast", "Concat", "ConstantOfShape", "Expand", "Reshape", "Squeeze", "Tile", "Transpose", "Unsqueeze"})
+__all__ = ["FOLDED_NAME", "fold_weights"]
+
+FOLDED_NAME = "folded.bin"  # beside the graph, as long as it is compiled
+_VIEWS = frozenset(
+    {
+        "Cast",
+        "Concat",
+        "ConstantOfShape",
+        "Expand",
+        "Gather",
+        "Reshape",
+        "Slice",
+        "Split",
+        "Squeeze",
+        "Tile",
+        "Transpose",
+        "Unsqueeze",
+    }
+)
+_TORCH = {TensorProto.FLOAT: torch.float32, TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat16}
+_PAGE = 4096  # bytes; where a weight starts, so that it can be mapped
 
 
-def fold_weights(model: ir.Model, load: Callable[[str], Tensor]) -> Callable[[str], Tensor]:
-    """Replace, in place, what is computed from parameters alone by parameters, in a graph whose own have no values yet.
+def fold_weights(model: onnx.ModelProto, folder: Path) -> int:
+    """Replace, in place, sums of parameters by constants, whose data is FOLDED_NAME in `folder`. Returns how many there are.
 
-    load: parameter name -> tensor as the checkpoint stores it. Returns `load` for the rewritten graph; it gives new ones in fp32.
+    folder: where the graph's own data lies. Quantized weights are left: what they are made of is smaller than they are.
     """
-    constants = set(model.graph.initializers.values())
-    made: dict[str, Callable[[], Tensor]] = {}
-    for node in model.graph:
-        if all(value is None or value in constants for value in node.inputs):
-            constants.update(node.outputs)
-    for value in [value for node in model.graph for value in node.outputs if value in constants]:
-        uses = [use for use in value.uses() if constants.isdisjoint(use.node.outputs)]
-        nodes = _makers(value)
-        parameters = [each for each in _leaves(nodes) if each.const_value is None]
-        if not uses or not parameters or all(node.op_type in _VIEWS for node in nodes):
-            continue
-        name = f"{parameters[0].name}.{value.name}"
-        model.graph.initializers[name] = stored = ir.Value(name=name, type=value.type, shape=value.shape)
-        for use in uses:
-            use.node.replace_input_with(use.idx, stored)
-        made[name] = _computation(nodes, value, model.opset_imports[""], load)
-    passes.RemoveUnusedNodesPass()(model)
-    return lambda name: made[name]() if name in made else load(name)
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    maker: dict[str, onnx.NodeProto] = {}
+    for node in graph.node:
+        if all(name in constants or not name for name in node.input) and node.op_type != "DequantizeLinear":
+            constants.update(node.output)
+            maker.update(dict.fromkeys(node.output, node))
+    used = {name for node in graph.node if node.output[0] not in constants for name in node.input}
+    computed = [name for name in maker if name in used and any(node.op_type not in _VIEWS for node in _makers(name, maker))]
+    if not computed:
+        return 0
+    types = {value.name: value.type.tensor_type for value in graph.value_info}
+    with (folder / FOLDED_NAME).open("wb") as file:
+        for name in computed:
+            array = _value(model, name, _makers(name, maker), folder).to(_TORCH[types[name].elem_type])
+            file.write(bytes(-file.tell() % _PAGE))
+            data = array.contiguous().view(torch.uint8).numpy().tobytes()
+            tensor = TensorProto(name=name, data_type=types[name].elem_type, dims=array.shape, data_location=TensorProto.EXTERNAL)
+            for key, value in (("location", FOLDED_NAME), ("offset", file.tell()), ("length", len(data))):
+                tensor.external_data.add(key=key, value=str(value))
+            file.write(data)
+            graph.initializer.append(tensor)
+            maker[name].output[list(maker[name].output).index(name)] = f"{name}_unused"
+    remove_unused(graph)
+    read = {name for node in graph.node for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return len(computed)
 
 
-def _makers(value: ir.Value) -> list[ir.Node]:
+def _makers(name: str, maker: dict[str, onnx.NodeProto]) -> list[onnx.NodeProto]:
     """The nodes that it is made by, each behind those that it depends on."""
-    node = value.producer()
-    if node is None:
+    if name not in maker:
         return []
-    return list(dict.fromkeys([*(each for x in node.inputs if x is not None for each in _makers(x)), node]))
+    nodes = [*(node for each in maker[name].input for node in _makers(each, maker)), maker[name]]
+    return list({id(node): node for node in nodes}.values())
 
 
-def _leaves(nodes: list[ir.Node]) -> list[ir.Value]:
-    return list(dict.fromkeys(value for node in nodes for value in node.inputs if value is not None and value.producer() is None))
-
-
-def _computation(nodes: list[ir.Node], result: ir.Value, opset: int, load: Callable[[str], Tensor]) -> Callable[[], Tensor]:
-    """By ONNX Runtime, between casts to and from fp32, because NumPy has no bf16."""
-    leaves = _leaves(nodes)
-    names = [str(each.name) for each in leaves if each.const_value is None]
-    casts = [
-        helper.make_node("Cast", [f"{each.name}.fp32"], [str(each.name)], to=int(each.dtype or TensorProto.FLOAT))
-        for each in leaves
-        if each.const_value is None
-    ]
-    casts.append(helper.make_node("Cast", [str(result.name)], ["result.fp32"], to=TensorProto.FLOAT))
-    graph = helper.make_graph(
-        [*casts[:-1], *(ir.to_proto(node) for node in nodes), casts[-1]],
+def _value(model: onnx.ModelProto, name: str, nodes: list[onnx.NodeProto], folder: Path) -> torch.Tensor:
+    """fp32, by ONNX Runtime: NumPy has no bf16."""
+    leaves = {each for node in nodes for each in node.input}
+    result = helper.make_node("Cast", [name], ["result"], to=TensorProto.FLOAT)
+    part = helper.make_graph(
+        [*nodes, result],
         "weights",
-        [helper.make_tensor_value_info(f"{name}.fp32", TensorProto.FLOAT, None) for name in names],
-        [helper.make_tensor_value_info("result.fp32", TensorProto.FLOAT, None)],
-        [ir.to_proto(each.const_value) for each in leaves if each.const_value is not None],
+        [],
+        [helper.make_tensor_value_info("result", TensorProto.FLOAT, None)],
+        [tensor for tensor in model.graph.initializer if tensor.name in leaves],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=11)
-
-    def compute() -> Tensor:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        return torch.from_numpy(session.run(None, {f"{name}.fp32": load(name).float().numpy() for name in names})[0])
-
-    return compute
+    versions = [each for each in model.opset_import if each.domain == ""]
+    path = folder / "weights.onnx"
+    path.write_bytes(helper.make_model(part, opset_imports=versions, ir_version=model.ir_version).SerializeToString())
+    try:
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(None, {})[0])
+    finally:
+        path.unlink()

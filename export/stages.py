@@ -31,7 +31,7 @@ from export.cases import Arrays
 from export.compile_processes import compile_ahead
 from export.components import Component, Profile
 from export.fingerprint import code, versions
-from export.folding import fold_weights
+from export.folding import FOLDED_NAME, fold_weights
 from export.fp8_constants import DATA_NAME as FP8_DATA_NAME
 from export.fp8_conv_nodes import use_fp8_convs
 from export.fp8_nodes import use_fp8
@@ -56,7 +56,6 @@ _EXPORT_CODE = (
     "plugins/*.py",
     "export/accumulation.py",
     "export/components.py",
-    "export/folding.py",
     "export/fp4_nodes.py",
     "export/onnx_export.py",
     "export/qdq_nodes.py",
@@ -72,6 +71,7 @@ _ENGINE_CODE = (
     "plugins/*.py",
     "engines/tensorrt.py",
     "engines/tensorrt_library.py",
+    "export/folding.py",
     "export/fp8_constants.py",
     "export/fp8_conv_nodes.py",
     "export/fp8_nodes.py",
@@ -174,7 +174,6 @@ class Runner:
             model, load = export_module(component.module, component.spec), self.loader(component)
             if component.graph_plan is not None:
                 load = quantize_graph(model, component.graph_plan, load, component.dtype)
-            load = fold_weights(model, load)
             size = write_weights(model, load, folder / DATA_NAME)
             for name, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
                 ir.save(with_function_bodies(graph), folder / name)
@@ -203,6 +202,7 @@ class Runner:
             expected[linear.OP] += use_linear_plugins(model) if wants_linear_plugins(targets, tensorrt.flavor()) else 0
             log: list[str] = []
             with _beside(graphs.folder / DATA_NAME, folder), (folder / name).open("wb") as file:
+                fold_weights(model, folder)
                 if component.in_engine:
                     expected.update(_use_fp8(component, model, folder))
                 onnx.save(model, folder / TYPED_NAME)
@@ -218,7 +218,8 @@ class Runner:
                     register_plugins=shell.register,
                     log=log.append,
                 )
-            (folder / FP8_DATA_NAME).unlink(missing_ok=True)
+            for each in (FP8_DATA_NAME, FOLDED_NAME):
+                (folder / each).unlink(missing_ok=True)
             (folder / _LOG).write_text("".join(f"{line}\n" for line in log), encoding="utf-8")
             plugins = ", ".join(f"{count} {op}" for op, count in report.plugins.items())
             stage.note(human_bytes(report.engine_bytes) + (f", plugins: {plugins}" if plugins else ""))
