@@ -145,7 +145,7 @@ void LtProduct::prepare(std::int64_t rows, std::int64_t columns, std::int64_t de
     std::vector<Heuristic> answers(kCandidates);
     int found = 0;
     try {
-        const std::uint64_t most = kProductWorkspace;
+        const std::uint64_t most = kProductWorkspace - kWorkspaceAlignment;
         ok(library().preference_set(preference, kMaxWorkspace, &most, sizeof most), "cublasLtMatmulPreferenceSetAttribute");
         const auto alignment = static_cast<std::uint32_t>(kAlignment);
         for (const int each : kAlignments)
@@ -187,9 +187,12 @@ void LtProduct::run(const ProductAddresses& at, void* stream) {
         if (at.workspace == 0) std::erase_if(candidates_, [](const Heuristic& each) { return each.workspace != 0; });
         if (candidates_.empty()) throw CublasError("got no algorithm for " + size + " without a workspace; expected one");
         const Heuristic& best = candidates_.front();
+        // TensorRT aligns a workspace to less than cuBLASLt accepts, even where the algorithm needs none.
+        const std::uint64_t given =
+            best.workspace == 0 ? 0 : (at.workspace + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
         const int status = library().matmul(lt_, description_, &alpha, device(at.weight), layouts_[0], device(at.x), layouts_[1],
                                             &beta, device(at.out), layouts_[2], device(at.out), layouts_[2], &best,
-                                            device(at.workspace), at.workspace != 0 ? kProductWorkspace : 0, stream);
+                                            device(given), given != 0 ? kProductWorkspace - kWorkspaceAlignment : 0, stream);
         if (status == 0) return;
         if ((status != kInvalidValue && status != kNotSupported) || candidates_.size() == 1) {
             throw CublasError("cublasLtMatmul: got status " + std::to_string(status) + " (CUBLAS_STATUS_…, cublas_api.h) for " +

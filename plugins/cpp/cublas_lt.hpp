@@ -10,7 +10,8 @@
 
 namespace sana::plugins {
 
-constexpr std::size_t kProductWorkspace = 32 << 20;  // bytes
+constexpr std::size_t kWorkspaceAlignment = 256;                          // bytes; cuBLASLt refuses other addresses
+constexpr std::size_t kProductWorkspace = (32 << 20) + kWorkspaceAlignment;  // bytes
 constexpr std::uint64_t kAlignment = 16;             // bytes, of every tensor
 
 // cuBLASLt is not installed, or refused a call.
