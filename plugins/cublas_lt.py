@@ -18,8 +18,8 @@ from typing import Any
 __all__ = ["WORKSPACE", "CublasError", "Product", "paths"]
 
 _WORKSPACE_ALIGNMENT = 256  # bytes; from other addresses cuBLASLt takes no workspace (CUBLAS_STATUS_INVALID_VALUE)
-_USED = 32 << 20  # bytes; what NVIDIA recommends for compute capability 9.0
-WORKSPACE = _USED + _WORKSPACE_ALIGNMENT
+_USABLE = 32 << 20  # bytes; what NVIDIA recommends for compute capability 9.0
+WORKSPACE = _USABLE + _WORKSPACE_ALIGNMENT
 CANDIDATES = 8  # algorithms that the heuristic is asked for: one that it names may still be refused when it runs
 ALIGNMENT = 16  # bytes, of every tensor
 VERSIONS = (13, 12)
@@ -135,7 +135,7 @@ class Product:
         _call("cublasLtMatmulPreferenceCreate", byref(preference))
         try:
             for attribute, value in (
-                (_MAX_WORKSPACE, c_uint64(_USED)),
+                (_MAX_WORKSPACE, c_uint64(_USABLE)),
                 *((each, ctypes.c_uint32(ALIGNMENT)) for each in _ALIGNMENTS),
             ):
                 _call("cublasLtMatmulPreferenceSetAttribute", preference, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
@@ -175,15 +175,15 @@ class Product:
             status = self._run(
                 self._lt, self._description, byref(self._alpha), c_void_p(w), w_layout, c_void_p(x), x_layout, byref(self._beta),
                 c_void_p(out), out_layout, c_void_p(out), out_layout, byref(algorithm), c_void_p(given),
-                c_size_t(_USED if given else 0), c_void_p(stream),
+                c_size_t(_USABLE if given else 0), c_void_p(stream),
             )  # fmt: skip
             if not status:
                 return
             if status not in _REFUSALS or len(self._candidates) == 1:
                 raise CublasError(
-                    f"cublasLtMatmul: got status {status} (CUBLAS_STATUS_…, cublas_api.h) for {self._size}, x {x:#x}, w {w:#x}, bias "
-                    f"{bias:#x}, out {out:#x}, workspace {given:#x}, of which the algorithm needs {algorithm.workspace} bytes; "
-                    "expected 0"
+                    f"cublasLtMatmul: got status {status} (CUBLAS_STATUS_…, cublas_api.h) for {self._size}, x {x:#x}, w {w:#x}, "
+                    f"bias {bias:#x}, out {out:#x}, workspace {given:#x}, of which the algorithm needs {algorithm.workspace} "
+                    "bytes; expected 0"
                 )
             del self._candidates[0]  # for this size it is out
 

@@ -18,6 +18,7 @@ class Library:
         self.made: dict[int, object] = {}
         self.alive: set[int] = set()
         self.algorithms, self.fails = 1, {}
+        self.workspaces: list[tuple[int | None, int]] = []
         self.needs, self.refuses = [0] * 8, set()  # workspace of each algorithm; those that are refused
         self.ran: list[int] = []
         self.asked: list[tuple[int, int]] = []  # preferences
@@ -73,8 +74,9 @@ class Library:
 
     def _Matmul(self, handle, description, alpha, a, a_at, b, b_at, beta, c, c_at, d, d_at, algo, workspace, size, stream):
         number = ctypes.cast(algo, ctypes.POINTER(cublas_lt._Heuristic))[0].algo[0]
-        if number in self.refuses or (self.needs[number] and not workspace.value):
+        if number in self.refuses or (self.needs[number] and not workspace.value) or (workspace.value or 0) % 256:
             return 7
+        self.workspaces.append((workspace.value, size.value))
         self.ran.append(number)
         how = self.made[description.value]
         left, right, out = (self._matrix(address, layout) for address, layout in ((a, a_at), (b, b_at), (d, d_at)))
@@ -114,7 +116,7 @@ def test_product(library, bias):
         np.testing.assert_allclose(out, x @ w.T + (b if bias else 0), rtol=1e-6)
     product.close()
     assert [library.made[number] for number in library.alive] == ["handle"]
-    assert (1, cublas_lt.WORKSPACE) in library.asked
+    assert (1, 32 << 20) in library.asked
     assert {(attribute, 16) for attribute in (5, 6, 7, 8)} <= set(library.asked)
 
 
@@ -124,12 +126,21 @@ def test_no_algorithm(library):
         cublas_lt.Product("fp32", bias=False, context_id=1).prepare(ROWS, COLUMNS, DEPTH)
 
 
-def run_once(library):
+@pytest.mark.parametrize("needs", [0, 4096])
+def test_a_workspace_at_an_address_that_is_refused(library, needs):
+    """As TensorRT gives it: a multiple of 128. None is passed where none is needed, else what lies within it at a multiple of 256."""
+    library.algorithms, library.needs = 1, [needs]
+    run_once(library, workspace=128)
+    assert library.workspaces == [(256, 32 << 20) if needs else (None, 0)] * 2
+    assert 256 + (32 << 20) <= 128 + cublas_lt.WORKSPACE
+
+
+def run_once(library, workspace=0):
     product = cublas_lt.Product("fp32", bias=False, context_id=1)
     x, w, out = np.ones((ROWS, DEPTH), np.float32), np.ones((COLUMNS, DEPTH), np.float32), np.zeros((ROWS, COLUMNS), np.float32)
     product.prepare(ROWS, COLUMNS, DEPTH)
     for _ in range(2):
-        product.run(at(x), at(w), 0, at(out), 0, 0)
+        product.run(at(x), at(w), 0, at(out), workspace, 0)
     assert (out == DEPTH).all()
 
 
@@ -150,7 +161,7 @@ def test_without_a_workspace_those_that_need_none(library):
 
 def test_all_refused(library):
     library.algorithms, library.refuses = 2, {0, 1}
-    with pytest.raises(cublas_lt.CublasError, match=r"got status 7 .* for \(5, 3, 4\), workspace 0x0"):
+    with pytest.raises(cublas_lt.CublasError, match=r"got status 7 .* for \(5, 3, 4\), x 0x.*, workspace 0x0"):
         run_once(library)
 
 
