@@ -128,7 +128,7 @@ def test_no_algorithm(library):
 
 @pytest.mark.parametrize("needs", [0, 4096])
 def test_a_workspace_at_an_address_that_is_refused(library, needs):
-    """As TensorRT gives it: a multiple of 128. None is passed where none is needed, else what lies within it at a multiple of 256."""
+    """As TensorRT gives it: a multiple of 128. None is passed where none is needed, else its part from a multiple of 256 on."""
     library.algorithms, library.needs = 1, [needs]
     run_once(library, workspace=128)
     assert library.workspaces == [(256, 32 << 20) if needs else (None, 0)] * 2
