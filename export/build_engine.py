@@ -97,7 +97,7 @@ def _build(options: argparse.Namespace) -> None:
         raise SpecError("model: got none; expected one. Give it: --model …, or checkpoint=….")
     if settings.out is None:
         raise SpecError("out: got none; expected a folder for the bundle. Give it: --out ….")
-    from export.quantization_request import quantization_of
+    from export.quantization_request import quantization_of, weights_of
     from export.request import BuildRequest, parse_components, targets_of
 
     precision, quantization = quantization_of(settings)
@@ -118,6 +118,7 @@ def _build(options: argparse.Namespace) -> None:
         components=parse_components(",".join(settings.components)),
         cache=settings.cache,
         quantization=quantization,
+        weights=weights_of(settings),
         plan=settings.plan,
     )
     from export.build import build
