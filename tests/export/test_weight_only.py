@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_build import PARTS, component, quiet, request, runner, said
+from tiny_build import PARTS, RANGES, component, quiet, request, runner, said
 from tiny_checkpoint import write_checkpoint
 from tiny_recipes import command
 
@@ -23,7 +23,7 @@ from engines.spec import Precision, Target
 from engines.weight_report import parse_weights
 from export import stages as export_stages
 from export.build import build
-from export.components import Component
+from export.components import Component, profiles
 from export.onnx_export import export_module
 from export.quantization_request import weights_of
 from export.recipe import load_recipe
@@ -31,7 +31,7 @@ from export.settings import load
 from export.stages import weights_of as report_of
 from export.weight_only import check_weights, for_targets, text_weights
 from export.weight_only_nodes import pack_graph
-from export.weights import PORTABLE_NAME, TYPED_NAME
+from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME
 from sana_ref.weight_only import WEIGHT_FORMATS, pack_weight
 
 TYPES = {"int4": onnx.TensorProto.INT4, "int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}
@@ -252,3 +252,17 @@ def test_a_checkpoint_with_a_row_that_is_not_finite(tmp_path):
     wanted = request(tmp_path / "out", model=Path(folder), components=("text_encoder",), weights={"text_encoder": "int8"})
     with pytest.raises(CheckpointError, match=r"mlp\.up_proj\.weight', row 5: got a range of nan"):
         build(wanted, quiet())
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_an_engine_holds_them_narrow(kind):
+    """By what TensorRT says that its engine needs: numbers and scales, and what stays, each aligned to 512 bytes at most."""
+    part, made = packed("text_projection", kind), runner()
+    profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
+    engine = made.engine(part, made.export(part), (Target.SM89, Target.SM120), profile)
+    sizes = {name: tensor.numel() for name, tensor in part.module.named_parameters()}
+    stored = (made.export(part).folder / DATA_NAME).stat().st_size
+    memory = engine.memory()
+
+    assert memory["Activation"] > 0
+    assert memory["Weights"] < stored + 512 * len(sizes) < 2 * sum(sizes.values())

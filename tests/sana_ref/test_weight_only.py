@@ -101,7 +101,7 @@ def test_int4_numbers_come_back(numbers):
     assert int(pack_int4(torch.tensor([[-8, 7]], dtype=torch.int8))) == 0x78  # as ONNX has it: the first in the lower bits
 
 
-@pytest.mark.parametrize(("kind", "ratio"), [("int8", 0.5 + 1 / 256), ("fp8", 0.5 + 1 / 256), ("int4", 0.25 + 1 / 64)])
+@pytest.mark.parametrize(("kind", "ratio"), [("int8", 0.5 + 1 / 256), ("fp8", 0.5 + 1 / 256), ("int4", 0.25 + 1 / 128)])
 def test_bytes(kind, ratio):
     weight = torch.randn(8, 256)
     assert pack_weight(weight, kind, "w", torch.bfloat16).num_bytes() == ratio * 2 * weight.numel()
@@ -129,7 +129,7 @@ def test_what_overflows_the_component_s_type_is_named():
 
 
 def test_blocks():
-    assert [block_of(depth, "w") for depth in (2304, 96, 48)] == [64, 32, 16]
+    assert [block_of(depth, "w") for depth in (2304, 192, 96, 48)] == [128, 64, 32, 16]
     with pytest.raises(
         SpecError, match=r"w: got int4 for a depth of 40; expected a multiple of 16, which share a scale\. Use int8"
     ):
