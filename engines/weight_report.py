@@ -33,9 +33,10 @@ class RoleReport(BaseModel):
 
 
 class OutputError(BaseModel):
-    """Of an output on the inputs of the parity check, over all cases. rms: of the difference, of the exact output's own RMS.
+    """Of an output on the inputs of the parity check, over all cases; padding is left out where a mask says what it is.
 
-    cosine: between both, vector by vector along the last axis, the mean and the least.
+    rms: of the difference, of the exact output's own RMS. cosine: between both, vector by vector along the last axis, the mean and
+    the least.
     """
 
     model_config = _STRICT

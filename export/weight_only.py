@@ -12,21 +12,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from engines.errors import SpecError
 from engines.golden import Golden
 from engines.spec import ComponentName, Target
-from engines.weight_report import OutputError, RoleReport, WeightReport
-from export.components import Component
+from engines.weight_report import OutputError, RoleReport
 from export.progress import Progress
 from export.recipe import Recipe
+from sana_ref.components import select_tokens
 from sana_ref.weight_only import PackedWeight, WeightFormat, role_of
 
 __all__ = ["Weights", "WeightsSeen", "check_weights", "for_targets", "output_errors", "text_weights"]
 
 Weights = Mapping[ComponentName, WeightFormat]
+Outputs = Mapping[str, NDArray[np.generic]]
 WITHOUT_FP8 = (Target.SM80, Target.SM86)
 
 
@@ -84,15 +86,12 @@ class WeightsSeen:
         }
 
 
-def output_errors(
-    exact: Mapping[str, Mapping[str, NDArray[np.generic]]], quantized: Mapping[str, Golden]
-) -> dict[str, OutputError]:
-    """exact: case: output: array, of weights that are not quantized; quantized: the same cases."""
+def output_errors(exact: Mapping[str, Outputs], quantized: Mapping[str, Golden]) -> dict[str, OutputError]:
+    """exact: case: output: array, of weights that are not quantized; quantized: the same cases. States of padding are left out."""
     found = {}
     for name in next(iter(exact.values())):
-        wide = [
-            (outputs[name].astype(np.float64), quantized[case].outputs[name].astype(np.float64)) for case, outputs in exact.items()
-        ]
+        cases = [(outputs[name], quantized[case]) for case, outputs in exact.items()]
+        wide = [(_vectors(want, case), _vectors(case.outputs[name], case)) for want, case in cases]
         lost = sum(float(np.square(got - want).sum()) for want, got in wide)
         own = sum(float(np.square(want).sum()) for want, _ in wide)
         cosines = np.concatenate([_cosines(want, got) for want, got in wide])
@@ -101,12 +100,16 @@ def output_errors(
     return found
 
 
+def _vectors(output: NDArray[np.generic], case: Golden) -> NDArray[np.float64]:
+    """(n, C) of an output (…, C); of the text encoder's, the tokens that its mask has."""
+    wide = output.astype(np.float64)
+    mask = case.inputs.get("attention_mask")
+    if mask is None:
+        return wide.reshape(-1, wide.shape[-1])
+    return wide[select_tokens(torch.from_numpy(mask), wide.shape[1]).numpy() > 0]
+
+
 def _cosines(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
     sizes = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     cosines: NDArray[np.float64] = (a * b).sum(-1) / np.maximum(sizes, 1e-300)
     return cosines.ravel()
-
-
-def report(component: Component, roles: Mapping[str, RoleReport], outputs: Mapping[str, OutputError]) -> WeightReport:
-    assert component.weights is not None
-    return WeightReport(format=component.weights, precision=component.precision, roles=dict(roles), outputs=dict(outputs))

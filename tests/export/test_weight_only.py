@@ -19,6 +19,7 @@ from apps.cli.inspect import read_weights
 from apps.cli.main import main as sana
 from engines.bundle import Bundle
 from engines.errors import BuildError, CheckpointError, ConfigError, ManifestError, SpecError
+from engines.golden import Golden
 from engines.spec import Precision, Target
 from engines.weight_report import parse_weights
 from export import stages as export_stages
@@ -29,7 +30,7 @@ from export.quantization_request import weights_of
 from export.recipe import load_recipe
 from export.settings import load
 from export.stages import weights_of as report_of
-from export.weight_only import check_weights, for_targets, text_weights
+from export.weight_only import check_weights, for_targets, output_errors, text_weights
 from export.weight_only_nodes import pack_graph
 from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME
 from sana_ref.weight_only import WEIGHT_FORMATS, pack_weight
@@ -140,6 +141,20 @@ def test_the_report(name, kind):
     again = parse_weights(report.model_dump_json().encode(), source="the test")
     assert again == report
     assert "of their bytes; most is lost of" in report.lines()[0]
+
+
+def test_padding_does_not_count():
+    """(1, 3, 2): of 4 places the first and the last two are kept, and the last is padding."""
+    mask = np.array([[1, 1, 1, 0]])
+    exact = np.array([[[1.0, 0.0], [0.0, 2.0], [5.0, 5.0]]])
+    got = np.array([[[1.0, 0.0], [1.0, 2.0], [-9.0, 9.0]]])
+    case = Golden(inputs={"attention_mask": mask}, outputs={"prompt_embeds": got})
+    error = output_errors({"a": {"prompt_embeds": exact}}, {"a": case})["prompt_embeds"]
+    assert error.rms == pytest.approx((1 / 5) ** 0.5)
+    assert error.least_cosine == pytest.approx(4 / (2 * 5**0.5))
+    assert error.cosine == pytest.approx((1 + error.least_cosine) / 2)
+    without = output_errors({"a": {"prompt_embeds": exact}}, {"a": Golden(inputs={}, outputs={"prompt_embeds": got})})
+    assert without["prompt_embeds"].rms > 1
 
 
 def test_a_report_that_is_none():
