@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.build import empty
 from sana_ref.instruction import COMPLEX_HUMAN_INSTRUCTION
-from sana_ref.text_encoder import Gemma2Encoder
+from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from sana_ref.transformer import SanaTransformer2DModel
 from sana_ref.variants import DC_AE, GEMMA_2_2B, VARIANTS, Variant
 
@@ -112,10 +112,12 @@ def small_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_random_checkpoint(variant: Variant, out: Path, seed: int = 0, *, small_text_encoder: bool = False) -> None:
-    """Write the whole checkpoint to the folder `out`. small_text_encoder: Gemma's width, one layer, the tokenizer's vocabulary."""
+def write_random_checkpoint(
+    variant: Variant, out: Path, seed: int = 0, *, small_text_encoder: bool = False, text_encoder: Gemma2Config = GEMMA_2_2B
+) -> None:
+    """Write the whole checkpoint to the folder `out`. small_text_encoder: one layer of it, the tokenizer's vocabulary."""
     tokenizer = small_tokenizer()
-    text_config = GEMMA_2_2B
+    text_config = text_encoder
     if small_text_encoder:
         text_config = replace(text_config, num_hidden_layers=1, vocab_size=tokenizer.get_vocab_size())
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[variant.weights]

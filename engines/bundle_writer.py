@@ -23,7 +23,9 @@ from engines.disk import DiskErrors
 from engines.errors import BundleError
 from engines.manifest import MANIFEST_NAME, BundleInfo, FileEntry, FileRole, Manifest
 from engines.paths import check_relative
-from engines.quantization_report import QUANTIZATION_NAME, RECIPE_NAME
+from engines.quantization_report import RECIPE_NAME
+from engines.spec import COMPONENTS
+from engines.weight_report import weights_name
 
 __all__ = ["BundleWriter", "write_bundle"]
 
@@ -116,7 +118,7 @@ def _check_replaceable(out: Path) -> None:
 def _role(name: str) -> FileRole:
     path = PurePosixPath(name)
     by_place: dict[str, FileRole] = {
-        **dict.fromkeys(("parity.json", QUANTIZATION_NAME, RECIPE_NAME), "report"),
+        **dict.fromkeys(("parity.json", RECIPE_NAME, *map(weights_name, COMPONENTS)), "report"),
         **dict.fromkeys(("LICENSE", "LICENCE", "NOTICE"), "licence"),
     }
     if name in by_place:

@@ -46,13 +46,18 @@ RegisterPlugins = Callable[[ModuleType], object]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildReport:
-    """What a build took. peak_bytes is the process's high-water mark, mapped weights included."""
+    """What a build took. peak_bytes is the process's high-water mark, mapped weights included.
+
+    memory: bytes on the GPU that TensorRT says the engine needs, of several architectures the most: "Weights"; "Activation", at the
+    profile's largest shapes; "Device Persistent".
+    """
 
     engine_bytes: int
     seconds: float
     peak_bytes: int
     layers: int
     plugins: dict[str, int]
+    memory: dict[str, int]
 
 
 def build_engine_file(
@@ -64,6 +69,7 @@ def build_engine_file(
     expected_plugins: Mapping[str, int],
     register_plugins: RegisterPlugins | None = None,
     log: Callable[[str], object] | None = None,
+    aux_streams: int | None = None,
 ) -> BuildReport:
     """Compile an ONNX file into one engine for all `targets`, written to `engine` as it is made.
 
@@ -72,7 +78,8 @@ def build_engine_file(
 
     profiles: shapes of every input with a dynamic dimension. targets: architectures that TensorRT compiles ahead of time, or the
     one in this machine. expected_plugins: how many plugin layers each op must become. register_plugins: called with the TensorRT
-    module before parsing. log: called with TensorRT's warnings and errors.
+    module before parsing. log: called with TensorRT's warnings and errors. aux_streams: on how many streams beside the first layers
+    may run; None: as TensorRT sees fit.
     Raises PluginMissingError if the plugin layers are not those expected, BuildError for everything that TensorRT refuses, and
     OSError as `engine` raises it, such as for a full disk.
     """
@@ -80,6 +87,7 @@ def build_engine_file(
     check_parser()
     logs.clear()
     logs.listener = log
+    logs.memory = {}
     try:
         if register_plugins is not None:
             register_plugins(trt)
@@ -90,6 +98,8 @@ def build_engine_file(
         plugins = _check_plugins(trt, network, onnx_path, expected_plugins)
         config = builder.create_builder_config()
         config.clear_flag(trt.BuilderFlag.TF32)
+        if aux_streams is not None:
+            config.max_aux_streams = aux_streams
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # engine_layers() then names every layer
         _set_targets(trt, config, targets)
         _set_profile(builder, config, network, profiles)
@@ -106,6 +116,7 @@ def build_engine_file(
             peak_bytes=_peak_bytes(),
             layers=network.num_layers,
             plugins=plugins,
+            memory=dict(logs.memory),
         )
     finally:
         logs.listener = None

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -28,6 +29,7 @@ __all__ = ["check_parser", "flavor", "load", "logger", "version", "why"]
 
 LOG = logging.getLogger(__name__)
 RTX, FULL = "tensorrt_rtx", "tensorrt"
+_MEMORY = re.compile(r"^Total (Weights|Activation|Device Persistent) Memory: (\d+) bytes")
 _NO_DRIVER = "cudaError 35"  # what TensorRT's clean-up logs, as an error, after every build on a machine without a driver
 
 _parser_works = True  # False if the ONNX parser would abort the process at its first plugin
@@ -105,6 +107,7 @@ def logger() -> Any:
             self.errors: deque[tuple[int, str]] = deque(maxlen=50)
             self.lock = threading.Lock()
             self.listener: Callable[[str], object] | None = None
+            self.memory: dict[str, int] = {}  # bytes, of the engine that is built: Weights, Activation, Device Persistent
 
         def log(self, level: Any, message: str) -> None:
             rank = levels.get(level, logging.ERROR)
@@ -115,6 +118,9 @@ def logger() -> Any:
                 own = not isinstance(threading.current_thread(), threading._DummyThread)
                 with self.lock:
                     self.errors.append((threading.get_ident() if own else 0, message.strip()))
+            if level == severity.INFO and (found := _MEMORY.search(message)):
+                # of an engine for several architectures each is said in turn
+                self.memory[found[1]] = max(self.memory.get(found[1], 0), int(found[2]))
             if rank > logging.DEBUG and self.listener is not None:
                 self.listener(message)
             LOG.log(rank, "%s", message)

@@ -33,6 +33,7 @@ from engines.spec import (
     component_precision,
 )
 from engines.store import Store
+from engines.weight_report import weights_name
 from export.components import Component, components, profiles
 from export.fingerprint import code, versions
 from export.plans import check_request, decoder_plan, decoder_precision, denoiser_plan, is_cublas
@@ -41,7 +42,8 @@ from export.quantize import Quantized, check_asked, quantize, report_of
 from export.reference import reference_dtype
 from export.references import make_references, schedule_info
 from export.request import BuildRequest, shape_range
-from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of, quality_of
+from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of, quality_of, weights_of
+from export.weight_only import check_weights, for_targets
 from export.weights import DATA_NAME, PORTABLE_NAME
 from runtime.ort_session import cpu_name
 from runtime.prompt import PromptTokenizer
@@ -65,13 +67,14 @@ class BuildResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Parts:
-    """Results of the stages, by component. quantized: how the denoiser was, if it was."""
+    """Results of the stages, by component. weights: of those in 4 or 8 bits alone. quantized: how the denoiser was, if it was."""
 
     components: dict[ComponentName, Component]
     graphs: dict[ComponentName, Result]
     engines: dict[ComponentName, list[EngineFile]]
     references: dict[ComponentName, Result]
     parity: dict[ComponentName, Result]
+    weights: dict[ComponentName, Result]
     quantized: Quantized | None
 
 
@@ -79,6 +82,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     """Build the bundle at `request.out`. Raises SanaError, and leaves what is at `out` as it is then."""
     check_asked(request)
     check_request(request)
+    check_weights(request.weights, request.targets)
     with progress.stage("read checkpoint") as stage:
         checkpoint = load(
             request.model,
@@ -102,6 +106,8 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
         max_sequence_length=checkpoint.prompt.max_sequence_length,
     )
     everything = components(checkpoint, precisions)
+    weights = for_targets(request.weights, request.targets, progress)
+    everything |= {name: replace(everything[name], weights=kind) for name, kind in weights.items()}
     if request.precision in QUANTIZED and "denoiser" in request.components:
         if quantized is None:
             quantized = _uncalibrated(request, runner, everything, ranges)
@@ -122,7 +128,7 @@ def _of_components(request: BuildRequest, decoder: Precision) -> Iterator[str]:
     """For people: what one precision means for each component. decoder: its precision."""
     precision = request.precision
     if precision in QUANTIZED:
-        yield f"{precision} is the denoiser's linear layers alone: the rest of it is fp16, the text encoder bf16"
+        yield f"{precision} is the denoiser's linear layers: the rest of it computes in fp16, the text encoder in bf16"
     if precision is Precision.FP16:
         yield "fp16 is the denoiser's alone: Gemma-2 and DC-AE overflow in it, so text encoder and decoder are bf16"
     if decoder is Precision.FP8:
@@ -165,8 +171,17 @@ def _run_stages(
         )
         groups = engine_groups(request.targets)
         engines[name] = [runner.engine(component, graphs[name], targets, profile) for targets in groups]
+    weights = {name: runner.weights(component, graphs[name], references[name]) for name, component in wanted.items()}
     parity = {name: runner.parity(component, graphs[name], references[name], engines[name]) for name, component in wanted.items()}
-    return _Parts(components=wanted, graphs=graphs, engines=engines, references=references, parity=parity, quantized=quantized)
+    return _Parts(
+        components=wanted,
+        graphs=graphs,
+        engines=engines,
+        references=references,
+        parity=parity,
+        weights={name: result for name, result in weights.items() if result is not None},
+        quantized=quantized,
+    )
 
 
 def _bundle_info(
@@ -235,7 +250,7 @@ def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Part
         drawn = runner.quality(info, graphs, {name: result.key for name, result in parts.graphs.items()})
     quality, page = (None, {}) if drawn is None else quality_of(drawn)
     files |= page
-    texts = _quantization_files(parts.quantized)
+    texts = _quantization_files(parts)
     key = digest_of(
         {
             "stage": "bundle",
@@ -274,11 +289,13 @@ def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Part
     return BuildResult(bundle=bundle, unchanged=False)
 
 
-def _quantization_files(quantized: Quantized | None) -> dict[str, str]:
-    if quantized is None:
-        return {}
-    found = {QUANTIZATION_NAME: quantized.report.model_dump_json(indent=1) + "\n"}
-    return found if quantized.recipe is None else found | {RECIPE_NAME: quantized.recipe}
+def _quantization_files(parts: _Parts) -> dict[str, str]:
+    reports = {name: weights_of(result) for name, result in parts.weights.items()}
+    found = {weights_name(name): report.model_dump_json(indent=1) + "\n" for name, report in reports.items()}
+    if parts.quantized is None:
+        return found
+    found[QUANTIZATION_NAME] = parts.quantized.report.model_dump_json(indent=1) + "\n"
+    return found if parts.quantized.recipe is None else found | {RECIPE_NAME: parts.quantized.recipe}
 
 
 def _reference_name(parts: Iterable[Component]) -> Literal["fp32 PyTorch", "fp64 PyTorch"]:

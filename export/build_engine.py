@@ -103,7 +103,7 @@ def _build(options: argparse.Namespace) -> None:
     if settings.out is None:
         raise SpecError("out: got none; expected a folder for the bundle. Give it: --out ….")
     from engines.spec import Precision
-    from export.quantization_request import quantization_of
+    from export.quantization_request import quantization_of, weights_of
     from export.request import BuildRequest, parse_components, targets_of
 
     precision, quantization = quantization_of(settings)
@@ -125,6 +125,7 @@ def _build(options: argparse.Namespace) -> None:
         cache=settings.cache,
         quantization=quantization,
         decoder_precision=None if settings.decoder_precision is None else Precision(settings.decoder_precision),
+        weights=weights_of(settings),
         plan=settings.plan,
     )
     from export.build import build

@@ -39,6 +39,7 @@ from sana_ref.text_projection import INPUTS as TEXT_PROJECTION_INPUTS
 from sana_ref.text_projection import OUTPUTS as TEXT_PROJECTION_OUTPUTS
 from sana_ref.text_projection import TextProjection, is_text_parameter
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, fuse
+from sana_ref.weight_only import WeightFormat, quantizable
 
 __all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles"]
 
@@ -59,6 +60,7 @@ class Component:
 
     plan: how it is quantized. in_engine: by FP8 nodes that are put into the engine's graph when it is compiled
     (export/fp8_nodes.py, export/fp8_conv_nodes.py); the exported graphs are not quantized then.
+    weights: the format of linear layers and tables alone, activations staying as they are (export/weight_only_nodes.py).
     """
 
     name: ComponentName
@@ -70,6 +72,7 @@ class Component:
     spec: ExportSpec
     plan: QuantizationPlan | None = None
     in_engine: bool = False
+    weights: WeightFormat | None = None
 
     @property
     def graph_plan(self) -> QuantizationPlan | None:
@@ -80,6 +83,11 @@ class Component:
     def dtype(self) -> torch.dtype:
         """Of the module's parameters."""
         return next(self.module.parameters()).dtype
+
+    @property
+    def packed(self) -> list[str]:
+        """Parameters that are stored in `weights`."""
+        return [] if self.weights is None else quantizable(self.module)
 
     def checkpoint_name(self, parameter: str) -> str:
         """The checkpoint's name of a parameter of the module."""

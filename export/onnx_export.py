@@ -22,7 +22,7 @@ import torch
 from onnxscript import optimizer
 
 from engines.errors import BuildError
-from export import fp4_nodes
+from export import fp4_nodes, weight_only_nodes
 from export.accumulation import accumulate_in_fp32
 from export.scalars import keep_scalars_exact
 from export.translation import OPSET, SANA_DOMAIN, translation_table
@@ -234,6 +234,7 @@ def with_function_bodies(model: ir.Model) -> ir.Model:
         qkv_linear_attention.APPLY: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.APPLY),
         qkv_linear_attention.STATE: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.STATE),
         relu_linear_attention.OP: relu_linear_attention.function_body,
+        **{op: functools.partial(weight_only_nodes.function_body, kind) for kind, op in weight_only_nodes.ROWS.items()},
     }
     model.functions.clear()
     for op_name in sorted(count_plugin_nodes(model)):

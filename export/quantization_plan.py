@@ -96,8 +96,8 @@ def calibrate(
 
 
 def _content(recipe: Recipe) -> dict[str, object]:
-    """What of a recipe decides the plan beside the runs: not the name of the file of prompts."""
-    return recipe.model_dump(mode="json", exclude={"calibration": {"prompts"}})
+    """What of a recipe decides the plan beside the runs: neither the name of the file of prompts nor the text's formats."""
+    return recipe.model_dump(mode="json", exclude={"calibration": {"prompts"}, "text_encoder": True, "text_projection": True})
 
 
 def _check_depths(checkpoint: Checkpoint, formats: dict[str, Format]) -> None:

@@ -12,16 +12,19 @@ from pathlib import Path
 import torch
 
 from engines.errors import SpecError
-from engines.spec import QUANTIZED, Precision, nearest, parse_precision
+from engines.spec import QUANTIZED, ComponentName, Precision, nearest, parse_precision
 from export.budget import Budget, parse_budget
 from export.recipe import Recipe, load_recipe
 from export.settings import BuildSettings
+from export.weight_only import text_weights
 from sana_ref.quantization import FORMATS, Format
+from sana_ref.weight_only import WeightFormat
 
-__all__ = ["QuantizationRequest", "quantization_of"]
+__all__ = ["QuantizationRequest", "quantization_of", "weights_of"]
 
 # What else a group may be under a budget. INT8 and FP8 weights are as large; engines that mix them were not tested.
 _OFFERED: dict[Format, tuple[Format, ...]] = {"none": (), "int8": ("int8",), "fp8": ("fp8",), "nvfp4": ("nvfp4", "fp8")}
+_TEXT_KEYS = ("text_encoder=", "text_projection=")  # of a recipe: they mean something without a calibration too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,8 @@ def quantization_of(settings: BuildSettings) -> tuple[Precision, QuantizationReq
     if without is not None:
         if named is None:
             given = {"--precision": word, **given}
+        if not any(not key.startswith(_TEXT_KEYS) for key in settings.recipe_keys):
+            given.pop("--recipe-key", None)
         _refuse(given, without, "a calibration, which it is for")
         return parse_precision(word), None
     keys = list(settings.recipe_keys)
@@ -74,7 +79,9 @@ def quantization_of(settings: BuildSettings) -> tuple[Precision, QuantizationReq
         _refuse({"--budget-formats": settings.budget_formats}, "no --budget", "one, for which they are chosen")
     kinds: list[Format] = [kind for kind in (recipe.format, *(rule.format for rule in recipe.formats)) if kind != "none"]
     if not kinds:
-        raise SpecError(f"precision: got the recipe {word}, which quantises nothing; expected a format. Use --precision fp16.")
+        raise SpecError(
+            f"precision: got the recipe {word}, which quantises nothing of the denoiser; expected a format. Use --precision fp16."
+        )
     request = QuantizationRequest(
         recipe=recipe,
         name=Path(word).stem,
@@ -84,6 +91,17 @@ def quantization_of(settings: BuildSettings) -> tuple[Precision, QuantizationReq
         recipe_out=settings.recipe_out,
     )
     return Precision(kinds[0]), request
+
+
+def weights_of(settings: BuildSettings) -> dict[ComponentName, WeightFormat]:
+    """The formats of the text's components that the recipe names. They need no calibration, so they hold without one too.
+
+    Raises ConfigError for a recipe that is wrong.
+    """
+    word = settings.precision
+    if word in set(Precision) and Precision(word) not in QUANTIZED:
+        return {}
+    return text_weights(load_recipe(word, list(settings.recipe_keys)))
 
 
 def _refuse(given: Mapping[str, object], beside: str, expected: str) -> None:

@@ -14,19 +14,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from engines.errors import ConfigError
 from engines.spec import nearest
 from runtime.config import compose, names_in_group, validate
 from runtime.schedule import MAX_STEPS
 from sana_ref.quantization import Format
+from sana_ref.weight_only import WEIGHT_FORMATS, WeightFormat
 
 __all__ = ["GROUP", "CalibrationSettings", "FormatRule", "Method", "Recipe", "load_recipe"]
 
 GROUP = "quantization"  # the folder of configs/
 Method = Literal["absmax", "percentile", "mse"]
 Exponent = Annotated[float, Field(ge=0, le=1)]
+
+
+def _text_format(word: object) -> object:
+    if word is not None and word not in WEIGHT_FORMATS:
+        raise ValueError(f"got {word!r}; {nearest(str(word), [*WEIGHT_FORMATS, 'null'])}")
+    return word
+
+
+TextFormat = Annotated[WeightFormat | None, BeforeValidator(_text_format)]
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -67,6 +77,8 @@ class Recipe(BaseModel):
     awq: tuple[Exponent, ...] | None = Field(min_length=1)
     low_rank: int = Field(ge=0, le=1024)
     calibration: CalibrationSettings
+    text_encoder: TextFormat = None  # of the denoiser alone, as recipes of before: null
+    text_projection: TextFormat = None
 
     @model_validator(mode="after")
     def _one_smoothing(self) -> Self:

@@ -1,6 +1,7 @@
 """What a build is asked for, checked before anything is loaded."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engines.errors import NoGpuError, SpecError
@@ -17,6 +18,7 @@ from engines.spec import (
     parse_targets,
 )
 from export.quantization_request import QuantizationRequest
+from sana_ref.weight_only import WeightFormat
 
 __all__ = ["BuildRequest", "parse_components", "shape_range", "targets_of"]
 
@@ -41,6 +43,7 @@ class BuildRequest:
     cache: Path | None = None
     quantization: QuantizationRequest | None = None  # of the denoiser, by a calibration
     decoder_precision: Precision | None = None  # None: export/plans.py
+    weights: Mapping[ComponentName, WeightFormat] = field(default_factory=dict)  # of the text's components (export/weight_only.py)
     plan: Path | None = None  # of a quantized denoiser, made before; neither: one without a calibration (export/plans.py)
 
 

@@ -4,6 +4,7 @@ A stage loads what it needs, writes files, and lets go: one network is in memory
 """
 
 import contextlib
+import json
 import os
 import shutil
 from collections import Counter
@@ -27,6 +28,7 @@ from engines.parity_report import ComponentParity
 from engines.quality_report import PAGE_NAME, QualityReport
 from engines.spec import AHEAD_OF_TIME_TARGETS, Target
 from engines.store import Store
+from engines.weight_report import WeightReport, parse_weights
 from export.cases import Arrays
 from export.compile_processes import compile_ahead
 from export.components import Component, Profile
@@ -42,14 +44,27 @@ from export.plugin_nodes import add_cubins
 from export.progress import Progress, Stage
 from export.qdq_nodes import quantize_graph
 from export.quality import build_quality
-from export.reference import PyTorchErrors, make_reference, reference_dtype
+from export.reference import PyTorchErrors, loaded, make_reference, reference_dtype, run_module
+from export.weight_only import WeightsSeen, output_errors
+from export.weight_only_nodes import dequantized, pack_graph
 from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
 from export.widen import widened
 from plugins import linear, shell
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.quantization import QuantizationPlan, load_plan, plan_digest, save_plan
 
-__all__ = ["GOLDEN_NAME", "EngineFile", "Result", "Runner", "engine_groups", "golden_of", "parity_of", "pytorch_of", "quality_of"]
+__all__ = [
+    "GOLDEN_NAME",
+    "EngineFile",
+    "Result",
+    "Runner",
+    "engine_groups",
+    "golden_of",
+    "parity_of",
+    "pytorch_of",
+    "quality_of",
+    "weights_of",
+]
 
 _EXPORT_CODE = (
     "sana_ref/*.py",
@@ -61,6 +76,8 @@ _EXPORT_CODE = (
     "export/qdq_nodes.py",
     "export/scalars.py",
     "export/translation.py",
+    "export/weight_only.py",
+    "export/weight_only_nodes.py",
     "export/weights.py",
     "export/widen.py",
 )
@@ -110,6 +127,11 @@ _PARITY_CODE = (
 )
 GOLDEN_NAME = "golden.safetensors"
 _PYTORCH, _PARITY, _QUALITY, _LOG, _PLAN = "pytorch.json", "parity.json", "quality.json", "tensorrt.log", "plan.safetensors"
+_MEMORY = "memory.json"  # what an engine needs on the GPU, as engines/tensorrt.py reports it
+_ROLES, _WEIGHTS = "roles.json", "weights.json"  # what quantized weights lost, by role; that and what the outputs lost
+# Products of narrow weights have 8 MB of scratch each. On several streams TensorRT 1.7 lets none share it, and Gemma-2-2B's arena
+# is 3 GB; on one it is 0.2 GB, as with 16-bit weights.
+_ONE_STREAM = 0
 _FRUGAL_BYTES = 1 << 30  # weights above this are widened one by one when a portable graph is checked
 
 
@@ -132,6 +154,11 @@ class EngineFile:
     @property
     def name(self) -> str:
         return "-".join(self.targets) + ".engine"
+
+    def memory(self) -> dict[str, int]:
+        """Bytes on the GPU: see engines.tensorrt.BuildReport."""
+        found: dict[str, int] = json.loads((self.path.parent / _MEMORY).read_bytes())
+        return found
 
 
 def engine_groups(targets: tuple[Target, ...]) -> list[tuple[Target, ...]]:
@@ -159,10 +186,17 @@ class Runner:
 
             return Result(folder=self.store.get_or_make(key, made, needed=needed), key=key)
 
-    def loader(self, component: Component) -> Callable[[str], Tensor]:
+    def stored(self, component: Component) -> Callable[[str], Tensor]:
         """Parameter name in the component's module -> the tensor as the checkpoint stores it."""
         source = self.checkpoint.sources[component.source]
         return lambda parameter: source.read(component.checkpoint_name(parameter))
+
+    def loader(self, component: Component) -> Callable[[str], Tensor]:
+        """As `stored`; of weights in 4 or 8 bits under 16-bit activations, what they are dequantised to."""
+        load = self.stored(component)
+        if component.weights is None:
+            return load
+        return dequantized(load, component.weights, component.packed, component.dtype)
 
     def _weights_bytes(self, component: Component) -> int:
         return sum(p.numel() * p.element_size() for p in component.module.parameters())
@@ -171,20 +205,28 @@ class Runner:
         """The folder of the portable graph, the typed graph, and the weights of both."""
 
         def make(folder: Path, stage: Stage) -> None:
-            model, load = export_module(component.module, component.spec), self.loader(component)
+            model, load = export_module(component.module, component.spec), self.stored(component)
+            seen = WeightsSeen()
             if component.graph_plan is not None:
                 load = quantize_graph(model, component.graph_plan, load, component.dtype)
+            if component.weights is not None:
+                load = pack_graph(model, load, component.weights, component.packed, component.dtype, seen.add)
             size = write_weights(model, load, folder / DATA_NAME)
+            if component.weights is not None:
+                roles = {role: each.model_dump() for role, each in seen.roles().items()}
+                (folder / _ROLES).write_text(json.dumps(roles), encoding="utf-8")
             for name, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
                 ir.save(with_function_bodies(graph), folder / name)
                 onnx.checker.check_model(str(folder / name), full_check=True)  # also that the data file is where it says
-            stage.note(f"{component.precision}, {human_bytes(size)} of weights")
+            kind = component.precision if component.weights is None else f"{component.precision}, weights {component.weights}"
+            stage.note(f"{kind}, {human_bytes(size)} of weights")
 
         content = {
             "stage": "export",
             "component": component.name,
             "precision": component.precision,
             "plan": _digest(component.graph_plan),
+            "weights": component.weights,
             "max_sequence_length": self.checkpoint.prompt.max_sequence_length,
             "checkpoint": self.checkpoint.component_digest(component.source),
             "code": code(_EXPORT_CODE),
@@ -217,10 +259,12 @@ class Runner:
                     expected_plugins=expected,
                     register_plugins=shell.register,
                     log=log.append,
+                    aux_streams=None if component.weights is None else _ONE_STREAM,
                 )
             for each in (FP8_DATA_NAME, FOLDED_NAME):
                 (folder / each).unlink(missing_ok=True)
             (folder / _LOG).write_text("".join(f"{line}\n" for line in log), encoding="utf-8")
+            (folder / _MEMORY).write_text(json.dumps(report.memory), encoding="utf-8")
             plugins = ", ".join(f"{count} {op}" for op, count in report.plugins.items())
             stage.note(human_bytes(report.engine_bytes) + (f", plugins: {plugins}" if plugins else ""))
 
@@ -275,12 +319,45 @@ class Runner:
             "component": component.name,
             "precision": component.precision,
             "plan": _digest(component.plan),
+            "weights": component.weights,
             "checkpoint": self.checkpoint.component_digest(component.source),
             "depends": depends,
             "code": code(_REFERENCE_CODE),
             "versions": versions(),
         }
         return self._run(f"reference {component.name}", content, make)
+
+    def weights(self, component: Component, graphs: Result, reference: Result) -> Result | None:
+        """What weights in 4 or 8 bits cost: the same cases with the weights as they were. None: the component has none."""
+        if component.weights is None:
+            return None
+
+        def make(folder: Path, stage: Stage) -> None:
+            golden, dtype = golden_of(reference), reference_dtype(component)
+            module = loaded(component.module, self.stored(component), component.dtype)
+            exact = {case: run_module(module, component, each.inputs, dtype) for case, each in golden.items()}
+            report = WeightReport.model_validate(
+                {
+                    "format": component.weights,
+                    "precision": component.precision,
+                    "roles": json.loads((graphs.folder / _ROLES).read_bytes()),
+                    "outputs": {name: each.model_dump() for name, each in output_errors(exact, golden).items()},
+                }
+            )
+            (folder / _WEIGHTS).write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+        content = {
+            "stage": "weights",
+            "component": component.name,
+            "graphs": graphs.key,
+            "reference": reference.key,
+            "code": code((*_REFERENCE_CODE, "export/weight_only.py", "engines/weight_report.py")),
+            "versions": versions(),
+        }
+        result = self._run(f"weights {component.name}", content, make)
+        for line in weights_of(result).lines():
+            self.progress.say(f"  {component.name}: {line}")
+        return result
 
     def parity(self, component: Component, graphs: Result, reference: Result, engines: Sequence[EngineFile]) -> Result:
         """Hold what was exported and compiled against the reference. Raises ParityError."""
@@ -364,6 +441,10 @@ def _beside(data: Path, folder: Path) -> Iterator[None]:
 
 def parity_of(result: Result) -> ComponentParity:
     return ComponentParity.model_validate_json((result.folder / _PARITY).read_bytes())
+
+
+def weights_of(result: Result) -> WeightReport:
+    return parse_weights((result.folder / _WEIGHTS).read_bytes(), source=_WEIGHTS)
 
 
 def quality_of(result: Result) -> tuple[QualityReport, dict[str, Path]]:

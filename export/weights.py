@@ -23,8 +23,9 @@ TYPED_NAME = "typed.onnx"  # what TensorRT compiles; stays in the cache
 _PAGE = 4096  # bytes; ONNX asks for external data to start on such a boundary
 _SMALL = 64  # bytes; alignment of tensors that are smaller than a page
 _TORCH = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16}
-# Quantised numbers (export/qdq_nodes.py), which come as they are stored; two of FLOAT4E2M1 are a byte.
+# Quantised numbers (export/qdq_nodes.py, export/weight_only_nodes.py), which come as they are stored; two of 4 bits are a byte.
 _NARROW = {
+    ir.DataType.INT4: torch.uint8,
     ir.DataType.INT8: torch.int8,
     ir.DataType.FLOAT8E4M3FN: torch.float8_e4m3fn,
     ir.DataType.FLOAT4E2M1: torch.uint8,

@@ -11,6 +11,7 @@ import onnx_ir.passes.common as passes
 
 from engines.errors import BuildError
 from export.fp4_nodes import without_fp4
+from export.weight_only_nodes import portable_tables, rounded
 
 __all__ = ["widened"]
 
@@ -20,13 +21,14 @@ _KNOWN_DTYPE_ATTRIBUTES = frozenset({("Cast", "to"), ("ConstantOfShape", "value"
 
 def widened(typed: ir.Model) -> ir.Model:
     """A copy of `typed` that computes in fp32, inputs and outputs included. Parameters keep their stored type and bytes (FP4 only
-    the bytes: ONNX Runtime has no such type).
+    the bytes: ONNX Runtime has no such type). What 16-bit weights are dequantised to is rounded to 16 bits here too.
 
     Without any fp16 or bf16 the copy equals the original. Raises BuildError for a node whose type is set in a way not known here.
     """
     model = typed.clone()
     graph = model.graph
     without_fp4(model)
+    dequantized = portable_tables(model)
     for value in graph.inputs:
         if value.dtype in HALF:
             value.type = ir.TensorType(ir.DataType.FLOAT)
@@ -36,6 +38,8 @@ def widened(typed: ir.Model) -> ir.Model:
         if value.dtype in HALF:
             _widen_initializer(graph, value)
     _remove_needless_casts(graph)
+    for value, dtype in dequantized:
+        rounded(graph, value, dtype)
     passes.RemoveUnusedNodesPass()(model)
     return model
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from engines.parity_report import Bound, ErrorStats, ParityReport
     from engines.quality_report import QualityReport
     from engines.quantization_report import QuantizationReport
+    from engines.spec import ComponentName
+    from engines.weight_report import WeightReport
 
 __all__ = ["DESCRIPTION", "GPUS", "HELP", "NAME", "add_arguments", "read_report", "run"]
 
@@ -61,6 +63,16 @@ def read_quantization(bundle: Bundle) -> QuantizationReport | None:
     return parse_quantization(read_bounded(path), source=str(path))
 
 
+def read_weights(bundle: Bundle) -> dict[ComponentName, WeightReport]:
+    """Of components whose weights alone are quantized. Raises ManifestError."""
+    from engines.strict import read_bounded
+    from engines.weight_report import parse_weights, weights_name
+
+    names = [name for name in bundle.manifest.components if name != "denoiser" and weights_name(name) in bundle.manifest.files]
+    paths = {name: bundle.file(weights_name(name)) for name in names}
+    return {name: parse_weights(read_bounded(path), source=str(path)) for name, path in paths.items()}
+
+
 def run(arguments: argparse.Namespace) -> int:
     from engines.bundle import Bundle
 
@@ -83,6 +95,7 @@ def _as_json(bundle: Bundle, report: ParityReport | None) -> dict[str, Any]:
         "size": sum(entry.size for entry in bundle.manifest.files.values()),
         "manifest": bundle.manifest.model_dump(mode="json"),
         "quantization": None if quantization is None else quantization.model_dump(mode="json"),
+        "weights": {name: weights.model_dump(mode="json") for name, weights in read_weights(bundle).items()},
         "parity": None if report is None else report.model_dump(mode="json"),
     }
 
@@ -108,6 +121,11 @@ def _show(bundle: Bundle, report: ParityReport | None) -> None:
     if (quantization := read_quantization(bundle)) is not None:
         print("Quantization of the denoiser")
         for line in quantization.lines():
+            print(f"  {printable(line)}")
+        print()
+    for name, weights in read_weights(bundle).items():
+        print(f"Weights of the {name.replace('_', ' ')}")
+        for line in weights.lines():
             print(f"  {printable(line)}")
         print()
     if report is None:

@@ -1,0 +1,82 @@
+"""text_encoder/quantization.json, text_projection/quantization.json: weights in 4 or 8 bits under activations that stay 16-bit.
+
+What they cost is reported and held to nothing: the parity check holds a bundle to the same weights in PyTorch.
+docs/bundle.md describes the file.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engines.spec import ComponentName, Precision
+from engines.strict import validate_json
+
+__all__ = ["OutputError", "RoleReport", "WeightReport", "parse_weights", "weights_name"]
+
+Text = Annotated[str, Field(min_length=1, max_length=4096)]
+Count = Annotated[int, Field(ge=1, le=1 << 50)]
+Size = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class RoleReport(BaseModel):
+    """Of all weights of one role, such as mlp.up_proj of every block. error: RMS of what was lost, of the weights' own RMS."""
+
+    model_config = _STRICT
+
+    tensors: Count
+    bytes_before: Count  # in 16 bits
+    bytes_after: Count  # numbers and scales
+    error: Size
+
+
+class OutputError(BaseModel):
+    """Of an output on the inputs of the parity check, over all cases; padding is left out where a mask says what it is.
+
+    rms: of the difference, of the exact output's own RMS. cosine: between both, vector by vector along the last axis, the mean and
+    the least.
+    """
+
+    model_config = _STRICT
+
+    rms: Size
+    cosine: Annotated[float, Field(ge=-1.001, le=1.001)]
+    least_cosine: Annotated[float, Field(ge=-1.001, le=1.001)]
+
+
+class WeightReport(BaseModel):
+    """outputs: against the same network whose weights are not quantized, both in fp32 or wider."""
+
+    model_config = _STRICT
+
+    schema_version: Literal[1] = 1
+    format: Literal["int4", "int8", "fp8"]
+    precision: Precision  # of activations and scales
+    roles: Annotated[dict[Text, RoleReport], Field(min_length=1, max_length=1000)]
+    outputs: Annotated[dict[Text, OutputError], Field(min_length=1, max_length=100)]
+
+    def lines(self) -> list[str]:
+        """For people."""
+        before, after = (sum(getattr(role, which) for role in self.roles.values()) for which in ("bytes_before", "bytes_after"))
+        worst = max(self.roles, key=lambda name: self.roles[name].error)
+        found = [
+            f"weights {self.format} under {self.precision}, {after / before:.3f} of their bytes; "
+            f"most is lost of {worst}: {self.roles[worst].error:.2%}"
+        ]
+        for name, error in self.outputs.items():
+            found.append(
+                f"{name}: {error.rms:.2%} off unquantized weights', cosine {error.cosine:.5f}, least {error.least_cosine:.5f}"
+            )
+        return found
+
+
+def weights_name(component: ComponentName) -> str:
+    """The file's name in a bundle."""
+    return f"{component}/quantization.json"
+
+
+def parse_weights(data: bytes, *, source: str) -> WeightReport:
+    """Raises ManifestError."""
+    return validate_json(WeightReport, data, source=source)
