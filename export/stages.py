@@ -45,6 +45,7 @@ from export.progress import Progress, Stage
 from export.qdq_nodes import quantize_graph
 from export.quality import build_quality
 from export.reference import PyTorchErrors, loaded, make_reference, reference_dtype, run_module
+from export.stage_code import ENGINE_CODE, EXPORT_CODE, PARITY_CODE, QUALITY_CODE, REFERENCE_CODE
 from export.weight_only import WeightsSeen, output_errors
 from export.weight_only_nodes import dequantized, pack_graph
 from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
@@ -66,65 +67,6 @@ __all__ = [
     "weights_of",
 ]
 
-_EXPORT_CODE = (
-    "sana_ref/*.py",
-    "plugins/*.py",
-    "export/accumulation.py",
-    "export/components.py",
-    "export/fp4_nodes.py",
-    "export/onnx_export.py",
-    "export/qdq_nodes.py",
-    "export/scalars.py",
-    "export/translation.py",
-    "export/weight_only.py",
-    "export/weight_only_nodes.py",
-    "export/weights.py",
-    "export/widen.py",
-)
-_ENGINE_CODE = (
-    "sana_ref/fp8.py",
-    "sana_ref/quantization.py",
-    "sana_ref/quantized_convs.py",
-    "plugins/*.py",
-    "engines/tensorrt.py",
-    "engines/tensorrt_library.py",
-    "export/folding.py",
-    "export/fp8_constants.py",
-    "export/fp8_conv_nodes.py",
-    "export/fp8_nodes.py",
-    "export/linear_nodes.py",
-    "export/plugin_nodes.py",
-)
-_REFERENCE_CODE = (
-    "sana_ref/*.py",
-    "export/cases.py",
-    "export/components.py",
-    "export/folding.py",
-    "export/reference.py",
-    "export/references.py",
-    "export/wide.py",
-    "engines/golden.py",
-    "engines/parity_report.py",
-    "runtime/noise.py",
-    "runtime/prompt.py",
-    "runtime/schedule.py",
-)
-_QUALITY_CODE = (
-    "export/quality.py",
-    "export/metrics/*.py",
-    "export/metrics/*.safetensors",
-    "engines/quality_report.py",
-    "runtime/*.py",
-    "sana_ref/*.py",
-)
-_PARITY_CODE = (
-    "export/parity.py",
-    "engines/parity_report.py",
-    "plugins/shell.py",
-    "runtime/bfloat16.py",
-    "runtime/cuda.py",
-    "runtime/trt_session.py",
-)
 GOLDEN_NAME = "golden.safetensors"
 _PYTORCH, _PARITY, _QUALITY, _LOG, _PLAN = "pytorch.json", "parity.json", "quality.json", "tensorrt.log", "plan.safetensors"
 _MEMORY = "memory.json"  # what an engine needs on the GPU, as engines/tensorrt.py reports it
@@ -229,7 +171,7 @@ class Runner:
             "weights": component.weights,
             "max_sequence_length": self.checkpoint.prompt.max_sequence_length,
             "checkpoint": self.checkpoint.component_digest(component.source),
-            "code": code(_EXPORT_CODE),
+            "code": code(EXPORT_CODE),
             "versions": versions(),
         }
         return self._run(f"export {component.name}", content, make, needed=self._weights_bytes(component))
@@ -276,7 +218,7 @@ class Runner:
             "precision": component.precision,
             "profile": profile,
             "tensorrt": [tensorrt.flavor(), tensorrt.version()],
-            "code": code(_ENGINE_CODE),
+            "code": code(ENGINE_CODE),
             "versions": versions(),
         }
         title = f"engine {component.name} {'-'.join(targets)}"
@@ -297,7 +239,7 @@ class Runner:
             "precision": component.precision,
             "checkpoint": self.checkpoint.component_digest(component.source),
             "depends": depends,
-            "code": code((*_REFERENCE_CODE, "export/plans.py")),
+            "code": code((*REFERENCE_CODE, "export/plans.py")),
             "versions": versions(),
         }
         return load_plan(self._run(f"ranges {component.name}", content, make).folder / _PLAN)
@@ -322,7 +264,7 @@ class Runner:
             "weights": component.weights,
             "checkpoint": self.checkpoint.component_digest(component.source),
             "depends": depends,
-            "code": code(_REFERENCE_CODE),
+            "code": code(REFERENCE_CODE),
             "versions": versions(),
         }
         return self._run(f"reference {component.name}", content, make)
@@ -351,7 +293,7 @@ class Runner:
             "component": component.name,
             "graphs": graphs.key,
             "reference": reference.key,
-            "code": code((*_REFERENCE_CODE, "export/weight_only.py", "engines/weight_report.py")),
+            "code": code((*REFERENCE_CODE, "export/weight_only.py", "engines/weight_report.py")),
             "versions": versions(),
         }
         result = self._run(f"weights {component.name}", content, make)
@@ -383,7 +325,7 @@ class Runner:
             "graphs": graphs.key,
             "reference": reference.key,
             "engine": None if engine is None else [engine.key, device_info().name],
-            "code": code(_PARITY_CODE),
+            "code": code(PARITY_CODE),
             "versions": versions(),
         }
         result = self._run(f"parity {component.name}", content, make)
@@ -406,7 +348,7 @@ class Runner:
             "checkpoint": self.checkpoint.digest,
             "info": info.model_dump(mode="json", exclude={"targets", "tensorrt"}),
             "depends": depends,
-            "code": code(_QUALITY_CODE),
+            "code": code(QUALITY_CODE),
             "versions": versions(),
         }
         return self._run("quality", content, make)
