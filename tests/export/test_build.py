@@ -133,7 +133,7 @@ def test_only_what_depends_on_a_change_is_done_again(built, changed, tmp_path):
 
 def again(monkeypatch, stage: str) -> None:
     """Let the cached results of one stage be those of other source code."""
-    monkeypatch.setattr(f"export.stages._{stage}_CODE", ("LICENSE",))
+    monkeypatch.setattr(f"export.stages.{stage}_CODE", ("LICENSE",))
 
 
 def test_a_failed_parity_check_leaves_the_old_bundle(built, tmp_path, monkeypatch):
