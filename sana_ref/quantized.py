@@ -10,7 +10,7 @@ over all tokens would gather the error. The equation of a layer: sana_ref/quanti
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from sana_ref.quantize_ops import (
 __all__ = [
     "MARGIN",
     "InputRanges",
+    "Largest",
     "Products",
     "QuantizedLayer",
     "QuantizedLinears",
@@ -231,20 +232,35 @@ class QuantizedLinears(Products):
         return None if layer is None else layer.product(x, rows, bias)
 
 
+class Largest:
+    """The largest absolute value of each group's activations."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, Tensor] = {}
+
+    def see(self, group: str, x: Tensor) -> None:
+        largest = x.abs().amax().float()
+        self._found[group] = torch.maximum(largest, self._found.get(group, largest))
+
+    def of(self, groups: Iterable[str]) -> dict[str, float]:
+        """In the order in which they ran. Raises CheckpointError for one that never did, or whose activations are all zero,
+        infinite or NaN: the first such, where the others' trouble comes from."""
+        for group in groups:
+            if group not in self._found:
+                raise CheckpointError(f"{group}: got no activations; expected the model to have run with some.")
+        return {group: finite_range(largest, f"{group}, activations") for group, largest in self._found.items()}
+
+
 class InputRanges(Products):
     """Inside `with InputRanges(transformer) as ranges:` notes the largest absolute value of each group's activations."""
 
     def __init__(self, transformer: nn.Module) -> None:
         super().__init__(transformer)
-        self._largest: dict[str, Tensor] = {}
+        self._largest = Largest()
 
     def compute(self, group: str, rows: slice, x: Tensor, bias: Tensor | None) -> None:
-        largest = x.abs().amax().float()
-        self._largest[group] = torch.maximum(largest, self._largest.get(group, largest))
+        self._largest.see(group, x)
 
     def largest(self) -> dict[str, float]:
-        """By group. Raises CheckpointError for one that never ran, or whose activations are all zero, infinite or NaN."""
-        for group in self.groups:
-            if group not in self._largest:
-                raise CheckpointError(f"{group}: got no activations; expected the model to have run with some.")
-        return {group: finite_range(self._largest[group], f"{group}, activations") for group in self.groups}
+        """By group. Raises CheckpointError as `Largest.of` does."""
+        return self._largest.of(self.groups)

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import sana_ref.conv_ops  # noqa: F401  registers the ops
-from engines.errors import CheckpointError, SpecError
+from engines.errors import SpecError
 from sana_ref.quantization import QuantizationPlan
-from sana_ref.quantize_ops import finite_range, quantize_weight, round_static
-from sana_ref.quantized import MARGIN, check_plan, static_scale, uniform_plan
+from sana_ref.quantize_ops import quantize_weight, round_static
+from sana_ref.quantized import MARGIN, Largest, check_plan, static_scale, uniform_plan
 
 __all__ = ["ConvRanges", "Convs", "QuantizedConvs", "conv_group", "conv_groups", "conv_plan"]
 
@@ -113,18 +113,11 @@ class ConvRanges(Convs):
 
     def __init__(self, decoder: nn.Module) -> None:
         super().__init__(decoder)
-        self._largest: dict[str, Tensor] = {}
+        self._largest = Largest()
 
     def operands(self, group: str, x: Tensor) -> None:
-        largest = x.abs().amax().float()
-        self._largest[group] = torch.maximum(largest, self._largest.get(group, largest))
+        self._largest.see(group, x)
 
     def largest(self) -> dict[str, float]:
-        """By group, in the order in which they ran.
-
-        Raises CheckpointError for one that never ran, and for the first whose input is all zero, infinite or NaN.
-        """
-        for group in self.groups:
-            if group not in self._largest:
-                raise CheckpointError(f"{group}: got no activations; expected the decoder to have run with some.")
-        return {group: finite_range(largest, f"{group}, activations") for group, largest in self._largest.items()}
+        """By group. Raises CheckpointError as `Largest.of` does."""
+        return self._largest.of(self.groups)

@@ -83,7 +83,15 @@ def test_the_first_error_comes_out_when_all_are_done_and_nothing_stays(opened, c
     assert not cuda.allocations
 
 
-def test_ctrl_c_waits_for_what_loads(opened) -> None:
+@pytest.fixture
+def ctrl_c():
+    """A background job inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_waits_for_what_loads(opened, ctrl_c) -> None:
     done = []
 
     def before(component: str) -> None:
