@@ -117,7 +117,7 @@ class _Built:
 def _build(checkpoint: Checkpoint, recipe: Recipe | None, store: Store, target: Target, blocks: int) -> _Built:
     """blocks: of the transformer whose keys and values are counted."""
     runner = Runner(checkpoint=checkpoint, store=store, progress=Progress())
-    kind = Precision.FP16 if recipe is None else Precision(next(each for each in (recipe.format,) if each != "none"))
+    kind = Precision.FP16 if recipe is None or recipe.format == "none" else Precision(recipe.format)
     everything = components(checkpoint, component_precision(kind))
     if recipe is not None:
         everything["denoiser"] = replace(everything["denoiser"], plan=_plan(everything["denoiser"], recipe))

@@ -51,9 +51,7 @@ def use_fp8_convs(model: onnx.ModelProto, folder: Path, plan: QuantizationPlan) 
     with (folder / DATA_NAME).open("wb") as file:
         for (node, scale), x in zip(chosen, bits, strict=True):
             weight, row_scales = graph.add_weight(node.input[1], file)
-            both = numpy_helper.from_array(
-                np.float32(scale) * row_scales.numpy(), f"{weight}_scales"
-            )  # of x and a channel's weights
+            both = numpy_helper.from_array(np.float32(scale) * row_scales.numpy(), f"{weight}_scales")  # of x, of channels' weights
             graph.add(both)
             counts.update({node.op_type: -1, _FP8[node.op_type]: 1})
             node.op_type = _FP8[node.op_type]
