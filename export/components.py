@@ -18,6 +18,7 @@ from plugins import (
     cross_attention,
     gated_depthwise_conv,
     modulated_norm,
+    multiscale_projection,
     qkv_linear_attention,
     relu_linear_attention,
 )
@@ -31,7 +32,7 @@ from sana_ref.components import (
     DecoderForExport,
     TextEncoderForExport,
 )
-from sana_ref.fused_decoder import FusedDecoder
+from sana_ref.fused_decoder import FusedDecoder, one_projection
 from sana_ref.quantization import QuantizationPlan
 from sana_ref.step import OUTPUTS, DenoiserStep
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
@@ -211,9 +212,14 @@ def decoder_plugins(config: AutoencoderDCConfig, *, fused: bool) -> dict[str, in
     num_convs = 2 * sum(depth for _, depth in residual) - num_norms
     num_ups = sum(depth > 0 for depth in depths[:-1]) + (depths[0] == 0)  # an empty first stage: the last convolution
     num_convs += 1 + (depths[0] > 0)  # the first and the last of all
+    scaled = [
+        depth
+        for kind, sizes, depth in zip(types, config.decoder_qkv_multiscales, depths, strict=True)
+        if kind != "ResBlock" and one_projection(config.attention_head_dim, sizes)
+    ]
     counts = {conv3x3.NORM: num_norms, conv3x3.OP: num_convs, conv3x3_upsample.OP: num_ups}
     attention = (gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE)
-    counts |= dict.fromkeys(attention, num_attention)
+    counts |= dict.fromkeys(attention, num_attention) | {multiscale_projection.OP: sum(scaled)}
     return {op: count for op, count in counts.items() if count}
 
 

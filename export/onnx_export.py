@@ -32,6 +32,7 @@ from plugins import (
     cross_attention,
     gated_depthwise_conv,
     modulated_norm,
+    multiscale_projection,
     qkv_linear_attention,
     relu_linear_attention,
 )
@@ -231,6 +232,7 @@ def with_function_bodies(model: ir.Model) -> ir.Model:
         gated_depthwise_conv.OP: gated_depthwise_conv.function_body,
         modulated_norm.GATED: functools.partial(modulated_norm.function_body, modulated_norm.GATED),
         modulated_norm.PLAIN: functools.partial(modulated_norm.function_body, modulated_norm.PLAIN),
+        multiscale_projection.OP: multiscale_projection.function_body,
         qkv_linear_attention.APPLY: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.APPLY),
         qkv_linear_attention.STATE: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.STATE),
         relu_linear_attention.OP: relu_linear_attention.function_body,

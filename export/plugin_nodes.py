@@ -23,6 +23,7 @@ from plugins import (
     gated_sum,
     linear,
     modulated_norm,
+    multiscale_projection,
     qkv_linear_attention,
     relu_linear_attention,
 )
@@ -128,6 +129,12 @@ def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: I
     return modulated_norm.compile_cubins(targets, _TYPE_NAMES[x.elem_type], variant, given["eps"])
 
 
+def _multiscale_projection(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    x = type_of[node.input[0]]
+    channels, heads = x.shape.dim[-1].dim_value, helper.get_node_attr_value(node, "heads")
+    return multiscale_projection.compile_cubins(targets, _TYPE_NAMES[x.elem_type], channels, channels // heads)
+
+
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     conv3x3.NORM: _conv3x3,
     conv3x3.OP: _conv3x3,
@@ -141,6 +148,7 @@ _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     gated_depthwise_conv.OP: _gated_depthwise_conv,
     modulated_norm.GATED: _modulated_norm,
     modulated_norm.PLAIN: _modulated_norm,
+    multiscale_projection.OP: _multiscale_projection,
     qkv_linear_attention.APPLY: _qkv_linear_attention,
     qkv_linear_attention.STATE: _qkv_linear_attention,
     relu_linear_attention.OP: _relu_linear_attention,

@@ -23,6 +23,7 @@ from plugins import (
     cross_attention,
     gated_depthwise_conv,
     modulated_norm,
+    multiscale_projection,
     qkv_linear_attention,
     relu_linear_attention,
 )
@@ -94,6 +95,15 @@ _CONV3X3_UPSAMPLE = _sana_op(
 
 def _conv3x3_upsample(x: Any, weight: Any, bias: Any, repeats: int = 0, nearest: bool = False) -> Any:
     return _CONV3X3_UPSAMPLE(x, weight, bias, repeats=repeats, nearest=int(nearest))
+
+
+_MULTISCALE_PROJECTION = _sana_op(
+    multiscale_projection.OP, multiscale_projection.INPUTS, dict.fromkeys(("channels", "heads"), OpSchema.AttrType.INT)
+)
+
+
+def _multiscale_projection(x: Any, near: Any, mix: Any) -> Any:
+    return _MULTISCALE_PROJECTION(x, near, mix, **multiscale_projection.body_attributes(*mix.shape))
 
 
 _SPLIT = {"split": OpSchema.AttrType.INTS, "axis": OpSchema.AttrType.INT}
@@ -175,6 +185,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.sana.cross_attention.default: _cross_attention,
         torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
         torch.ops.sana.modulated_norm.default: _modulated_norm,
+        torch.ops.sana.multiscale_projection.default: _multiscale_projection,
         torch.ops.sana.qkv_linear_attention.default: _qkv_linear_attention,
         torch.ops.sana.relu_linear_attention.default: _relu_linear_attention,
         torch.ops.aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,

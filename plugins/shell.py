@@ -48,6 +48,7 @@ OPS = (
     "LinearAttentionApply",
     "LinearAttentionState",
     "ModulatedNorm",
+    "MultiscaleProjection",
     "ReluLinearAttention",
 )
 FIELDS = ("launch", "cubins")

@@ -24,6 +24,8 @@ __all__ = [
     "conv3x3_truth",
     "conv3x3_upsample",
     "conv3x3_upsample_truth",
+    "multiscale_projection",
+    "multiscale_projection_truth",
 ]
 
 NORM_EPS = 1e-5  # as sana_ref.layers.RMSNorm
@@ -76,6 +78,21 @@ def conv3x3_upsample_truth(x: Tensor, weight: Tensor, bias: Tensor, repeats: int
         y = y + x.to(wide).repeat_interleave(repeats, dim=3).unflatten(3, (-1, 2, 2)).permute(0, 1, 2, 4, 5, 3)
     batch, height, width, channels = *x.shape[:3], weight.shape[0] // 4
     return y.permute(0, 1, 3, 2, 4, 5).reshape(batch, 2 * height, 2 * width, channels).to(x.dtype)
+
+
+def multiscale_projection_truth(x: Tensor, near: Tensor, mix: Tensor) -> Tensor:
+    """out = [x, mix(near(x))]: q, k and v for a multi-scale attention of one scale beside their own.
+
+    x (B, h, w, C); near (25, C): a depth-wise Conv2d's weight (C, 1, 5, 5), flattened and transposed, with zeros around the
+    picture; mix (C, D): of each channel out, what it takes of the D channels of its head. out (B, h, w, 2C) in x's dtype, computed
+    in fp32 or wider. Source: EfficientViT, arXiv:2205.14756, section 3.1, as DC-AE has it (arXiv:2410.10733).
+    """
+    wide, channels = torch.promote_types(x.dtype, torch.float32), x.shape[3]
+    with torch.autocast(x.device.type, enabled=False):
+        first = x.to(wide).permute(0, 3, 1, 2)
+        y = F.conv2d(first, near.to(wide).t().reshape(channels, 1, 5, 5), padding=2, groups=channels)
+        y = F.conv2d(y, mix.to(wide)[..., None, None], groups=channels // mix.shape[1])
+    return torch.cat([x, y.permute(0, 2, 3, 1).to(x.dtype)], dim=-1)
 
 
 def _check(op: str, x: Tensor, weight: Tensor, **others: Tensor) -> None:
@@ -218,3 +235,51 @@ def conv3x3_upsample(x: Tensor, weight: Tensor, bias: Tensor, repeats: int = 0, 
     """
     y: Tensor = torch.ops.sana.conv3x3_upsample(x, weight, bias, repeats, nearest)
     return y
+
+
+def _check_multiscale(x: Tensor, near: Tensor, mix: Tensor) -> None:
+    shapes, dtypes = [tuple(t.shape) for t in (x, near, mix)], [t.dtype for t in (x, near, mix)]
+    fits = [len(shape) for shape in shapes] == [4, 2, 2] and near.shape == (25, x.shape[3]) and mix.shape[0] == x.shape[3]
+    if not fits or x.shape[3] % mix.shape[1]:
+        raise ValueError(
+            f"multiscale_projection: got x, near, mix of shapes {', '.join(map(str, shapes))}; expected (B, h, w, C), (25, C), "
+            "(C, D) of a D that divides C"
+        )
+    if len(set(dtypes)) > 1 or not x.dtype.is_floating_point:
+        raise ValueError(
+            f"multiscale_projection: got x, near, mix of dtypes {', '.join(map(str, dtypes))}; expected one floating dtype for all"
+        )
+
+
+@torch.library.custom_op("sana::multiscale_projection", mutates_args=())
+def _multiscale_projection(x: Tensor, near: Tensor, mix: Tensor) -> Tensor:
+    _check_multiscale(x, near, mix)
+    return multiscale_projection_truth(x, near, mix)
+
+
+@_multiscale_projection.register_kernel("cuda")
+def _multiscale_projection_cuda(x: Tensor, near: Tensor, mix: Tensor) -> Tensor:
+    _check_multiscale(x, near, mix)
+    if x.dtype not in HALF:
+        return multiscale_projection_truth(x, near, mix)
+    from plugins import multiscale_projection as kernel
+
+    out = _multiscale_projection_fake(x, near, mix)
+    kernel.launch(x.contiguous(), near.contiguous(), mix.contiguous(), out)
+    return out
+
+
+@_multiscale_projection.register_fake
+def _multiscale_projection_fake(x: Tensor, near: Tensor, mix: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:3], 2 * x.shape[3]))
+
+
+def multiscale_projection(x: Tensor, near: Tensor, mix: Tensor) -> Tensor:
+    """`multiscale_projection_truth` as the op `sana::multiscale_projection`, for engines: it is not differentiable.
+
+    x (B, h, w, C), near (25, C), mix (C, D): one dtype of fp16, bf16, fp32, fp64, any strides. On CUDA in half precision D is one
+    of plugins.multiscale_projection.HEAD_DIMS. Returns (B, h, w, 2C), contiguous, same dtype. Raises ValueError for other shapes or
+    dtypes.
+    """
+    out: Tensor = torch.ops.sana.multiscale_projection(x, near, mix)
+    return out

@@ -7,6 +7,8 @@ them, and nothing is transposed but where pixels and channels change places.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,9 +26,10 @@ from sana_ref.autoencoder import (
 )
 from sana_ref.layers import GLUMBConv
 
-__all__ = ["MAX_NORM", "FusedDecoder", "of_corners"]
+__all__ = ["HEAD_DIMS", "KERNEL_SIZE", "MAX_NORM", "FusedDecoder", "of_corners", "one_projection"]
 
 MAX_NORM = 256  # channels, up to which a program of the convolution's kernel has all of a pixel's, and can normalise them
+HEAD_DIMS, KERNEL_SIZE = (16, 32, 64), 5  # of an attention's other scale, for which there is a kernel
 _NAMES = {function: name for name, function in ACTIVATIONS.items()}
 
 
@@ -88,17 +91,28 @@ def _residual(block: ResBlock, x: Tensor) -> Tensor:
 def _attention(attention: MultiscaleLinearAttention, x: Tensor) -> Tensor:
     parts = (attention.to_q, attention.to_k, attention.to_v)
     qkv = F.linear(x, torch.cat([part.weight for part in parts]))
-    scales = [_multiscale(project, qkv, attention.head_dim) for project in attention.to_qkv_multiscale]
-    if scales:
-        qkv = torch.cat([qkv, *scales], dim=-1)
+    qkv = _with_scales(attention, qkv)
     num_heads = qkv.shape[-1] // (3 * attention.head_dim)
     out = ops.qkv_linear_attention(qkv.flatten(1, 2), num_heads, interleaved=True).unflatten(1, x.shape[1:3])
     return x + attention.norm_out.channels_last(attention.to_out(out))
 
 
-def _multiscale(project: nn.Module, qkv: Tensor, head_dim: int) -> Tensor:
+def one_projection(head_dim: int, kernel_sizes: Sequence[int]) -> bool:
+    """Whether there is a kernel for an attention's scales."""
+    return head_dim in HEAD_DIMS and tuple(kernel_sizes) == (KERNEL_SIZE,)
+
+
+def _with_scales(attention: MultiscaleLinearAttention, qkv: Tensor) -> Tensor:
+    """(B, h, w, 3C) -> (B, h, w, 3C (1 + scales))."""
+    projects = [project for project in attention.to_qkv_multiscale if isinstance(project, MultiscaleProjection)]
+    if one_projection(attention.head_dim, [project.proj_in.kernel_size[0] for project in projects]):
+        near, mix = (conv.weight.flatten(1) for conv in (projects[0].proj_in, projects[0].proj_out))
+        return conv_ops.multiscale_projection(qkv, near.t(), mix)
+    return torch.cat([qkv, *(_multiscale(project, qkv, attention.head_dim) for project in projects)], dim=-1)
+
+
+def _multiscale(project: MultiscaleProjection, qkv: Tensor, head_dim: int) -> Tensor:
     """(B, h, w, 3C) to the same."""
-    assert isinstance(project, MultiscaleProjection)
     near = project.proj_in(qkv.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     groups = near.flatten(0, 2).unflatten(1, (-1, head_dim)).transpose(0, 1)  # (G, B h w, D)
     mix = project.proj_out.weight.flatten(1).unflatten(0, (-1, head_dim)).mT  # (G, D in, D out)

@@ -20,10 +20,10 @@ namespace {
 
 using namespace nvinfer1;
 
-constexpr std::array<const char*, 17> kOps = {
+constexpr std::array<const char*, 18> kOps = {
     "Conv3x3",     "Conv3x3Norm",       "Conv3x3Upsample",    "CrossAttention",     "Fp8Conv3x3",           "Fp8Conv3x3Norm",
     "Fp8GatedSum", "Fp8Linear",         "Fp8Quantize",        "Fp8StaticQuantize",  "GatedDepthwiseConv",   "GatedModulatedNorm",
-    "Linear",      "LinearAttentionApply", "LinearAttentionState", "ModulatedNorm", "ReluLinearAttention"};
+    "Linear",      "LinearAttentionApply", "LinearAttentionState", "ModulatedNorm", "MultiscaleProjection", "ReluLinearAttention"};
 constexpr const char *kLaunch = "launch", *kCubins = "cubins", *kVersion = "1", *kNamespace = "";
 
 std::atomic<ILoggerFinder*> logger_finder = nullptr;
