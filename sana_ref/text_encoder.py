@@ -101,7 +101,10 @@ class Gemma2RMSNorm(nn.Module):
 
 
 class Gemma2Attention(nn.Module):
-    """Causal attention with rotary positions and capped scores; groups of query heads share a key and value head. x: (B, S, C)."""
+    """Causal attention with rotary positions and capped scores; groups of query heads share a key and value head.
+
+    x: (B, S, C); bias: what is added to the scores, (B, 1, G S, S), the same for each of a group's G heads.
+    """
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
@@ -119,10 +122,13 @@ class Gemma2Attention(nn.Module):
         q = self.q_proj(x).unflatten(2, (self.num_kv * self.group, -1)).transpose(1, 2)  # (B, H, S, D)
         k = self.k_proj(x).unflatten(2, (self.num_kv, -1)).transpose(1, 2)  # (B, K, S, D)
         v = self.v_proj(x).unflatten(2, (self.num_kv, -1)).transpose(1, 2)
-        scores = (rotate(q, cos, sin) @ repeat_heads(rotate(k, cos, sin), self.group).mT).float() * self.scale
+        # The heads that share a key and value head are rows of one product with it: nothing is repeated in memory.
+        rows = rotate(q, cos, sin).unflatten(1, (self.num_kv, self.group)).flatten(2, 3)  # (B, K, G S, D)
+        scores = (rows @ rotate(k, cos, sin).mT).float() * self.scale  # (B, K, G S, S)
         if self.cap is not None:
             scores = (scores / self.cap).tanh() * self.cap
-        out = (scores + bias).softmax(-1).to(v.dtype) @ repeat_heads(v, self.group)
+        out = (scores + bias).softmax(-1).to(v.dtype) @ v
+        out = out.unflatten(2, (self.group, x.shape[1])).flatten(1, 2)  # (B, H, S, D)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
@@ -180,7 +186,10 @@ class Gemma2Encoder(nn.Module):
         cos, sin = rotations(position, config.head_dim, config.rope_theta)
         x = self.embed_tokens(input_ids) * config.hidden_size**0.5
         windows = [config.looks_back(i) for i in range(config.num_hidden_layers)]
-        biases = {w: blocking_bias(visible if w is None else visible & (back < w)) for w in dict.fromkeys(windows)}
+        group = config.num_attention_heads // config.num_key_value_heads
+        biases = {
+            w: blocking_bias(visible if w is None else visible & (back < w)).repeat(1, 1, group, 1) for w in dict.fromkeys(windows)
+        }
         for layer, window in zip(self.layers, windows, strict=True):
             x = layer(x, cos, sin, biases[window])
         return self.norm(x)
@@ -189,11 +198,6 @@ class Gemma2Encoder(nn.Module):
 def blocking_bias(visible: Tensor) -> Tensor:
     """fp32 of the same shape: 0 where a query may see a key, else so low that its weight is 0."""
     return torch.zeros_like(visible, dtype=torch.float32).masked_fill(~visible, BLOCKED)
-
-
-def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """(B, K, S, D) -> (B, K times, S, D), each head `times` times in a row."""
-    return x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
 
 
 def rotations(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

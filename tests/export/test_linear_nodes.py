@@ -7,6 +7,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.spec import Target
+from export import linear_nodes
 from export.linear_nodes import use_linear_plugins, wants_linear_plugins
 from export.plugin_nodes import add_cubins
 from plugins import linear
@@ -140,6 +141,41 @@ def test_what_is_added_to_all_columns_alike_is_no_bias():
 )
 def test_left_alone(nodes):
     assert linear.OP not in ops(rewritten(nodes, 0))
+
+
+def three_products(columns=(COLUMNS, COLUMNS, COLUMNS), bias=False):
+    """As q, k and v of a text encoder."""
+    nodes = [cast("x", "x_wide")]
+    for i, weight in enumerate(("w", "v", "u")):
+        nodes += [("Transpose", [weight], [f"{weight}_turned"], {"perm": [1, 0]}), cast(f"{weight}_turned", f"{weight}_wide")]
+        nodes += [("MatMul", ["x_wide", f"{weight}_wide"], [f"sums{i}"], {}), cast(f"sums{i}", f"y{i}" + "_" * bias, HALF)]
+        nodes += [("Add", [f"y{i}_", "bias"], [f"y{i}"], {})] * bias
+    made = model([*nodes, ("Sub", ["y0", "y1"], ["d"], {}), ("Concat", ["d", "y2"], ["y"], {"axis": -1})])
+    rng = np.random.default_rng(2)
+    u = helper.make_tensor("u", HALF, (columns[2], DEPTH), rng.normal(size=columns[2] * DEPTH).astype(np.float16))
+    made.graph.initializer.append(u)
+    return made
+
+
+def test_small_products_of_the_same_are_one():
+    made = three_products(columns=(COLUMNS, COLUMNS, COLUMNS + 3))
+    before = run(made)
+    assert use_linear_plugins(made) == 1
+    assert ops(made) == ["Concat", linear.OP, "Split", "Sub", "Concat"]
+    joined = made.graph.node[1]
+    launch = Launch.from_json(next(a.s for a in joined.attribute if a.name == "launch"))
+    assert (launch.product.columns, launch.product.depth) == (3 * COLUMNS + 3, DEPTH)
+    del joined.attribute[:]
+    joined.op_type, joined.domain = "MatMul", ""
+    made.graph.node.insert(1, helper.make_node("Transpose", [joined.input[1]], ["turned"], perm=[1, 0]))
+    joined.input[1] = "turned"
+    np.testing.assert_allclose(run(made), before, rtol=2e-3, atol=2e-3)
+
+
+def test_large_products_and_those_with_a_bias_stay_apart(monkeypatch):
+    assert use_linear_plugins(three_products(bias=True)) == 3
+    monkeypatch.setattr(linear_nodes, "MAX_JOINED", 3 * COLUMNS - 1)
+    assert use_linear_plugins(three_products()) == 3
 
 
 def test_where():
