@@ -103,7 +103,7 @@ def kernel(
         out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision="ieee")
         top_M = new_top_M
     if out_scales is None:
-        out_MD = tl.div_rn(out_MD, sum_M[:, None])
+        out_MD *= tl.div_rn(1.0, sum_M)[:, None]  # as in plugins/qkv_linear_attention.py
     else:
         out_MD = e4m3(out_MD * (1.0 / (sum_M * out_scale))[:, None])
         if head == 0:
