@@ -63,6 +63,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--sizes", type=sizes, help="px: 512,1024x768 (default: what the bundle is best at)")
     what.add_argument("--width", type=int, help="px, of one size")
     what.add_argument("--height", type=int)
+    what.add_argument("--text-tokens", type=int, default=0, help="of the text encoder (default: a prompt with its instruction)")
     what.add_argument("--batches", type=numbers, default=[1], help="pictures: 1,2,4")
     what.add_argument("--steps", type=int, default=20, help="of a picture")
     what.add_argument("--peers", help="some of eager,reduce-overhead,max-autotune, or none (default: eager where --model is given)")

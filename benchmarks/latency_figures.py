@@ -135,7 +135,9 @@ def record_figures(
         keep(f"{name}wall_ms" if sprint == "sprint_" else f"{name}ms", picture.wall.p50, words)
     for text in records:
         if (text.component, text.batch) == ("text_encoder", 2) and size != "tiny":
-            keep(f"encode_text_{text.precision}_ms", text.device.p50, f"p90 {text.device.p90:.2f} ms", peer=_peers(text))
+            name = f"encode_text_{text.precision}_ms" if text.width else f"encode_text_instructed_{text.precision}_ms"
+            words = f"{text.width} tokens" if text.width else "with the instruction"
+            keep(name, text.device.p50, words, f"p90 {text.device.p90:.2f} ms", peer=_peers(text))
     return True
 
 

@@ -87,7 +87,7 @@ class Record(_Model):
     component: str  # text_encoder, denoiser, decoder, or picture: prompt to PNG
     backend: str
     precision: str  # the component's in the bundle; a picture's is the denoiser's
-    width: int  # px; 0 for the text encoder
+    width: int  # px; of the text encoder tokens, 0 for a prompt with its instruction
     height: int
     batch: int  # pictures; of the text encoder, texts
     steps: int  # of a picture; 1 for a component

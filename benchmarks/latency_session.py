@@ -42,7 +42,7 @@ def works(options: argparse.Namespace, engine: SanaEngine) -> Iterator[Work]:
     """What was asked for, in order. The text encoder knows no size: it comes once a batch."""
     sizes = asked_sizes(options, engine)
     for component in options.components:
-        for width, height in [(0, 0)] if component == "text_encoder" else sizes:
+        for width, height in [(options.text_tokens, 0)] if component == "text_encoder" else sizes:
             for batch in options.batches:
                 steps = options.steps if component == "picture" else 1
                 yield Work(component=component, width=width, height=height, batch=batch, steps=steps)

@@ -40,7 +40,7 @@ Arrays = dict[str, NDArray[Any]]
 @dataclass(frozen=True, kw_only=True)
 class Work:
     component: str  # one of WORKS
-    width: int  # px; 0 for the text encoder, which knows no size
+    width: int  # px; of the text encoder tokens, 0 for as many as a prompt with its instruction has
     height: int
     batch: int  # pictures; of the text encoder, texts
     steps: int = 1  # of a picture
@@ -103,7 +103,13 @@ def component_inputs(engine: SanaEngine, work: Work) -> Arrays:
             lowercase=prompt.lowercase,
         )
         tokens = PromptTokenizer(engine.bundle.file("tokenizer/tokenizer.json"), template).encode([TEXT] * work.batch)
-        return {"input_ids": tokens.ids, "attention_mask": tokens.mask}
+        length = work.width or tokens.ids.shape[1]
+        if length > tokens.ids.shape[1] or length < prompt.max_sequence_length:
+            raise RequestError(
+                f"--text-tokens: got {length}; expected {prompt.max_sequence_length} to {tokens.ids.shape[1]}, a prompt with "
+                "its instruction."
+            )
+        return {"input_ids": tokens.ids[:, :length], "attention_mask": tokens.mask[:, :length]}
     if work.component == "decoder":
         grid = (manifest.latents.channels, work.height // PX_PER_LATENT, work.width // PX_PER_LATENT)
         return {"latents": normal_batch([4] * work.batch, grid) * np.float32(manifest.latents.scaling_factor)}

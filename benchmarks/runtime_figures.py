@@ -5,7 +5,8 @@
 
 - start_<name>_s: from SanaEngine(bundle) to the first picture, in a new process, engines in the page cache and what was compiled in
   a kernel cache (the second of two). The note has the first one, which compiles it, and where the time goes.
-- peak_<name>_<px>px_{fp16,low_memory}_gb: most GPU memory in use while pictures are drawn, beyond what was in use before.
+- peak_<name>_<px>px_{fp16,low_memory}_gb: most GPU memory in use while pictures are drawn, beyond what was in use before; the
+  second of two processes, which finds its kernels compiled. The note has the first.
 - host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU: pictures of N and of N / 2 steps.
 - launches_per_picture: graph launches, and engine launches beside them, for a text that is known; the note says it for a new one.
 - kernels_per_step: kernel nodes in a CUDA graph of one denoiser step.
@@ -53,12 +54,19 @@ def in_new_process(mode: str, options: argparse.Namespace, kernel_cache: str = "
     return answer
 
 
+def peak_memory(mode: str, options: argparse.Namespace) -> tuple[float, str]:
+    """GB, and a note."""
+    with tempfile.TemporaryDirectory() as kernels:
+        first, peak = (in_new_process(mode, options, kernels)["peak_gb"] for _ in range(2))
+    return peak, f"beyond CUDA's own context; {first:.3g} GB the first time, when kernels are compiled"
+
+
 def child(mode: str, options: argparse.Namespace) -> dict[str, float]:
     """ "start", "memory", "low_memory" or "decoder", in a process of its own."""
+    kernels = Path(options.kernel_cache) if options.kernel_cache else False
     sizes = {"steps": options.steps, "width": options.side, "height": options.side}
     if mode == "start":
         began = time.perf_counter()
-        kernels = Path(options.kernel_cache) if options.kernel_cache else False
         with SanaEngine(options.bundle, backend="tensorrt", progress=False, kernel_cache=kernels) as engine:
             opened = time.perf_counter()
             engine.generate(PROMPT, **sizes)
@@ -82,13 +90,13 @@ def child(mode: str, options: argparse.Namespace) -> dict[str, float]:
     watcher.start()
     try:
         if mode == "decoder":
-            with SanaEngine(options.bundle, backend="tensorrt", progress=False, kernel_cache=False) as engine:
+            with SanaEngine(options.bundle, backend="tensorrt", progress=False, kernel_cache=kernels) as engine:
                 with open_task(engine, Work(component="decoder", width=options.side, height=options.side, batch=1)) as task:
                     for _ in range(3):
                         task.stopwatch(task.call)
             return {"peak_gb": (peak - before) / 1e9}
         low_memory = mode == "low_memory"
-        with SanaEngine(options.bundle, backend="tensorrt", progress=False, low_memory=low_memory, kernel_cache=False) as engine:
+        with SanaEngine(options.bundle, backend="tensorrt", progress=False, low_memory=low_memory, kernel_cache=kernels) as engine:
             for prompt in (PROMPT, PROMPT, f"{PROMPT}, in the rain"):  # the second is captured as a graph
                 engine.generate(prompt, **sizes)
     finally:
@@ -170,19 +178,16 @@ def measure(options: argparse.Namespace) -> dict[str, tuple[float, str, str]]:
     name, px = options.name, f"{options.side}px"
     if options.decoder:
         precision = Bundle.open(options.bundle).manifest.precision["decoder"]
-        peak = in_new_process("decoder", options)["peak_gb"]
-        return {f"decode_{px}_{precision}_peak_gb": (peak, "GB", "batch 1, no tiles; beyond CUDA's own context")}
+        peak, note = peak_memory("decoder", options)
+        return {f"decode_{px}_{precision}_peak_gb": (peak, "GB", f"batch 1, no tiles; {note}")}
     with tempfile.TemporaryDirectory() as kernels:
         in_new_process("start", options)  # engines come into the page cache; no kernels are kept
         first, start = (in_new_process("start", options, kernels) for _ in range(2))
     note = f"{options.steps} steps, {px}; {_parts(start)}; without a kernel cache {first['start_s']:.2f} s: {_parts(first)}"
     found = {f"start_{name}_s": (start["start_s"], "s", note)}
     for mode, word in (("memory", "fp16"), ("low_memory", "low_memory")):
-        found[f"peak_{name}_{px}_{word}_gb"] = (
-            in_new_process(mode, options)["peak_gb"],
-            "GB",
-            "beyond CUDA's own context",
-        )
+        peak, note = peak_memory(mode, options)
+        found[f"peak_{name}_{px}_{word}_gb"] = (peak, "GB", note)
     with SanaEngine(options.bundle, backend="tensorrt", progress=False, kernel_cache=False) as engine:
         found["host_per_step_ms"] = (host_per_step(engine, options), "ms", f"{name}, {px}")
         graphs, engines = launches(engine, options, PROMPT)

@@ -37,6 +37,7 @@ WORDS = {  # figure: what it is, in the order of the table
     "decode_4096px_bf16_ms": "DC-AE decode, 4096 px, no tiles, bf16",
     "decode_4096px_bf16_peak_gb": "DC-AE decode, 4096 px, no tiles, bf16: peak memory of the GPU",
     "encode_text_bf16_ms": "Gemma-2-2B, two texts of 300 tokens, bf16",
+    "encode_text_instructed_bf16_ms": "… with their instruction",
     "picture_1600m_1024px_20step_fp8_ms": "Sana-1.6B, prompt to PNG, 20 steps, 1024 px, FP8",
     "sprint_1600m_1024px_1step_gpu_ms": "Sana-Sprint-1.6B, prompt to PNG, one step, 1024 px: the GPU's time",
     "sprint_1600m_1024px_1step_wall_ms": "… all of it",
