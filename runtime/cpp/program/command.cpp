@@ -40,6 +40,10 @@ Arguments parse(const std::vector<std::string>& given, const std::vector<std::st
             out.options.low_memory = true;
             continue;
         }
+        if (flag == "--timings") {
+            out.timings = true;
+            continue;
+        }
         if (flag == "--no-cuda-graphs") {
             out.options.cuda_graphs = false;
             continue;

@@ -17,13 +17,14 @@ inline constexpr const char* kUsage =
     "       sana replay PICTURE.png [--bundle BUNDLE] [--out FILE.png] [OPTIONS]\n"
     "       sana --version\n"
     "options: [--backend auto|tensorrt|onnxruntime] [--no-verify] [--low-memory] [--threads N] [--no-cuda-graphs]\n"
-    "         [--kernel-cache DIR | --no-kernel-cache]\n";
+    "         [--kernel-cache DIR | --no-kernel-cache] [--timings]\n";
 
 struct Arguments {
     std::vector<std::string> words;  // those that belong to no flag
     Request request;
     EngineOptions options;
     long count = 1;
+    bool timings = false;
     std::string out, bundle;
 };
 

@@ -49,7 +49,9 @@ std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions
     require_engines(bundle, device.sm());
     const trt::Library& library = trt::library(options.tensorrt_library);
     check_tensorrt(bundle, trt::kFlavor, library.version);
-    if (!bundle.manifest.plugins.empty()) trt::load_plugins(library, options.plugins_library);
+    const auto& plugins = bundle.manifest.plugins;  // of each component
+    const bool any = std::any_of(plugins.begin(), plugins.end(), [](const auto& each) { return !each.second.empty(); });
+    if (any) trt::load_plugins(library, options.plugins_library);
     KernelCache kernels(options.kernel_cache.value_or(usual_kernel_folder()),
                         {device.name, device.sm(), device.driver_cuda, std::string(trt::kFlavor) + " " + library.version},
                         [](const std::string& what) { std::fprintf(stderr, "sana: warning: %s\n", what.c_str()); });
