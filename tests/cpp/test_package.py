@@ -74,7 +74,7 @@ def test_what_is_installed(prefix):
     (library,) = [name for name in names if name.endswith("libsana_runtime.so.0.1.0")]
     libraries = library.rpartition("/")[0]
     headers = {"include/sana.h", "include/sana/engine.hpp", "include/sana/error.hpp", "include/sana/export.h"}
-    assert {"bin/sana", f"{libraries}/libsana_runtime.so", f"{libraries}/libsana_runtime.so.0", *headers} <= names
+    assert {"bin/sana", f"{libraries}/libsana_runtime.so", f"{libraries}/libsana_runtime.so.1", *headers} <= names
     assert {name for name in names if name.startswith("include/")} == headers
     assert "SONAME" in done("objdump", "-p", prefix / library)
     assert re.search(r"SONAME +libsana_runtime\.so\.0\n", done("objdump", "-p", prefix / library))

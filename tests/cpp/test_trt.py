@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx
 import pytest
-from cpp_bundles import letters_bundle
+from cpp_bundles import letters_bundle, sprint_bundle
 from cpp_pictures import onnxruntime_library
 
 from engines.bundle import Bundle, TensorRTInfo
@@ -23,7 +23,7 @@ from engines.digest import file_sha256
 from engines.errors import TensorRTVersionError
 from engines.spec import COMPONENTS, Target
 from runtime import SanaEngine
-from runtime.image import read_picture
+from runtime.image import read_picture, save_png
 from runtime.kernel_cache import KernelCache
 from runtime.trt_backend import ALIGNMENT
 
@@ -54,25 +54,35 @@ def write_engine(folder: Path, component: str, target: Target) -> str:
 
 
 @pytest.fixture(scope="module")
-def bundle(cpp: Path, fake: Path, tmp_path_factory) -> Path:
+def engines(cpp: Path, fake: Path) -> Callable[[Callable[..., Path], Path], Path]:
+    """A fake bundle with the fake's engines."""
     said = subprocess.run([cpp / "sana", "--version"], capture_output=True, text=True, check=True).stdout
     version = re.search(r"RTX (\d+\.\d+)", said)
     assert version is not None
-    info = TensorRTInfo(flavor="rtx", version=f"{version[1]}.0.0")
-    folder = letters_bundle(tmp_path_factory.mktemp("trt") / "b", targets=(Target.SM89,), tensorrt=info)
-    path = folder / "manifest.json"
-    document = json.loads(path.read_bytes())
-    for component in COMPONENTS:
-        name = write_engine(folder, component, Target.SM89)
-        document["files"][name] |= {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
-    path.write_text(json.dumps(document))
-    return folder
+    built_by = TensorRTInfo(flavor="rtx", version=f"{version[1]}.0.0")
+
+    def make(write: Callable[..., Path], folder: Path) -> Path:
+        write(folder, targets=(Target.SM89,), tensorrt=built_by)
+        path = folder / "manifest.json"
+        document = json.loads(path.read_bytes())
+        for component in COMPONENTS:
+            name = write_engine(folder, component, Target.SM89)
+            document["files"][name] |= {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
+        path.write_text(json.dumps(document))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def bundle(engines, tmp_path_factory) -> Path:
+    return engines(letters_bundle, tmp_path_factory.mktemp("trt") / "b")
 
 
 class Ran:
     def __init__(self, done: subprocess.CompletedProcess[str], log: Path) -> None:
         self.code, self.error = done.returncode, done.stderr
-        self.pictures = [Path(line) for line in done.stdout.splitlines()]
+        self.pictures = [Path(line) for line in done.stdout.splitlines() if line.endswith(".png")]
         self.log = log.read_text().splitlines() if log.exists() else []
 
     def count(self, word: str) -> int:
@@ -92,7 +102,7 @@ class Ran:
 def sana(cpp: Path, fake: Path, bundle: Path, tmp_path: Path) -> Callable[..., Ran]:
     numbers = iter(range(100))
 
-    def call(*arguments: object, program: str = "sana", **environment: str) -> Ran:
+    def call(*arguments: object, command: tuple[str, ...] = ("sana", "generate"), of: Path = bundle, **environment: str) -> Ran:
         folder = tmp_path / str(next(numbers))
         folder.mkdir()
         more = {
@@ -103,9 +113,10 @@ def sana(cpp: Path, fake: Path, bundle: Path, tmp_path: Path) -> Callable[..., R
             "FAKE_CUDA_SM": "89",
             "FAKE_GPU_LOG": str(folder / "log"),
         }
-        words = ["generate", bundle, *arguments, "--out", folder] if program == "sana" else [bundle, *arguments]
+        program, *words = command
+        words += [str(of), *map(str, arguments), "--out", str(folder)] if words == ["generate"] else map(str, arguments)
         done = subprocess.run(
-            [cpp / program, *map(str, words)], capture_output=True, text=True, env=os.environ | more | environment, check=False
+            [cpp / program, *words], capture_output=True, text=True, env=os.environ | more | environment, check=False
         )
         return Ran(done, folder / "log")
 
@@ -132,6 +143,44 @@ def test_same_pixels_as_python(sana, expected) -> None:
     assert [picture.tobytes() for picture, _ in found] == expected
     assert {(info.backend, info.device) for _, info in found} == {("tensorrt", "NVIDIA Fake")}
     assert (drawn.count("capture"), drawn.count("graph"), drawn.count("run denoiser")) == (1, 3, 10)
+
+
+def test_fresh_noise_and_a_scale_that_the_network_takes(sana, engines, tmp_path) -> None:
+    sprint = engines(sprint_bundle, tmp_path / "sprint")
+    drawn = sana("a cat", "--seed", 3, "--count", 3, of=sprint)
+    assert drawn.code == 0, drawn.error
+    with SanaEngine(sprint, backend="onnxruntime") as engine:
+        expected = [engine.generate("a cat", seed=3 + i)[0].tobytes() for i in range(3)]
+    assert [read_picture(path)[0].tobytes() for path in drawn.pictures] == expected
+
+
+def test_replay_of_a_picture_of_a_batch(sana, bundle, tmp_path) -> None:
+    """It is drawn in a batch as large as it was; more than the bundle's are refused."""
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        (picture,) = engine.generate("a cat", **WORDS)
+    for size, index in ((3, 1), (5, 1)):
+        info = json.loads(picture.info["sana"]) | {"backend": "tensorrt", "batch_size": size, "batch_index": index}
+        picture.info["sana"] = json.dumps(info)
+        save_png(picture, tmp_path / "p.png")
+        ran = sana(tmp_path / "p.png", "--bundle", bundle, command=("sana", "replay"))
+        if size == 3:
+            assert ran.code == 0, ran.error
+            assert {each["latents"] for each in ran.runs("denoiser")}
+        else:
+            assert "batch: got picture 1 of 5; expected one of at most 4." in ran.error
+
+
+def test_cancelling_leaves_nothing_behind(sana, bundle, tmp_path) -> None:
+    larger = tmp_path / "larger"  # sana_example draws 256 px
+    shutil.copytree(bundle, larger)
+    document = json.loads((larger / "manifest.json").read_bytes())
+    document["ranges"] |= {"max_side": 256}
+    (larger / "manifest.json").write_text(json.dumps(document))
+    cancelled = sana(larger, "a cat", 9, tmp_path / "none.png", 2, command=("sana_example",))
+    assert cancelled.code == 1
+    assert "Cancelled: cancelled after step 2 of 3." in cancelled.error
+    assert len(cancelled.runs("denoiser")) == 2
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_auto_takes_the_gpu(sana, expected) -> None:

@@ -39,6 +39,8 @@ class Backend {
     // (B, 3, H, W), nominally -1 to 1.
     virtual Tensor draw(const CheckedRequest& request, const Job& job, const Watch& watch) = 0;
 
+    virtual std::vector<std::string> take_warnings() { return {}; }  // since the last time: what drawing went without
+
     const std::string device;
     const std::size_t max_batch;
 };

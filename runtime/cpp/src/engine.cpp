@@ -118,6 +118,7 @@ struct Engine::State {
                 }
             };
             const Tensor decoded = chosen.backend->draw(checked, job, {static_cast<bool>(request.on_step), after_step});
+            for (std::string& each : chosen.backend->take_warnings()) out.warnings.push_back(std::move(each));
             const std::size_t size = decoded.floats().size() / job.size();
             for (std::size_t i = 0; i < job.size(); ++i) {
                 PictureInfo info = picture_info(checked, job.first + i, drawer);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cstdio>
 #include <exception>
 #include <mutex>
 #include <thread>
@@ -52,18 +51,19 @@ std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions
     const auto& plugins = bundle.manifest.plugins;  // of each component
     const bool any = std::any_of(plugins.begin(), plugins.end(), [](const auto& each) { return !each.second.empty(); });
     if (any) trt::load_plugins(library, options.plugins_library);
-    KernelCache kernels(options.kernel_cache.value_or(usual_kernel_folder()),
-                        {device.name, device.sm(), device.driver_cuda, std::string(trt::kFlavor) + " " + library.version},
-                        [](const std::string& what) { std::fprintf(stderr, "sana: warning: %s\n", what.c_str()); });
-    return std::make_unique<TrtBackend>(bundle, device, library, std::move(kernels),
+    return std::make_unique<TrtBackend>(bundle, device, library, options.kernel_cache.value_or(usual_kernel_folder()),
                                         TrtBackend::Options{options.cuda_graphs, options.low_memory});
 }
 
-TrtBackend::TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt::Library& library, KernelCache kernels,
+TrtBackend::TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt::Library& library, std::string kernel_folder,
                        Options options)
     : Backend(device.name, static_cast<std::size_t>(bundle.manifest.ranges.max_batch)),
       library_(library),
-      kernels_(std::move(kernels)),
+      kernels_(std::move(kernel_folder), {device.name, device.sm(), device.driver_cuda, std::string(trt::kFlavor) + " " + library.version},
+               [this](const std::string& what) {
+                   const std::lock_guard held(warning_);
+                   warnings_.push_back(what);
+               }),
       options_(options),
       channels_(bundle.manifest.latents.channels),
       arena_(cuda_),
@@ -91,6 +91,11 @@ TrtBackend::~TrtBackend() {
     free_buffers();
     cuda_.free_pinned(steps_done_);
     sessions_.clear();
+}
+
+std::vector<std::string> TrtBackend::take_warnings() {
+    const std::lock_guard held(warning_);
+    return std::exchange(warnings_, {});
 }
 
 TrtSession& TrtBackend::session(const std::string& component) {

@@ -4,6 +4,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -32,11 +33,13 @@ class TrtBackend : public Backend {
         bool cuda_graphs = true;  // launch a picture's work as one graph from its second time on
         bool low_memory = false;
     };
-    TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt::Library& library, KernelCache kernels, Options options);
+    // kernel_folder: "" keeps no kernels.
+    TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt::Library& library, std::string kernel_folder, Options options);
     ~TrtBackend() override;
 
     std::vector<std::string> files() const override { return files_; }
     Tensor draw(const CheckedRequest& request, const Job& job, const Watch& watch) override;
+    std::vector<std::string> take_warnings() override;
 
   private:
     Tensor draw_now(const CheckedRequest& request, const Job& job, const Watch& watch);
@@ -48,6 +51,8 @@ class TrtBackend : public Backend {
     void free_buffers() noexcept;
 
     const trt::Library& library_;
+    std::mutex warning_;  // engines load in several threads
+    std::vector<std::string> warnings_;
     KernelCache kernels_;
     Options options_;
     std::int64_t channels_;

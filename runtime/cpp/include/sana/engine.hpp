@@ -67,7 +67,7 @@ struct Image {
 
 struct Pictures {
     std::vector<Image> images;          // in the order of the prompts
-    std::vector<std::string> warnings;  // of prompts that were cut
+    std::vector<std::string> warnings;  // of prompts that were cut, and of kernels that cannot be kept
 };
 
 // One engine, many threads: any thread may call `generate` at any time. Requests are drawn one at a time, in the order in which
