@@ -18,9 +18,10 @@ import pytest
 from cpp_bundles import letters_bundle, sprint_bundle
 from cpp_pictures import onnxruntime_library
 
+from benchmarks import cpp_runtime
 from engines.bundle import Bundle, TensorRTInfo
 from engines.digest import file_sha256
-from engines.errors import TensorRTVersionError
+from engines.errors import ParityError, SanaError, TensorRTVersionError
 from engines.spec import COMPONENTS, Target
 from runtime import SanaEngine
 from runtime.image import read_picture, save_png
@@ -99,25 +100,27 @@ class Ran:
 
 
 @pytest.fixture
-def sana(cpp: Path, fake: Path, bundle: Path, tmp_path: Path) -> Callable[..., Ran]:
+def environment(fake: Path, tmp_path: Path) -> dict[str, str]:
+    return {
+        "LD_LIBRARY_PATH": str(fake),
+        "SANA_TENSORRT": str(fake / "libtensorrt_rtx.so.1"),
+        "SANA_ONNXRUNTIME": str(onnxruntime_library()),
+        "SANA_CACHE_DIR": str(tmp_path / "cache"),
+        "FAKE_CUDA_SM": "89",
+    }
+
+
+@pytest.fixture
+def sana(cpp: Path, environment: dict[str, str], bundle: Path, tmp_path: Path) -> Callable[..., Ran]:
     numbers = iter(range(100))
 
-    def call(*arguments: object, command: tuple[str, ...] = ("sana", "generate"), of: Path = bundle, **environment: str) -> Ran:
+    def call(*arguments: object, command: tuple[str, ...] = ("sana", "generate"), of: Path = bundle, **changes: str) -> Ran:
         folder = tmp_path / str(next(numbers))
         folder.mkdir()
-        more = {
-            "LD_LIBRARY_PATH": str(fake),
-            "SANA_TENSORRT": str(fake / "libtensorrt_rtx.so.1"),
-            "SANA_ONNXRUNTIME": str(onnxruntime_library()),
-            "SANA_CACHE_DIR": str(tmp_path / "cache"),
-            "FAKE_CUDA_SM": "89",
-            "FAKE_GPU_LOG": str(folder / "log"),
-        }
+        more = {**os.environ, **environment, "FAKE_GPU_LOG": str(folder / "log"), **changes}
         program, *words = command
         words += [str(of), *map(str, arguments), "--out", str(folder)] if words == ["generate"] else map(str, arguments)
-        done = subprocess.run(
-            [cpp / program, *words], capture_output=True, text=True, env=os.environ | more | environment, check=False
-        )
+        done = subprocess.run([cpp / program, *words], capture_output=True, text=True, env=more, check=False)
         return Ran(done, folder / "log")
 
     return call
@@ -289,7 +292,7 @@ def test_a_tensorrt_that_is_not_there_or_too_old(sana, tmp_path) -> None:
     assert "because TensorRT cannot run this bundle here: got no TensorRT (" in auto.error
 
 
-def test_engines_of_another_tensorrt(sana, cpp, bundle, tmp_path) -> None:
+def test_engines_of_another_tensorrt(sana, bundle, tmp_path) -> None:
     other = tmp_path / "other"
     shutil.copytree(bundle, other)
     path = other / "manifest.json"
@@ -300,13 +303,25 @@ def test_engines_of_another_tensorrt(sana, cpp, bundle, tmp_path) -> None:
     assert found is not None
     with pytest.raises(TensorRTVersionError) as caught:
         Bundle.open(other, verify=False).check_tensorrt(flavor=found.flavor, version=found.version)
-    environment = os.environ | {"LD_LIBRARY_PATH": str(cpp / "fake"), "SANA_TENSORRT": str(cpp / "fake" / "libtensorrt_rtx.so.1")}
-    environment |= {"FAKE_CUDA_SM": "89"}
-    done = subprocess.run(
-        [cpp / "sana", "generate", other, "a", "--backend", "tensorrt"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.stderr == f"sana: error: {caught.value}\n"
+    said = sana("a", "--backend", "tensorrt", of=other).error
+    assert said == f"sana: error: {caught.value}\n"
+
+
+def test_the_benchmark(cpp, bundle, environment, monkeypatch) -> None:
+    """Python draws with ONNX Runtime here."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cpp_runtime, "PYTHON", cpp_runtime.PYTHON.replace('"tensorrt"', '"onnxruntime"'))
+    sizes = {"rounds": 1, "count": 3, "steps": 2, "side": 64}
+    found = cpp_runtime.compare(bundle, cpp / "sana", **sizes)
+    (ours,), (theirs,) = found["cpp"], found["python"]
+    for each in (ours, theirs):
+        assert 0 < each.open_s < each.start_s
+        assert 0 < each.picture_s
+        assert len(each.pictures) == 3
+    assert ours.peak_mb < theirs.peak_mb
+    monkeypatch.setattr(cpp_runtime, "PYTHON", cpp_runtime.PYTHON.replace("seed=seed", "seed=seed + 1"))
+    with pytest.raises(ParityError, match="got 2 different sets of pictures"):
+        cpp_runtime.compare(bundle, cpp / "sana", **sizes)
+    with pytest.raises(SanaError, match="expected the folder of a bundle"):
+        cpp_runtime.compare(bundle.parent / "none", cpp / "sana", **sizes)
