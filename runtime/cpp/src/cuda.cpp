@@ -178,7 +178,7 @@ void Cuda::destroy_graph(void* graph) noexcept { cuda().cuGraphExecDestroy(graph
 
 #undef SANA_CUDA
 
-Address Slot::reserve(std::size_t size) {
+Address DeviceBuffer::reserve(std::size_t size) {
     if (size > size_) {
         if (size_ != 0) cuda_->synchronize();
         close();
@@ -188,7 +188,7 @@ Address Slot::reserve(std::size_t size) {
     return address_;
 }
 
-Address Slot::write(const void* data, std::size_t size) {
+Address DeviceBuffer::write(const void* data, std::size_t size) {
     reserve(size);
     if (written_) cuda_->synchronize();  // twice without reading in between: the first copy must have left the twin
     std::memcpy(twin(), data, size);
@@ -197,19 +197,19 @@ Address Slot::write(const void* data, std::size_t size) {
     return address_;
 }
 
-void Slot::read(void* data, std::size_t size) {
+void DeviceBuffer::read(void* data, std::size_t size) {
     cuda_->to_host(twin(), address_, size);
     cuda_->synchronize();
     written_ = false;
     std::memcpy(data, host_, size);
 }
 
-void* Slot::twin() {
+void* DeviceBuffer::twin() {
     if (host_ == nullptr) host_ = cuda_->allocate_pinned(size_);
     return host_;
 }
 
-void Slot::close() noexcept {
+void DeviceBuffer::close() noexcept {
     if (size_ != 0) cuda_->free(address_);
     if (host_ != nullptr) cuda_->free_pinned(host_);
     address_ = 0;

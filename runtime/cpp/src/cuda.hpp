@@ -53,11 +53,11 @@ class Cuda {
 };
 
 // Device memory of one tensor, and its page-locked twin. It grows and never shrinks.
-class Slot {
+class DeviceBuffer {
   public:
-    explicit Slot(Cuda& cuda) : cuda_(&cuda) {}
-    ~Slot() { close(); }
-    Slot(const Slot&) = delete;
+    explicit DeviceBuffer(Cuda& cuda) : cuda_(&cuda) {}
+    ~DeviceBuffer() { close(); }
+    DeviceBuffer(const DeviceBuffer&) = delete;
 
     Address address() const { return address_; }
     std::size_t size() const { return size_; }  // bytes

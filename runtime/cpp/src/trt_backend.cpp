@@ -184,15 +184,15 @@ Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const
     if (request.guidance_embeds) fix("guidance_scale", {1}, {static_cast<float>(request.guidance)});
     const std::vector<Address> noise = upload_noise(request, job, one);
     const Address table = slot("table").write(padded(request.schedule));
-    Slot* const state[2][2] = {{&slot("latents_0"), &slot("prediction_0")}, {&slot("latents_1"), &slot("prediction_1")}};
+    DeviceBuffer* const state[2][2] = {{&slot("latents_0"), &slot("prediction_0")}, {&slot("latents_1"), &slot("prediction_1")}};
     for (const auto& pair : state) {
-        for (Slot* each : pair) each->reserve(bytes);
+        for (DeviceBuffer* each : pair) each->reserve(bytes);
     }
     state[0][0]->write(noise_of(request, job, one, 0));
     cuda_.zero(state[0][1]->address(), bytes);
 
     const Shape pixels = decoder.prepare({{"latents", shape}}).at("images");
-    Slot& images = slot("images");
+    DeviceBuffer& images = slot("images");
     images.reserve(decoder.output_size("images", pixels));
     for (const char* name : {"latents", "previous", "noise"}) shapes[name] = shape;
     shapes["coefficients"] = {static_cast<std::int64_t>(kCoefficients)};
@@ -202,7 +202,7 @@ Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const
     const auto queue = [&](bool stepwise) {
         projection.launch(project);
         for (std::size_t i = 0; i < num_steps; ++i) {
-            Slot *const *now = state[i % 2], *const *next = state[(i + 1) % 2];
+            DeviceBuffer *const *now = state[i % 2], *const *next = state[(i + 1) % 2];
             Addresses step = addresses;
             step["latents"] = now[0]->address();
             step["previous"] = now[1]->address();
@@ -231,7 +231,7 @@ Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const
         for (const auto& [name, address] : addresses) add(address);
         for (const Address each : noise) add(each);
         for (const auto& pair : state) {
-            for (const Slot* each : pair) add(each->address());
+            for (const DeviceBuffer* each : pair) add(each->address());
         }
         for (const Address each : {embeds_address, table, images.address(), arena_.address()}) add(each);
         loop = loops_.get(key, [&] { queue(false); });
@@ -276,9 +276,9 @@ std::vector<Address> TrtBackend::upload_noise(const CheckedRequest& request, con
     return out;
 }
 
-Slot& TrtBackend::slot(const std::string& name) {
+DeviceBuffer& TrtBackend::slot(const std::string& name) {
     auto& held = slots_[name];
-    if (held == nullptr) held = std::make_unique<Slot>(cuda_);
+    if (held == nullptr) held = std::make_unique<DeviceBuffer>(cuda_);
     return *held;
 }
 

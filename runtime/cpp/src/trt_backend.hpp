@@ -45,7 +45,7 @@ class TrtBackend : public Backend {
     Tensor draw_now(const CheckedRequest& request, const Job& job, const Watch& watch);
     TrtSession& session(const std::string& component);
     void load(const std::vector<std::string>& components);
-    Slot& slot(const std::string& name);
+    DeviceBuffer& slot(const std::string& name);
     std::vector<Address> upload_noise(const CheckedRequest& request, const Job& job, std::size_t count);
     void follow(std::size_t num_steps, const Watch& watch);
     void free_buffers() noexcept;
@@ -61,7 +61,7 @@ class TrtBackend : public Backend {
     Cuda cuda_;  // before all that has memory of it
     Arena arena_;
     std::map<std::string, std::unique_ptr<TrtSession>> sessions_;
-    std::map<std::string, std::unique_ptr<Slot>> slots_;
+    std::map<std::string, std::unique_ptr<DeviceBuffer>> slots_;
     Loops loops_;
     float* steps_done_ = nullptr;  // page-locked: a graph counts in it
     TextCache texts_;

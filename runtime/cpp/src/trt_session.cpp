@@ -235,9 +235,9 @@ Tensor TrtSession::download(const std::string& name, const Shape& shape) {
     return {shape, std::move(out)};
 }
 
-Slot& TrtSession::slot(const std::string& name) {
+DeviceBuffer& TrtSession::slot(const std::string& name) {
     auto& held = slots_[name];
-    if (held == nullptr) held = std::make_unique<Slot>(cuda_);
+    if (held == nullptr) held = std::make_unique<DeviceBuffer>(cuda_);
     return *held;
 }
 

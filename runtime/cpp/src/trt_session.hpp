@@ -20,7 +20,7 @@ using Shapes = std::map<std::string, Shape>;
 using Addresses = std::map<std::string, Address>;
 
 // Activation memory for engines that never run at the same time: as large as the largest need, not the sum.
-using Arena = Slot;
+using Arena = DeviceBuffer;
 
 // The compiled kernels of one engine in this process, and the file that they come from and go to.
 class Kernels {
@@ -63,7 +63,7 @@ class TrtSession : public Session {
 
   private:
     void check_range(const std::string& name, const Shape& shape) const;
-    Slot& slot(const std::string& name);
+    DeviceBuffer& slot(const std::string& name);
     Address upload(const std::string& name, const Tensor& tensor);
     Tensor download(const std::string& name, const Shape& shape);
 
@@ -80,7 +80,7 @@ class TrtSession : public Session {
     std::size_t needed_ = 0;               // bytes of the arena, for those shapes
     Address arena_address_ = 0;            // of which the context was told
     std::size_t arena_size_ = 0;
-    std::map<std::string, std::unique_ptr<Slot>> slots_;
+    std::map<std::string, std::unique_ptr<DeviceBuffer>> slots_;
     std::set<Shapes> compiled_;  // shapes that have their kernels
     bool unsaved_ = true;        // kernels were compiled since they were last saved
 };
