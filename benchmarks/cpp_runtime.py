@@ -30,8 +30,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.embedding import MEASURE, PROMPT
-from benchmarks.figures import record
-from benchmarks.latency_figures import UNSUPPORTED
+from benchmarks.figures import UNSUPPORTED, record
 from engines import tensorrt
 from engines.bundle import Bundle
 from engines.errors import ParityError, RequestError, SanaError

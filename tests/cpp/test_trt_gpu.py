@@ -14,9 +14,7 @@ from pathlib import Path
 
 import cpp_build
 import pytest
-from cpp_bundles import letters_bundle
 from cpp_pictures import flags
-from trt_profiles import profiles
 
 from engines import tensorrt
 from engines.bundle import TensorRTInfo
@@ -73,6 +71,9 @@ def bundle(tmp_path_factory) -> Path:
 
 
 def trivial_bundle(out: Path) -> Path:
+    from cpp_bundles import letters_bundle  # only here: a machine that has a bundle need not have onnx
+    from trt_profiles import profiles
+
     target = tensorrt.current_target()
     assert target is not None
     built_by = TensorRTInfo(flavor=tensorrt.flavor(), version=tensorrt.version())
