@@ -292,6 +292,21 @@ def test_a_tensorrt_that_is_not_there_or_too_old(sana, tmp_path) -> None:
     assert "because TensorRT cannot run this bundle here: got no TensorRT (" in auto.error
 
 
+def test_plugins_that_are_not_there(sana, bundle, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    document = json.loads((other / "manifest.json").read_bytes())
+    document["plugins"]["denoiser"] = {"Linear": 1}
+    (other / "manifest.json").write_text(json.dumps(document))
+    missing = tmp_path / "none.so"
+    said = sana("a", "--backend", "tensorrt", of=other, SANA_PLUGINS=str(missing)).error
+    assert said.startswith(
+        f"sana: error: {missing}: TensorRT cannot load the plugins; expected the library that plugins/cpp builds."
+    )
+    assert "There is no such file." in said
+    assert "cannot load the plugins" in sana("a", of=other, SANA_PLUGINS=str(missing)).error  # "auto" does not hide it
+
+
 def test_engines_of_another_tensorrt(sana, bundle, tmp_path) -> None:
     other = tmp_path / "other"
     shutil.copytree(bundle, other)

@@ -1,11 +1,10 @@
 #include "trt_session.hpp"
 
 #include <algorithm>
-#include <bit>
-#include <cstring>
 #include <utility>
 
 #include "failure.hpp"
+#include "narrow_floats.hpp"
 #include "python_text.hpp"
 
 namespace sana {
@@ -59,17 +58,6 @@ nvinfer1::Dims dims_of_shape(const Shape& shape) {
     std::copy(shape.begin(), shape.end(), out.d);
     return out;
 }
-
-float from_half(std::uint16_t bits) {  // exact
-    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000U) << 16, exponent = bits >> 10 & 0x1FU, rest = bits & 0x3FFU;
-    if (exponent == 0) {  // zero, or below the smallest normal number: a multiple of 2^-24
-        const float size = static_cast<float>(rest) * 0x1p-24f;
-        return std::bit_cast<float>(std::bit_cast<std::uint32_t>(size) | sign);
-    }
-    return std::bit_cast<float>(sign | (exponent == 31 ? 0xFFU : exponent + 112) << 23 | rest << 13);
-}
-
-float from_bfloat16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
 
 std::vector<std::string> names_in(const Shapes& shapes) {
     std::vector<std::string> out;
