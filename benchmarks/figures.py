@@ -23,6 +23,8 @@ from engines.gpu import device_info
 
 ROOT = Path(__file__).resolve().parents[1]
 FIGURES = ROOT / "benchmarks" / "results" / "figures.jsonl"
+# Said beside every figure of a combination that NVIDIA does not support.
+UNSUPPORTED = "TensorRT for RTX on compute capability 9.0: works, but is not a combination that NVIDIA supports"
 PACKAGES = ("torch", "triton", "diffusers", "onnx", "onnxruntime", "tensorrt-rtx-cu13", "transformers")
 
 

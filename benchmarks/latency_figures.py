@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from benchmarks.figures import record
+from benchmarks.figures import UNSUPPORTED, record
 from benchmarks.latency_floor import Floor, decoder_floor, denoiser_floor
 from benchmarks.latency_history import Record
 from benchmarks.latency_work import PROMPT
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from sana_ref.checkpoint import Checkpoint
 
 __all__ = ["record_figures"]
-
-# Said beside every figure of a combination that NVIDIA does not support.
-UNSUPPORTED = "TensorRT for RTX on compute capability 9.0: works, but is not a combination that NVIDIA supports"
 
 
 def picture_times(engine: SanaEngine, width: int, height: int, steps: int, pictures: int) -> dict[str, Any]:

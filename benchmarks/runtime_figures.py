@@ -27,8 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.figures import record
-from benchmarks.latency_figures import UNSUPPORTED
+from benchmarks.figures import UNSUPPORTED, record
 from benchmarks.latency_run import gpu_memory_used
 from benchmarks.latency_work import PROMPT, Work, graph_inputs, open_task, queued
 from engines import tensorrt

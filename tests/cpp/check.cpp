@@ -15,6 +15,7 @@
 #include "failure.hpp"
 #include "json.hpp"
 #include "manifest.hpp"
+#include "narrow_floats.hpp"
 #include "noise.hpp"
 #include "onnx_locations.hpp"
 #include "picture_info.hpp"
@@ -101,6 +102,14 @@ std::string png(const std::string& body) {  // a file's bytes -> its info, a NUL
     return image.info + '\0' + raw(image.pixels);
 }
 
+std::string narrow_floats() {  // all of float16, then all of bfloat16
+    std::vector<float> out;
+    for (const auto widen : {from_half, from_bfloat16}) {
+        for (std::uint32_t bits = 0; bits < 1U << 16; ++bits) out.push_back(widen(static_cast<std::uint16_t>(bits)));
+    }
+    return raw(out);
+}
+
 std::string schedule_file(const std::string& path) {
     const Schedule made = read_schedule_file(path);
     return raw(made.sigmas) + raw(made.table);
@@ -118,6 +127,7 @@ std::string answer(const std::string& word, const std::string& body) {
     if (word == "info") return json_of(parse_picture_info(body, "picture"));
     if (word == "png") return png(body);
     if (word == "schedule_file") return schedule_file(body);
+    if (word == "narrow_floats") return narrow_floats();
     if (word == "sha256") return sha256(body);
     if (word == "lower") return lower(body);
     if (word == "strip") return strip(body);

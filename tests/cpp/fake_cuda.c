@@ -13,6 +13,7 @@ static int asked(const char* call, int otherwise) { /* FAKE_CUDA_BREAKS: a call 
 
 FAKE int cuInit(unsigned flags) { return (void)flags, asked("cuInit", 0); }
 FAKE int cuDeviceGetCount(int* count) { return *count = getenv("FAKE_CUDA_SM") != NULL, asked("cuDeviceGetCount", 0); }
+FAKE int cuDriverGetVersion(int* version) { return *version = 13000, asked("cuDriverGetVersion", 0); }
 FAKE int cuDeviceGet(int* device, int index) { return *device = index, asked("cuDeviceGet", 0); }
 FAKE int cuDeviceGetName(char* name, int size, int device) {
     return (void)device, snprintf(name, (size_t)size, "NVIDIA Fake"), asked("cuDeviceGetName", 0);

@@ -110,8 +110,10 @@ def test_a_gpu_without_an_engine(generate, fake_cuda, bundle):
     assert f"because TensorRT cannot run this bundle here: {message}\n" in generate("auto", **environment)
 
 
-def test_a_gpu_with_engines(generate, fake_cuda):
-    """Python would draw with TensorRT; this library cannot yet, and says so."""
-    environment = {"LD_LIBRARY_PATH": str(fake_cuda), "FAKE_CUDA_SM": "89"}
-    assert "error: backend: got 'tensorrt', which this libsana_runtime was built without" in generate("tensorrt", **environment)
-    assert "because this libsana_runtime was built without TensorRT\n" in generate("auto", **environment)
+def test_a_gpu_with_engines(cpp, generate, fake_cuda):
+    """Without TensorRT's headers, and with them where its library is not there."""
+    said = subprocess.run([cpp / "sana", "--version"], capture_output=True, text=True, check=True).stdout
+    message = "this libsana_runtime was built without TensorRT. Build it" if "without TensorRT" in said else "got no TensorRT ("
+    environment = {"LD_LIBRARY_PATH": str(fake_cuda), "FAKE_CUDA_SM": "89", "SANA_TENSORRT": str(fake_cuda / "none.so")}
+    assert f"error: {message}" in generate("tensorrt", **environment)
+    assert f"because TensorRT cannot run this bundle here: {message}" in generate("auto", **environment)

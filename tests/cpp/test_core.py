@@ -16,6 +16,7 @@ from engines.bundle import Bundle, parse_manifest
 from engines.errors import BundleError, SanaError
 from engines.onnx_locations import external_locations
 from engines.spec import Target
+from runtime.bfloat16 import from_bfloat16
 from runtime.noise import MAX_SEED, normal
 from runtime.schedule import make_schedule
 
@@ -324,6 +325,16 @@ def test_noise_of_many_seeds(ask):
     answers = ask([("noise", " ".join(map(str, case)).encode()) for case in cases])
     for (seed, count, stream), (_, body) in zip(cases, answers, strict=True):
         assert body == normal(seed, (1, 1, count), stream).tobytes()
+
+
+def test_floats_of_16_bits(ask):
+    ((kind, body),) = ask([("narrow_floats", b"")])
+    assert kind == "ok"
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    expected = np.concatenate([bits.view(np.float16).astype(np.float32), from_bfloat16(bits)])
+    numbers = ~np.isnan(expected)
+    assert np.isnan(np.frombuffer(body, np.float32)[~numbers]).all()
+    np.testing.assert_array_equal(np.frombuffer(body, np.uint32)[numbers], expected.view(np.uint32)[numbers])
 
 
 def test_golden_schedules(ask):

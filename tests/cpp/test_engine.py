@@ -7,14 +7,11 @@ import subprocess
 from functools import partial
 from pathlib import Path
 
-import fakes
-import numpy as np
 import pytest
-from cpp_bundles import letters_bundle
+from cpp_bundles import letters_bundle, sprint_bundle
 from cpp_pictures import flags, run_program, same_pictures
 from PIL import Image
 
-from engines.bundle import ScheduleInfo
 from engines.errors import SanaError
 from runtime import SanaEngine
 
@@ -33,27 +30,7 @@ def bundle(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sprint(tmp_path_factory) -> Path:
-    """A bundle whose denoiser takes the guidance scale and fresh noise."""
-    text, shapes = fakes.GRAPHS["denoiser"]
-    text = text.replace("prompt_mask)", f"prompt_mask, float[1] guidance_scale, float[B, {fakes.LATENT_CHANNELS}, h, w] noise)")
-    text = text.replace(
-        "v = ReduceSum <keepdims = 0> (weighted, zero)",
-        "u = ReduceSum <keepdims = 0> (weighted, zero)\n v = Mul (u, guidance_scale)",
-    )
-    text = text.replace("next_latents = Add (ab, c)", "n = Mul (c_noise, noise)\n abc = Add (ab, c)\n next_latents = Add (abc, n)")
-    plain = fakes.fake_inputs
-
-    def fake_inputs(component, **kwargs):
-        inputs = plain(component, **kwargs)
-        more = {"guidance_scale": np.ones(1, np.float32), "noise": inputs["previous"]} if component == "denoiser" else {}
-        return inputs | more
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(fakes.GRAPHS, "denoiser", (text, shapes))
-        patch.setattr(fakes, "fake_inputs", fake_inputs)
-        schedule = ScheduleInfo(scheduler="scm", num_inference_steps=3, guidance_scale=4.5, max_timestep=1.5)
-        folder = tmp_path_factory.mktemp("cpp") / "sprint"
-        return letters_bundle(folder, schedule=schedule, guidance_embeds=True)
+    return sprint_bundle(tmp_path_factory.mktemp("cpp") / "sprint")
 
 
 @CUT

@@ -74,10 +74,10 @@ def test_what_is_installed(prefix):
     (library,) = [name for name in names if name.endswith("libsana_runtime.so.0.1.0")]
     libraries = library.rpartition("/")[0]
     headers = {"include/sana.h", "include/sana/engine.hpp", "include/sana/error.hpp", "include/sana/export.h"}
-    assert {"bin/sana", f"{libraries}/libsana_runtime.so", f"{libraries}/libsana_runtime.so.0", *headers} <= names
+    assert {"bin/sana", f"{libraries}/libsana_runtime.so", f"{libraries}/libsana_runtime.so.1", *headers} <= names
     assert {name for name in names if name.startswith("include/")} == headers
     assert "SONAME" in done("objdump", "-p", prefix / library)
-    assert re.search(r"SONAME +libsana_runtime\.so\.0\n", done("objdump", "-p", prefix / library))
+    assert re.search(r"SONAME +libsana_runtime\.so\.1\n", done("objdump", "-p", prefix / library))
     shown = {line.split()[-1] for line in done("nm", "-DC", "--defined-only", prefix / library).splitlines() if " T " in line}
     assert {name for name in shown if name.startswith("sana_")} == set(
         re.findall(r"\b(sana_\w+)\(", (ROOT / "runtime" / "cpp" / "include" / "sana.h").read_text())

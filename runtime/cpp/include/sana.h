@@ -18,17 +18,21 @@ typedef struct sana_pictures sana_pictures;   /* of one request; may be read by 
 typedef struct sana_canceller sana_canceller; /* cancels requests, from any thread */
 typedef struct sana_error sana_error;
 
-/* After each step, counted from 1 over all pictures. latents: count floats (1, C, h, w), valid during the call. 0 cancels. */
+/* After each step, counted from 1 over all pictures. latents: count floats (B, C, h, w), valid during the call. 0 cancels. */
 typedef int (*sana_on_step)(void* user, int step, int total, const float* latents, size_t count);
 
 /* Fill with sana_engine_options_init, then change what is to differ. */
 typedef struct sana_engine_options {
     size_t struct_size;
-    const char* backend;             /* "auto" or "onnxruntime" */
+    const char* backend;             /* "auto", "tensorrt" or "onnxruntime" */
     int verify;                      /* 1: compare the SHA-256 of every file that is opened */
     int num_threads;                 /* 0: all that this process may use */
     int low_memory;                  /* 1: the text encoder is unloaded after use */
     const char* onnxruntime_library; /* NULL: $SANA_ONNXRUNTIME, or what the build found */
+    int cuda_graphs;                 /* 1: with TensorRT, a picture is one launch, from the second one of a size on */
+    const char* tensorrt_library;    /* NULL: $SANA_TENSORRT, or what the build or the system finds */
+    const char* plugins_library;     /* NULL: $SANA_PLUGINS, or the one beside this library */
+    const char* kernel_cache;        /* folder of compiled kernels; NULL: the usual one; "": none */
 } sana_engine_options;
 
 /* Fill with sana_request_init, then change what is to differ. */

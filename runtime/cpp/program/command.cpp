@@ -40,6 +40,18 @@ Arguments parse(const std::vector<std::string>& given, const std::vector<std::st
             out.options.low_memory = true;
             continue;
         }
+        if (flag == "--timings") {
+            out.timings = true;
+            continue;
+        }
+        if (flag == "--no-cuda-graphs") {
+            out.options.cuda_graphs = false;
+            continue;
+        }
+        if (flag == "--no-kernel-cache") {
+            out.options.kernel_cache = "";
+            continue;
+        }
         std::string value;
         if (const std::size_t equals = flag.find('='); equals != flag.npos) {
             value = flag.substr(equals + 1);
@@ -52,6 +64,8 @@ Arguments parse(const std::vector<std::string>& given, const std::vector<std::st
         const bool known = std::find(flags.begin(), flags.end(), flag) != flags.end();
         if (flag == "--backend")
             out.options.backend = value;
+        else if (flag == "--kernel-cache")
+            out.options.kernel_cache = value;
         else if (flag == "--threads")
             out.options.num_threads = number<int>(flag, value);
         else if (!known)

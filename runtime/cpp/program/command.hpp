@@ -13,16 +13,18 @@ namespace sana::program {
 inline constexpr const char* kUsage =
     "usage: sana generate BUNDLE PROMPT… [--negative TEXT] [--seed N] [--count N] [--steps N] [--guidance X] [--width PX] "
     "[--height PX]\n"
-    "                     [--scheduler NAME | --schedule FILE.yaml] [--backend NAME] [--no-verify] [--threads N] [--low-memory]\n"
-    "                     [--out DIR|FILE.png]\n"
-    "       sana replay PICTURE.png [--bundle BUNDLE] [--backend NAME] [--no-verify] [--threads N] [--low-memory] [--out FILE.png]\n"
-    "       sana --version\n";
+    "                     [--scheduler NAME | --schedule FILE.yaml] [--out DIR|FILE.png] [OPTIONS]\n"
+    "       sana replay PICTURE.png [--bundle BUNDLE] [--out FILE.png] [OPTIONS]\n"
+    "       sana --version\n"
+    "options: [--backend auto|tensorrt|onnxruntime] [--no-verify] [--low-memory] [--threads N] [--no-cuda-graphs]\n"
+    "         [--kernel-cache DIR | --no-kernel-cache] [--timings]\n";
 
 struct Arguments {
     std::vector<std::string> words;  // those that belong to no flag
     Request request;
     EngineOptions options;
     long count = 1;
+    bool timings = false;
     std::string out, bundle;
 };
 

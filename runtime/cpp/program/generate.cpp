@@ -1,5 +1,7 @@
 // `sana generate BUNDLE PROMPT…`: draws pictures and prints where they are. As apps/cli/generate.py.
 #include <algorithm>
+#include <chrono>
+#include <cstdio>
 #include <filesystem>
 #include <iostream>
 
@@ -67,14 +69,22 @@ int generate(const std::vector<std::string>& given) {
     std::vector<std::string> paths;
     for (std::size_t i = 0; i < prompts.size(); ++i)
         paths.push_back(picture_path(arguments.out, prompts[i], arguments.request.seeds[0] + i, prompts.size()));
+    const auto began = std::chrono::steady_clock::now();
+    const auto tell = [&](const char* what) {  // as benchmarks/cpp_runtime.py reads it
+        const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - began;
+        if (arguments.timings) std::fprintf(stderr, "sana: %s after %.6f s\n", what, passed.count());
+    };
     Engine engine = valued(Engine::open(arguments.words[0], arguments.options));
+    tell("opened");
     std::cerr << "sana: backend: " << engine.backend() << " on " << engine.device() << ", because " << engine.backend_reason()
               << "\n";
     const std::uint64_t first = arguments.request.seeds[0];
     for (std::size_t i = 0; i < prompts.size(); ++i) {  // one at a time, so that each is there as soon as it is drawn
         arguments.request.prompts = {prompts[i]};
         arguments.request.seeds = {first + i};
+        tell("asked");
         const Pictures pictures = valued(engine.generate(arguments.request));
+        tell("drawn");
         for (const std::string& warning : pictures.warnings) std::cerr << "sana: warning: " << warning << "\n";
         std::cout << valued(save_png(pictures.images[0], paths[i])) << std::endl;
     }

@@ -3,6 +3,7 @@
 #include <string>
 #include <vector>
 
+#include "backend_choice.hpp"
 #include "command.hpp"
 #include "python_text.hpp"
 
@@ -13,7 +14,7 @@ int main(int argc, char** argv) {
         return arguments.empty() ? 2 : 0;
     }
     if (arguments[0] == "--version") {
-        std::cout << "sana " << SANA_VERSION << " (libsana_runtime)\n";
+        std::cout << "sana " << SANA_VERSION << " (libsana_runtime)\n" << sana::built_with() << "\n";
         return 0;
     }
     auto done = sana::guard([&] {

@@ -14,27 +14,42 @@
 
 namespace sana {
 
-constexpr std::int64_t kMaxBatch = 1;  // pictures drawn in one go: which never decides about their pixels then
+struct Job {                               // pictures that are drawn in one go
+    std::vector<std::vector<Text>> texts;  // k rows of B: the negative prompts first
+    std::size_t first;                     // of them in the request
 
-struct Job {                  // one picture, ready to be drawn
-    std::vector<Text> texts;  // k: the negative prompt first
-    std::size_t index;        // in the request
+    std::size_t size() const { return texts[0].size(); }
 };
 
-// With the number of the step, from 1, and the latents (1, C, h, w). What it throws ends the work.
-using AfterStep = std::function<void(int step, std::span<const float> latents)>;
+struct Watch {
+    bool latents;  // somebody looks at them after each step
+    // After each step with its number, from 1, and the latents (B, C, h, w), which are empty if nobody looks at them. What it throws
+    // ends the work.
+    std::function<void(int step, std::span<const float> latents)> after_step;
+};
 
 // Not for several threads at once: the engine queues requests.
 class Backend {
   public:
-    explicit Backend(std::string device_in_words) : device(std::move(device_in_words)) {}
+    // max_batch: pictures in one job.
+    Backend(std::string device_in_words, std::size_t pictures) : device(std::move(device_in_words)), max_batch(pictures) {}
     virtual ~Backend() = default;
 
     virtual std::vector<std::string> files() const = 0;  // what it opens of the bundle, by the manifest's names
-    // (1, 3, H, W), nominally -1 to 1.
-    virtual Tensor draw(const CheckedRequest& request, const Job& job, const AfterStep& after_step) = 0;
+    // (B, 3, H, W), nominally -1 to 1.
+    virtual Tensor draw(const CheckedRequest& request, const Job& job, const Watch& watch) = 0;
+
+    virtual std::vector<std::string> take_warnings() { return {}; }  // since the last time: what drawing went without
 
     const std::string device;
+    const std::size_t max_batch;
 };
+
+Tensor taken(Outputs& outputs, const std::string& name);  // raises BundleError if it is not there
+
+std::vector<float> prompt_mask(const Job& job);  // (k, B, L)
+
+// Standard normal, (B, count): of each picture of the job. stream: as normal().
+std::vector<float> noise_of(const CheckedRequest& request, const Job& job, std::size_t count, std::uint32_t stream);
 
 }  // namespace sana

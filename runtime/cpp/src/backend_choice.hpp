@@ -4,11 +4,21 @@
 #include <string>
 
 #include "bundle.hpp"
+#include "engine_parts.hpp"
 
 namespace sana {
 
-// Why ONNX Runtime draws, which is the one backend of this library. Raises RequestError for a word that names none, and, if
-// "tensorrt" was named, NoGpuError or ArchitectureError where Python raises them, else RequestError.
-std::string choose_backend(const std::string& wanted, const Bundle& bundle);
+// One that was named is used or its error raised; "auto" says what it took and for what reason. Raises RequestError for a word that
+// names none, or for "tensorrt" in a library that was built without its headers; and where Python does, NoGpuError,
+// ArchitectureError or TensorRTVersionError.
+EngineParts::Chosen choose_backend(const Bundle& bundle, const EngineOptions& options);
+
+std::string built_with();  // what of TensorRT this library has, in words
+
+// Raises ArchitectureError if a component has no engine for `sm`.
+void require_engines(const Bundle& bundle, const std::string& sm);
+
+// Raises TensorRTVersionError unless the engines were compiled by just this TensorRT. flavor: "rtx" or "full".
+void check_tensorrt(const Bundle& bundle, const std::string& flavor, const std::string& version);
 
 }  // namespace sana

@@ -106,7 +106,7 @@ sana::Request request_of(const sana_request& from) {
 }  // namespace
 
 void sana_engine_options_init(sana_engine_options* options) {
-    if (options != nullptr) *options = {sizeof(sana_engine_options), "auto", 1, 0, 0, nullptr};
+    if (options != nullptr) *options = {sizeof(sana_engine_options), "auto", 1, 0, 0, nullptr, 1, nullptr, nullptr, nullptr};
 }
 
 void sana_request_init(sana_request* request) {
@@ -128,6 +128,10 @@ sana_error* sana_engine_open(const char* bundle, const sana_engine_options* opti
             wanted.num_threads = options->num_threads;
             wanted.low_memory = options->low_memory != 0;
             if (options->onnxruntime_library != nullptr) wanted.onnxruntime_library = options->onnxruntime_library;
+            wanted.cuda_graphs = options->cuda_graphs != 0;
+            if (options->tensorrt_library != nullptr) wanted.tensorrt_library = options->tensorrt_library;
+            if (options->plugins_library != nullptr) wanted.plugins_library = options->plugins_library;
+            if (options->kernel_cache != nullptr) wanted.kernel_cache = options->kernel_cache;
         }
         *out = new sana_engine{valued(sana::Engine::open(bundle, wanted))};
     });

@@ -64,9 +64,10 @@ std::string file_sha256(const std::string& path, const std::string& bundle, cons
 
 }  // namespace
 
-std::string sha256(std::string_view data) {
+std::string sha256(std::string_view data, std::string_view more) {
     Sha256 digest;
     digest.update(data.data(), data.size());
+    digest.update(more.data(), more.size());
     return digest.hex();
 }
 

@@ -8,7 +8,7 @@
 
 namespace sana {
 
-std::string sha256(std::string_view data);  // in hexadecimal
+std::string sha256(std::string_view data, std::string_view more = {});  // of both, in hexadecimal
 
 // Of each file, in order; several at the same time. Raises MissingFileError, in the words of engines/bundle.py, for a file of
 // `bundle` that went away. progress: called with the bytes done since the last call, by one thread at a time.

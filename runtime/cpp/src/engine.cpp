@@ -8,7 +8,6 @@
 #include "backend_choice.hpp"
 #include "engine_parts.hpp"
 #include "failure.hpp"
-#include "ort_backend.hpp"
 #include "picture_info.hpp"
 #include "prompt.hpp"
 #include "python_text.hpp"
@@ -22,8 +21,7 @@ namespace {
 constexpr const char* kTokenizer = "tokenizer/tokenizer.json";
 
 // Clamped, scaled to 0..255 and rounded half to even, in float32, as runtime.image.to_images does it.
-std::vector<std::uint8_t> to_pixels(const Tensor& decoded) {
-    const std::vector<float>& values = decoded.floats();
+std::vector<std::uint8_t> to_pixels(std::span<const float> values) {
     const auto bad = std::count_if(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
     if (bad != 0) {
         throw Failure(ErrorKind::kSana,
@@ -49,6 +47,7 @@ struct Engine::State {
         : bundle(std::move(opened)),
           chosen(choose(bundle)),
           device(chosen.backend->device),
+          max_batch(chosen.backend->max_batch),
           tokenizer(verified(verify), bundle.manifest.prompt) {}
 
     std::string verified(bool verify) const {  // the tokenizer's path, once what is opened of the bundle is known to be right
@@ -83,50 +82,67 @@ struct Engine::State {
                                                    "; this is " + repr(chosen.name) + " on " + device +
                                                    ". Open the bundle with backend=" + repr(by.backend) + ".");
         }
-        if (info.batch_index >= info.batch_size || info.batch_size > kMaxBatch) {
+        const auto largest = static_cast<std::int64_t>(max_batch);
+        if (info.batch_index >= info.batch_size || info.batch_size > largest) {
             throw Failure(ErrorKind::kRequest, "batch: got picture " + std::to_string(info.batch_index) + " of " +
                                                    std::to_string(info.batch_size) + "; expected one of at most " +
-                                                   std::to_string(kMaxBatch) + ".");
+                                                   std::to_string(largest) + ".");
         }
         Request request;
-        request.prompts = {info.prompt};
+        const auto count = static_cast<std::size_t>(info.batch_size);  // in a batch as large as it was the first time
+        request.prompts.assign(count, info.prompt);
         request.negative_prompts = {info.negative_prompt};
-        request.seeds = {info.seed};
+        request.seeds.assign(count, info.seed);
         request.guidance = info.guidance;
         request.width = info.width;
         request.height = info.height;
         request.on_step = on_step;
         request.cancel = cancel;
-        return std::move(draw(check_request(bundle.manifest, request, make_schedule(info.recipe)), request).images.front());
+        Pictures drawn = draw(check_request(bundle.manifest, request, make_schedule(info.recipe)), request);
+        return std::move(drawn.images[static_cast<std::size_t>(info.batch_index)]);
     }
 
     Pictures draw(const CheckedRequest& checked, const Request& request) {
         Pictures out;
-        std::vector<Job> jobs;
-        const bool guided = checked.guidance_weights().size() == 2;
-        for (std::size_t i = 0; i < checked.prompts.size(); ++i) {  // first, so that a prompt that is cut is known before the work
-            Job& job = jobs.emplace_back();
-            job.index = i;
-            if (guided) job.texts.push_back(tokenizer.encode(checked.negative_prompts[i], true, out.warnings));
-            job.texts.push_back(tokenizer.encode(checked.prompts[i], false, out.warnings));
-        }
+        const std::vector<Job> jobs = jobs_of(checked, out.warnings);
         const Queue::Turn turn = queue.wait(request.cancel);
-        const int per_picture = static_cast<int>(checked.schedule.table.size()),
-                  total = per_picture * static_cast<int>(jobs.size());
+        const int per_job = static_cast<int>(checked.schedule.table.size()), total = per_job * static_cast<int>(jobs.size());
         const Drawer drawer{bundle.manifest.model, bundle.digest, chosen.name, device};
+        int before = 0;
         for (const Job& job : jobs) {
-            const int before = static_cast<int>(job.index) * per_picture;
-            const Tensor decoded = chosen.backend->draw(checked, job, [&](int step, std::span<const float> latents) {
+            const auto after_step = [&](int step, std::span<const float> latents) {
                 const bool goes_on = !request.on_step || request.on_step(before + step, total, latents);
                 if (!goes_on || request.cancel.stop_requested()) {
                     throw Failure(ErrorKind::kCancelled,
                                   "cancelled after step " + std::to_string(before + step) + " of " + std::to_string(total) + ".");
                 }
-            });
-            out.images.push_back({static_cast<int>(checked.width), static_cast<int>(checked.height), to_pixels(decoded),
-                                  json_of(picture_info(checked, job.index, drawer))});
+            };
+            const Tensor decoded = chosen.backend->draw(checked, job, {static_cast<bool>(request.on_step), after_step});
+            for (std::string& each : chosen.backend->take_warnings()) out.warnings.push_back(std::move(each));
+            const std::size_t size = decoded.floats().size() / job.size();
+            for (std::size_t i = 0; i < job.size(); ++i) {
+                PictureInfo info = picture_info(checked, job.first + i, drawer);
+                info.batch_size = static_cast<std::int64_t>(job.size());
+                info.batch_index = static_cast<std::int64_t>(i);
+                out.images.push_back({static_cast<int>(checked.width), static_cast<int>(checked.height),
+                                      to_pixels(std::span(decoded.floats()).subspan(i * size, size)), json_of(info)});
+            }
+            before += per_job;
         }
         return out;
+    }
+
+    // Texts are encoded first, so that a prompt that is cut is known before the work.
+    std::vector<Job> jobs_of(const CheckedRequest& checked, std::vector<std::string>& warnings) const {
+        std::vector<Job> jobs;
+        const bool guided = checked.guidance_weights().size() == 2;
+        for (std::size_t i = 0; i < checked.prompts.size(); ++i) {
+            if (i % max_batch == 0) jobs.push_back({std::vector<std::vector<Text>>(guided ? 2 : 1), i});
+            auto& rows = jobs.back().texts;
+            if (guided) rows[0].push_back(tokenizer.encode(checked.negative_prompts[i], true, warnings));
+            rows.back().push_back(tokenizer.encode(checked.prompts[i], false, warnings));
+        }
+        return jobs;
     }
 
     void close() {
@@ -138,6 +154,7 @@ struct Engine::State {
     Bundle bundle;
     EngineParts::Chosen chosen;  // its backend goes when the engine is closed
     std::string device;
+    std::size_t max_batch;  // of the backend, which may be gone
     PromptTokenizer tokenizer;
     Queue queue;
     std::mutex freeing;
@@ -166,12 +183,7 @@ void Engine::close() {
 
 Result<Engine> Engine::open(const std::string& bundle, const EngineOptions& options) {
     return guard([&] {
-        const auto choose = [&](const Bundle& opened) {
-            std::string reason = choose_backend(options.backend, opened);
-            auto sessions = ort_sessions(opened, options.num_threads, options.onnxruntime_library);
-            return EngineParts::Chosen{"onnxruntime", std::move(reason),
-                                       std::make_unique<OrtBackend>(opened, std::move(sessions), options.low_memory)};
-        };
+        const auto choose = [&](const Bundle& opened) { return choose_backend(opened, options); };
         return EngineParts::made(Bundle::open(bundle, false), choose, options.verify);
     });
 }

@@ -32,6 +32,12 @@ std::string_view kind_name(ErrorKind kind) {
             return "NoGpuError";
         case ErrorKind::kDiskFull:
             return "DiskFullError";
+        case ErrorKind::kBuild:
+            return "BuildError";
+        case ErrorKind::kPluginMissing:
+            return "PluginMissingError";
+        case ErrorKind::kGpuMemory:
+            return "GpuMemoryError";
         case ErrorKind::kCancelled:
             return "Cancelled";
     }

@@ -22,11 +22,15 @@ class CudaDriver {
                                              "the GPU (docker run --gpus all).");
     }
 
+    void* function(const char* name) const {
+        void* found = dlsym(library_, name);
+        if (found == nullptr) throw failed(name, "no such function");
+        return found;
+    }
+
     template <class... Arguments>
     int call(const char* name, Arguments... arguments) const {
-        const auto function = reinterpret_cast<int (*)(Arguments...)>(dlsym(library_, name));
-        if (function == nullptr) throw failed(name, "no such function");
-        return function(arguments...);
+        return reinterpret_cast<int (*)(Arguments...)>(function(name))(arguments...);
     }
 
     template <class... Arguments>
@@ -50,6 +54,8 @@ class CudaDriver {
 
 }  // namespace
 
+void* driver_function(const char* name) { return CudaDriver().function(name); }
+
 DeviceInfo device_info() {
     const CudaDriver driver;
     int count = 0;
@@ -63,8 +69,10 @@ DeviceInfo device_info() {
                                          "the GPU not passed on to the container?");
     }
     DeviceInfo out;
-    int device = 0;
+    int device = 0, version = 0;
     driver.ask("cuDeviceGet", &device, 0);
+    driver.ask("cuDriverGetVersion", &version);
+    out.driver_cuda = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
     driver.ask("cuDeviceGetAttribute", &out.major, kCapabilityMajor, device);
     driver.ask("cuDeviceGetAttribute", &out.minor, kCapabilityMinor, device);
     std::array<char, 128> name{};

@@ -1,5 +1,7 @@
 #include "json.hpp"
 
+#include <cstdio>
+
 #include <charconv>
 #include <cstdlib>
 #include <unordered_set>
@@ -349,6 +351,23 @@ std::string python_repr(const Json& json) {
         }
     };
     return std::visit(Visitor{}, json.value);
+}
+
+std::string json_string(std::string_view text) {
+    static constexpr std::string_view kFrom = "\"\\\b\f\n\r\t", kTo = "\"\\bfnrt";
+    std::string out = "\"";
+    for (const char c : text) {
+        if (const std::size_t at = kFrom.find(c); at != kFrom.npos) {
+            out += {'\\', kTo[at]};
+        } else if (static_cast<unsigned char>(c) < 0x20) {
+            char code[8];
+            std::snprintf(code, sizeof code, "\\u%04x", static_cast<unsigned>(c));
+            out += code;
+        } else {
+            out += c;
+        }
+    }
+    return out + "\"";
 }
 
 }  // namespace sana

@@ -38,6 +38,7 @@ Json parse_json(std::string_view data, const std::string& source, std::size_t li
 // What pydantic's own parser refuses of a document that the above takes: lone surrogates, more than 201 levels. Empty if nothing.
 std::string second_opinion(std::string_view data);
 
+std::string json_string(std::string_view text);  // as pydantic writes it; as json.dumps does, for ASCII
 std::string python_repr(const Json& value);  // as Python's repr() of the parsed value
 
 }  // namespace sana

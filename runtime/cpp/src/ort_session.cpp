@@ -60,12 +60,6 @@ std::vector<std::string> names_of(const ort::Session* session) {
     return names;
 }
 
-std::string shape_repr(const std::vector<std::int64_t>& shape) {
-    std::vector<std::string> parts;
-    for (const std::int64_t each : shape) parts.push_back(std::to_string(each));
-    return "(" + join(parts) + (shape.size() == 1 ? ",)" : ")");
-}
-
 using OwnedValue = std::unique_ptr<Value, void (*)(Value*)>;
 
 OwnedValue borrowed(const MemoryInfo* memory, const Tensor& tensor) {  // a view: the tensor must outlive it

@@ -11,23 +11,6 @@
 namespace sana {
 namespace {
 
-std::string json_string(std::string_view text) {
-    static constexpr std::string_view kFrom = "\"\\\b\f\n\r\t", kTo = "\"\\bfnrt";
-    std::string out = "\"";
-    for (const char c : text) {
-        if (const std::size_t at = kFrom.find(c); at != kFrom.npos) {
-            out += {'\\', kTo[at]};
-        } else if (static_cast<unsigned char>(c) < 0x20) {
-            char code[8];
-            std::snprintf(code, sizeof code, "\\u%04x", static_cast<unsigned>(c));
-            out += code;
-        } else {
-            out += c;
-        }
-    }
-    return out + "\"";
-}
-
 std::string number_or_null(const std::optional<double>& value) { return value ? repr(*value) : "null"; }
 
 std::string spacing_of(const Recipe& recipe) {

@@ -117,6 +117,26 @@ std::string repr(double value) {
     return out.find('.') == out.npos ? out + ".0" : out;
 }
 
+std::string shape_repr(const std::vector<std::int64_t>& shape) {
+    std::vector<std::string> parts;
+    for (const std::int64_t each : shape) parts.push_back(std::to_string(each));
+    return "(" + join(parts) + (shape.size() == 1 ? ",)" : ")");
+}
+
+std::string human_bytes(std::uint64_t size) {
+    auto value = static_cast<double>(size);
+    char text[32];
+    for (const char* unit : {"B", "kB", "MB", "GB"}) {
+        if (value < 1000) {
+            std::snprintf(text, sizeof text, *unit == 'B' ? "%.0f %s" : "%.1f %s", value, unit);
+            return text;
+        }
+        value /= 1000;
+    }
+    std::snprintf(text, sizeof text, "%.1f TB", value);
+    return text;
+}
+
 std::string join(const std::vector<std::string>& words, std::string_view separator) {
     std::string out;
     for (std::size_t i = 0; i < words.size(); ++i) out += (i ? std::string(separator) : "") + words[i];

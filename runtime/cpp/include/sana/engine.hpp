@@ -24,14 +24,22 @@
 namespace sana {
 
 struct EngineOptions {
-    std::string backend = "auto";     // or onnxruntime
+    std::string backend = "auto";     // or tensorrt, onnxruntime
     bool verify = true;               // compare the SHA-256 of every file that the backend opens
     int num_threads = 0;              // of ONNX Runtime; 0: all that this process may use
     bool low_memory = false;          // the text encoder is unloaded after use, and loaded for the next text
     std::string onnxruntime_library;  // libonnxruntime.so; "": $SANA_ONNXRUNTIME, or what the build found
+    // Of TensorRT:
+    bool cuda_graphs = true;       // all of a picture's steps are one launch, from the second picture of a size on
+    std::string tensorrt_library;  // libtensorrt_rtx.so or libnvinfer.so; "": $SANA_TENSORRT, or what the build or the system finds
+    std::string plugins_library;   // libsana_plugins.so; "": $SANA_PLUGINS, or the one beside this library
+    // The folder where kernels that TensorRT for RTX compiled are kept for the next start, of Python too; "": none; left out:
+    // `kernels` in $SANA_CACHE_DIR or ~/.cache/sana.
+    std::optional<std::string> kernel_cache;
 };
 
-// After each step, counted from 1 over all pictures of the request. latents: (1, C, h, w), valid during the call. Returning false
+// After each step, counted from 1 over all pictures of the request. latents: (B, C, h, w) of the
+// B pictures that are drawn in one go, valid during the call. Returning false
 // cancels the request, whose result is then an error of the kind kCancelled; the engine stays usable. Must not throw.
 using OnStep = std::function<bool(int step, int total, std::span<const float> latents)>;
 
@@ -47,7 +55,7 @@ struct Request {
     std::optional<std::string> schedule_file;  // in place of a scheduler: a YAML file, docs/runtime.md; `steps` replace its own
     OnStep on_step;
     // std::stop_source::request_stop() from any thread cancels the request: at once while it waits for others, else after the step
-    // in progress.
+    // in progress; after the pictures in progress where these are one CUDA graph, which nothing stops.
     std::stop_token cancel;
 };
 
@@ -59,7 +67,7 @@ struct Image {
 
 struct Pictures {
     std::vector<Image> images;          // in the order of the prompts
-    std::vector<std::string> warnings;  // of prompts that were cut
+    std::vector<std::string> warnings;  // of prompts that were cut, and of kernels that cannot be kept
 };
 
 // One engine, many threads: any thread may call `generate` at any time. Requests are drawn one at a time, in the order in which

@@ -25,6 +25,9 @@ enum class ErrorKind {
     kArchitecture,
     kNoGpu,
     kDiskFull,
+    kBuild,          // an engine that TensorRT does not take
+    kPluginMissing,  // a plugin of an engine that TensorRT was not given
+    kGpuMemory,
     kCancelled,  // a step callback asked for it; in Python its own exception comes out
 };
 

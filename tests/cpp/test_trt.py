@@ -1,0 +1,342 @@
+"""The TensorRT backend in C++ on a GPU that is not there: fake_gpu.cpp, fake_tensorrt.cpp. As tests/runtime/test_trt_backend.py for
+Python's: the same pixels as ONNX Runtime, and what is queued, shared, kept and captured on the way.
+
+The engines of the bundle are the fake's description of the portable graph beside them.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import onnx
+import pytest
+from cpp_bundles import letters_bundle, sprint_bundle
+from cpp_pictures import onnxruntime_library
+
+from benchmarks import cpp_runtime
+from engines.bundle import Bundle, TensorRTInfo
+from engines.digest import file_sha256
+from engines.errors import ParityError, SanaError, TensorRTVersionError
+from engines.spec import COMPONENTS, Target
+from runtime import SanaEngine
+from runtime.image import read_picture, save_png
+from runtime.kernel_cache import KernelCache
+from runtime.trt_backend import ALIGNMENT
+
+ACTIVATIONS = {"text_encoder": 5000, "text_projection": 6000, "denoiser": 70_000, "decoder": 30_000}  # bytes
+TYPES = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.FLOAT: "float32"}
+
+
+@pytest.fixture(scope="module")
+def fake(cpp: Path) -> Path:
+    """The folder with both libraries."""
+    folder = cpp / "fake"
+    if not (folder / "libtensorrt_rtx.so.1").exists():
+        pytest.skip("set TENSORRT_ROOT to an SDK of TensorRT for RTX: the fake is built from its headers")
+    return folder
+
+
+def write_engine(folder: Path, component: str, target: Target) -> str:
+    graph = folder / component / "model.onnx"
+    model = onnx.load(graph, load_external_data=False).graph
+    lines = [f"graph {graph}", f"activations {ACTIVATIONS[component]}"]
+    for word, tensors in (("in", model.input), ("out", model.output)):
+        for each in tensors:
+            kind = each.type.tensor_type
+            lines.append(f"{word} {each.name} {TYPES[kind.elem_type]} {len(kind.shape.dim)}")
+    name = f"{component}/{target}.engine"
+    (folder / name).write_text("\n".join(lines))
+    return name
+
+
+@pytest.fixture(scope="module")
+def engines(cpp: Path, fake: Path) -> Callable[[Callable[..., Path], Path], Path]:
+    """A fake bundle with the fake's engines."""
+    said = subprocess.run([cpp / "sana", "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.search(r"RTX (\d+\.\d+)", said)
+    assert version is not None
+    built_by = TensorRTInfo(flavor="rtx", version=f"{version[1]}.0.0")
+
+    def make(write: Callable[..., Path], folder: Path) -> Path:
+        write(folder, targets=(Target.SM89,), tensorrt=built_by)
+        path = folder / "manifest.json"
+        document = json.loads(path.read_bytes())
+        for component in COMPONENTS:
+            name = write_engine(folder, component, Target.SM89)
+            document["files"][name] |= {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
+        path.write_text(json.dumps(document))
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def bundle(engines, tmp_path_factory) -> Path:
+    return engines(letters_bundle, tmp_path_factory.mktemp("trt") / "b")
+
+
+class Ran:
+    def __init__(self, done: subprocess.CompletedProcess[str], log: Path) -> None:
+        self.code, self.error = done.returncode, done.stderr
+        self.pictures = [Path(line) for line in done.stdout.splitlines() if line.endswith(".png")]
+        self.log = log.read_text().splitlines() if log.exists() else []
+
+    def count(self, word: str) -> int:
+        return sum(line.startswith(word) for line in self.log)
+
+    def runs(self, component: str) -> list[dict[str, int]]:
+        """The addresses of each launch, and the arena's size as "arena"."""
+        found = []
+        for line in self.log:
+            if line.startswith(f"run {component} arena "):
+                size, *addresses = line.split()[3:]
+                found.append({"arena": int(size)} | {name: int(at) for name, at in (each.split("=") for each in addresses)})
+        return found
+
+
+@pytest.fixture
+def environment(fake: Path, tmp_path: Path) -> dict[str, str]:
+    return {
+        "LD_LIBRARY_PATH": str(fake),
+        "SANA_TENSORRT": str(fake / "libtensorrt_rtx.so.1"),
+        "SANA_ONNXRUNTIME": str(onnxruntime_library()),
+        "SANA_CACHE_DIR": str(tmp_path / "cache"),
+        "FAKE_CUDA_SM": "89",
+    }
+
+
+@pytest.fixture
+def sana(cpp: Path, environment: dict[str, str], bundle: Path, tmp_path: Path) -> Callable[..., Ran]:
+    numbers = iter(range(100))
+
+    def call(*arguments: object, command: tuple[str, ...] = ("sana", "generate"), of: Path = bundle, **changes: str) -> Ran:
+        folder = tmp_path / str(next(numbers))
+        folder.mkdir()
+        more = {**os.environ, **environment, "FAKE_GPU_LOG": str(folder / "log"), **changes}
+        program, *words = command
+        words += [str(of), *map(str, arguments), "--out", str(folder)] if words == ["generate"] else map(str, arguments)
+        done = subprocess.run([cpp / program, *words], capture_output=True, text=True, env=more, check=False)
+        return Ran(done, folder / "log")
+
+    return call
+
+
+REQUEST = ["--seed", 3, "--steps", 5, "--scheduler", "flow_dpm_solver", "--width", 96, "--negative", "blue"]
+WORDS = {"seed": 3, "steps": 5, "scheduler": "flow_dpm_solver", "width": 96, "negative_prompts": "blue"}
+
+
+@pytest.fixture(scope="module")
+def expected(bundle: Path) -> list[bytes]:
+    """Pictures of "a cat" in Python, of the seeds 3, 4, …"""
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        return [engine.generate("a cat", **(WORDS | {"seed": 3 + i}))[0].tobytes() for i in range(4)]
+
+
+def test_same_pixels_as_python(sana, expected) -> None:
+    """The first picture launch by launch, the second captured, the third and fourth as that graph again."""
+    drawn = sana("a cat", *REQUEST, "--count", 4, "--backend", "tensorrt")
+    assert drawn.code == 0, drawn.error
+    assert "backend: tensorrt on NVIDIA Fake, because it was asked for" in drawn.error
+    found = [read_picture(path) for path in drawn.pictures]
+    assert [picture.tobytes() for picture, _ in found] == expected
+    assert {(info.backend, info.device) for _, info in found} == {("tensorrt", "NVIDIA Fake")}
+    assert (drawn.count("capture"), drawn.count("graph"), drawn.count("run denoiser")) == (1, 3, 10)
+
+
+def test_fresh_noise_and_a_scale_that_the_network_takes(sana, engines, tmp_path) -> None:
+    sprint = engines(sprint_bundle, tmp_path / "sprint")
+    drawn = sana("a cat", "--seed", 3, "--count", 3, of=sprint)
+    assert drawn.code == 0, drawn.error
+    with SanaEngine(sprint, backend="onnxruntime") as engine:
+        expected = [engine.generate("a cat", seed=3 + i)[0].tobytes() for i in range(3)]
+    assert [read_picture(path)[0].tobytes() for path in drawn.pictures] == expected
+
+
+def test_replay_of_a_picture_of_a_batch(sana, bundle, tmp_path) -> None:
+    """It is drawn in a batch as large as it was; more than the bundle's are refused."""
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        (picture,) = engine.generate("a cat", **WORDS)
+    for size, index in ((3, 1), (5, 1)):
+        info = json.loads(picture.info["sana"]) | {"backend": "tensorrt", "batch_size": size, "batch_index": index}
+        picture.info["sana"] = json.dumps(info)
+        save_png(picture, tmp_path / "p.png")
+        ran = sana(tmp_path / "p.png", "--bundle", bundle, command=("sana", "replay"))
+        if size == 3:
+            assert ran.code == 0, ran.error
+            assert {each["latents"] for each in ran.runs("denoiser")}
+        else:
+            assert "batch: got picture 1 of 5; expected one of at most 4." in ran.error
+
+
+def test_cancelling_leaves_nothing_behind(sana, bundle, tmp_path) -> None:
+    larger = tmp_path / "larger"  # sana_example draws 256 px
+    shutil.copytree(bundle, larger)
+    document = json.loads((larger / "manifest.json").read_bytes())
+    document["ranges"] |= {"max_side": 256}
+    (larger / "manifest.json").write_text(json.dumps(document))
+    cancelled = sana(larger, "a cat", 9, tmp_path / "none.png", 2, command=("sana_example",))
+    assert cancelled.code == 1
+    assert "Cancelled: cancelled after step 2 of 3." in cancelled.error
+    assert len(cancelled.runs("denoiser")) == 2
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_auto_takes_the_gpu(sana, expected) -> None:
+    drawn = sana("a cat", *REQUEST)
+    assert "backend: tensorrt on NVIDIA Fake, because the bundle has engines for this GPU" in drawn.error
+    assert read_picture(drawn.pictures[0])[0].tobytes() == expected[0]
+
+
+@pytest.mark.parametrize("option", ["--no-cuda-graphs", "--low-memory"])
+def test_options_change_no_pixel(sana, expected, option) -> None:
+    drawn = sana("a cat", *REQUEST, "--count", 3, option)
+    assert [read_picture(path)[0].tobytes() for path in drawn.pictures] == expected[:3]
+    if option == "--low-memory":  # the text is known from the first one on
+        assert next(line for line in drawn.log if line.startswith("load")) == "load text_encoder"
+        assert drawn.count("load text_encoder") == 1
+    else:
+        assert drawn.count("capture") == 0
+
+
+def test_steps_differ_in_addresses_alone(sana) -> None:
+    drawn = sana("a cat", *REQUEST)
+    launches = drawn.runs("denoiser")
+    rows = [each["coefficients"] for each in launches]
+    assert [b - a for a, b in pairwise(rows)] == [ALIGNMENT] * 4
+    for before, after in pairwise(launches):
+        assert (after["latents"], after["previous"]) == (before["next_latents"], before["prediction"])
+    (projected,) = drawn.runs("text_projection")
+    for name in ("guidance_weights", "text_keys", "text_values", "prompt_mask"):
+        assert len({each[name] for each in launches}) == 1
+        assert projected.get(name, launches[0][name]) == launches[0][name]
+
+
+def test_nobody_waits_between_the_first_step_and_the_pixels(sana) -> None:
+    log = sana("a cat", *REQUEST).log
+    work = [line.split()[0] for line in log[log.index(next(line for line in log if line.startswith("run text_projection"))) :]]
+    assert work[: 1 + 5 + 1] == ["run", *["run"] * 5, "run"] or "wait" not in work[: work.index("wait")]
+    assert [line.split()[1] for line in log if line.startswith("run")][-6:] == ["denoiser"] * 5 + ["decoder"]
+
+
+def test_engines_share_one_arena_as_large_as_the_largest_need(sana) -> None:
+    drawn = sana("a cat", *REQUEST)
+    sizes = {each["arena"] for component in ("denoiser", "decoder") for each in drawn.runs(component)}
+    assert sizes == {max(ACTIVATIONS.values())}
+
+
+def test_the_second_picture_allocates_nothing(sana) -> None:
+    one, three = sana("a cat", *REQUEST), sana("a cat", *REQUEST, "--count", 3)
+    assert one.count("allocate") == three.count("allocate") > 0
+
+
+def test_kernels_are_kept_for_the_next_start_and_for_python(sana, bundle, tmp_path) -> None:
+    first, second = sana("a cat", *REQUEST), sana("a cat", *REQUEST)
+    assert (first.count("compile"), second.count("compile")) == (5, 0)  # the text encoder sees two lengths
+    assert sana("a cat", *REQUEST, "--no-kernel-cache").count("compile") == 5
+    manifest = Bundle.open(bundle, verify=False).manifest
+    assert manifest.tensorrt is not None
+    machine = {"gpu": "NVIDIA Fake", "sm": "sm89", "driver": "13.0", "tensorrt": f"rtx {manifest.tensorrt.version}"}
+    cache = KernelCache(tmp_path / "cache" / "kernels", machine=machine)
+    for component in COMPONENTS:
+        kernels = cache.kernels(manifest.files[f"{component}/sm89.engine"].sha256)
+        content = cache.read(kernels._key)
+        assert content is not None
+        assert content.startswith(b"kernels\n")
+    (damaged, *_) = sorted((tmp_path / "cache" / "kernels").glob("*.kernels"))
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    again = sana("a cat", *REQUEST)
+    assert again.count("compile") > 0
+    assert f"kernel cache: {damaged} is damaged or another engine's" in again.error
+
+
+def test_a_folder_that_cannot_be_written_is_said_and_does_no_harm(sana, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    drawn = sana("a cat", *REQUEST, "--kernel-cache", tmp_path / "file" / "x")
+    assert drawn.code == 0
+    assert "cannot be written, so the next start compiles kernels again" in drawn.error
+
+
+def test_out_of_memory(sana) -> None:
+    drawn = sana("a cat", *REQUEST, FAKE_GPU_MEMORY="90000")
+    assert drawn.code == 2
+    assert "error: GPU memory: got 1.0 kB free of 2.0 MB; expected " in drawn.error
+    assert ". Draw smaller pictures, or fewer at a time, or close other programs that use the GPU." in drawn.error
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("load", "cannot load on NVIDIA Fake (none given). TensorRT says:\n  the fake does not want this engine"),
+        ("context", "TensorRT made no execution context for it."),
+        ("run", "TensorRT could not run the engine."),
+    ],
+)
+def test_what_fails_says_why(sana, what, message) -> None:
+    drawn = sana("a cat", *REQUEST, FAKE_TENSORRT_FAILS=what)
+    assert drawn.code == 2
+    assert message in drawn.error
+
+
+def test_a_tensorrt_that_is_not_there_or_too_old(sana, tmp_path) -> None:
+    missing = sana("a cat", "--backend", "tensorrt", SANA_TENSORRT=str(tmp_path / "none.so"))
+    assert "error: got no TensorRT (" in missing.error
+    old = sana("a cat", "--backend", "tensorrt", FAKE_TENSORRT_OLD="1")
+    assert "and expected that or a newer 1.x" in old.error
+    auto = sana("a cat", *REQUEST, SANA_TENSORRT=str(tmp_path / "none.so"))
+    assert "onnxruntime" in auto.error
+    assert "because TensorRT cannot run this bundle here: got no TensorRT (" in auto.error
+
+
+def test_plugins_that_are_not_there(sana, bundle, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    document = json.loads((other / "manifest.json").read_bytes())
+    document["plugins"]["denoiser"] = {"Linear": 1}
+    (other / "manifest.json").write_text(json.dumps(document))
+    missing = tmp_path / "none.so"
+    said = sana("a", "--backend", "tensorrt", of=other, SANA_PLUGINS=str(missing)).error
+    assert said.startswith(
+        f"sana: error: {missing}: TensorRT cannot load the plugins; expected the library that plugins/cpp builds."
+    )
+    assert "There is no such file." in said
+    assert "cannot load the plugins" in sana("a", of=other, SANA_PLUGINS=str(missing)).error  # "auto" does not hide it
+
+
+def test_engines_of_another_tensorrt(sana, bundle, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    path = other / "manifest.json"
+    document = json.loads(path.read_bytes())
+    document["tensorrt"]["version"] = "1.2.3"
+    path.write_text(json.dumps(document))
+    found = Bundle.open(bundle, verify=False).manifest.tensorrt
+    assert found is not None
+    with pytest.raises(TensorRTVersionError) as caught:
+        Bundle.open(other, verify=False).check_tensorrt(flavor=found.flavor, version=found.version)
+    said = sana("a", "--backend", "tensorrt", of=other).error
+    assert said == f"sana: error: {caught.value}\n"
+
+
+def test_the_benchmark(cpp, bundle, environment, monkeypatch) -> None:
+    """Python draws with ONNX Runtime here."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cpp_runtime, "PYTHON", cpp_runtime.PYTHON.replace('"tensorrt"', '"onnxruntime"'))
+    sizes = {"rounds": 1, "count": 3, "steps": 2, "side": 64}
+    found = cpp_runtime.compare(bundle, cpp / "sana", **sizes)
+    (ours,), (theirs,) = found["cpp"], found["python"]
+    for each in (ours, theirs):
+        assert 0 < each.open_s < each.start_s
+        assert 0 < each.picture_s
+        assert len(each.pictures) == 3
+    assert 10 < min(ours.peak_mb, theirs.peak_mb)
+    monkeypatch.setattr(cpp_runtime, "PYTHON", cpp_runtime.PYTHON.replace("seed=seed", "seed=seed + 1"))
+    with pytest.raises(ParityError, match="got 2 different sets of pictures"):
+        cpp_runtime.compare(bundle, cpp / "sana", **sizes)
+    with pytest.raises(SanaError, match="expected the folder of a bundle"):
+        cpp_runtime.compare(bundle.parent / "none", cpp / "sana", **sizes)
