@@ -41,10 +41,14 @@ def text_cases(tokenizer: PromptTokenizer, max_batch: int) -> tuple[dict[str, Ar
     return inputs, masks
 
 
-def text_projection_cases(embeds: Mapping[str, NDArray[np.float32]]) -> dict[str, Arrays]:
-    """Inputs of the text projection: the first tokens of both texts, and the last of one, which are padding. embeds: (B, L, C)."""
-    guided = np.stack([embeds["negative"], embeds["prompt"]])
-    return {"guided": {"prompt_embeds": guided[:, :, :_TEXT_TOKENS]}, "alone": {"prompt_embeds": guided[1:, :1, -_TEXT_TOKENS:]}}
+def text_projection_cases(embeds: Mapping[str, NDArray[np.float32]], *, embedded_guidance: bool) -> dict[str, Arrays]:
+    """Inputs of the text projection: the first tokens of both texts, and the last of one, which are padding. embeds: (B, L, C).
+
+    embedded_guidance: a model that has one text an image, the prompt.
+    """
+    prompt = embeds["prompt"][None]
+    texts = prompt if embedded_guidance else np.stack([embeds["negative"], embeds["prompt"]])
+    return {"guided": {"prompt_embeds": texts[:, :, :_TEXT_TOKENS]}, "alone": {"prompt_embeds": prompt[:, :1, -_TEXT_TOKENS:]}}
 
 
 def _sizes(ranges: ShapeRange) -> dict[str, tuple[int, int, int]]:

@@ -109,7 +109,11 @@ def make_references(
         found["text_encoder"], embeds, _ = texts
         depends: dict[str, Any] = {"text": found["text_encoder"].key}
     if "text_projection" in wanted:
-        found["text_projection"] = runner.reference(everything["text_projection"], lambda: text_projection_cases(embeds), depends)
+        embedded = runner.checkpoint.transformer_config.guidance_embeds
+        depends["embedded_guidance"] = embedded
+        found["text_projection"] = runner.reference(
+            everything["text_projection"], lambda: text_projection_cases(embeds, embedded_guidance=embedded), depends
+        )
     if "denoiser" in wanted:
         found["denoiser"] = runner.reference(everything["denoiser"], *denoiser_inputs(runner, everything, ranges, texts))
     if "decoder" in wanted:

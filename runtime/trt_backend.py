@@ -69,7 +69,7 @@ def open_tensorrt(
 class TensorRTBackend:
     """Engines load for the first picture, all at the same time, and stay.
 
-    With low_memory the text encoder loads first and alone, and goes after each use.
+    With low_memory the text encoder is never there at the same time as the others: a new text takes their place, and they come back.
     """
 
     name: BackendName = "tensorrt"
@@ -107,9 +107,18 @@ class TensorRTBackend:
         self._cuda_graphs, self._low_memory = cuda_graphs, low_memory
         self._loops = Loops(cuda)
         self._steps_done = cuda.allocate_pinned(4)  # a float32 that a graph counts in
-        self._texts = TextCache(
-            lambda ids, mask: self.session("text_encoder").run({"input_ids": ids, "attention_mask": mask})["prompt_embeds"]
-        )
+        self._texts = TextCache(self._encode)
+
+    def _encode(self, ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.float32]:
+        if self._low_memory and self._sessions.keys() - {"text_encoder"}:
+            self._free_buffers()
+            self._close_sessions(COMPONENTS)
+        found: NDArray[np.float32] = self.session("text_encoder").run({"input_ids": ids, "attention_mask": mask})["prompt_embeds"]
+        return found
+
+    def _close_sessions(self, components: Iterable[ComponentName]) -> None:
+        for session in [self._sessions.pop(component) for component in components if component in self._sessions]:
+            session.close()
 
     def files(self) -> tuple[str, ...]:
         return self._files
@@ -161,8 +170,8 @@ class TensorRTBackend:
             self._load(COMPONENTS)
         began = time.perf_counter()
         embeds = self._texts.embed_job(job)
-        if self._low_memory and (encoder := self._sessions.pop("text_encoder", None)):
-            encoder.close()
+        if self._low_memory:
+            self._close_sessions(["text_encoder"])
         text_s = time.perf_counter() - began
         self._load(component for component in COMPONENTS if component != "text_encoder")
         projection, denoiser, decoder = (self._sessions[name] for name in ("text_projection", "denoiser", "decoder"))
@@ -290,9 +299,7 @@ class TensorRTBackend:
         self._cuda.make_current()
         self._free_buffers()
         self._cuda.free_pinned(self._steps_done)
-        for session in self._sessions.values():
-            session.close()
-        self._sessions.clear()
+        self._close_sessions(COMPONENTS)
         self._cuda.close()
 
 

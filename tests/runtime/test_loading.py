@@ -61,6 +61,15 @@ def test_low_memory_loads_the_text_encoder_first_and_alone(opened, monkeypatch: 
         assert events[:2] == ["text_encoder", "-text_encoder"]
         assert sorted(events[2:]) == sorted(set(COMPONENTS) - {"text_encoder"})
         assert picture.tobytes() == other.generate("a cat", **REQUEST)[0].tobytes()
+        events.clear()
+        assert engine.generate("a cat", **REQUEST)[0].tobytes() == picture.tobytes()
+        assert not events  # its text is remembered
+        dog = engine.generate("a dog", **REQUEST)[0].tobytes()
+        others = sorted(set(COMPONENTS) - {"text_encoder"})
+        assert sorted(events[:3]) == [f"-{name}" for name in others]
+        assert events[3:5] == ["text_encoder", "-text_encoder"]
+        assert sorted(events[5:]) == others
+        assert dog == other.generate("a dog", **REQUEST)[0].tobytes()
 
 
 def test_the_first_error_comes_out_when_all_are_done_and_nothing_stays(opened, cuda: FakeCuda) -> None:

@@ -69,6 +69,11 @@ TrtBackend::TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt
       arena_(cuda_),
       loops_(cuda_),
       texts_([this](const Tensor& ids, const Tensor& mask) {
+          if (options_.low_memory && sessions_.contains(kDenoiser)) {  // all make room
+              free_buffers();
+              for (const auto& [name, each] : sessions_) each->save_kernels();
+              sessions_.clear();
+          }
           Outputs outputs = session(kEncoder).run({{"input_ids", &ids}, {"attention_mask", &mask}});
           return taken(outputs, "prompt_embeds");
       }) {

@@ -25,8 +25,8 @@ struct EngineOptions;
 // GPU, TensorRTVersionError.
 std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions& options);
 
-// Engines load for the first picture, all at the same time, and stay. With low_memory the text encoder loads first and alone, and
-// goes after each use.
+// Engines load for the first picture, all at the same time, and stay. With low_memory the text encoder is never there at the same
+// time as the others: a new text takes their place, and they come back.
 class TrtBackend : public Backend {
   public:
     struct Options {
