@@ -1,4 +1,4 @@
-"""What is timed: a component of a bundle by itself, or a picture from its prompt to a PNG file. Inputs are the same at every run.
+"""What is timed: a component of a bundle by itself, or a picture from its prompt to the bytes of a PNG. Inputs are always the same.
 
 On a GPU a component's inputs and outputs stay there and it is a CUDA graph, as in the runtime's own loop; in ONNX Runtime a run
 takes and gives arrays.
@@ -7,11 +7,9 @@ takes and gives arrays.
 from __future__ import annotations
 
 import itertools
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -23,7 +21,7 @@ from engines.spec import PX_PER_LATENT, ComponentName
 from runtime import SanaEngine
 from runtime.cuda import Slot
 from runtime.graphs import Loop
-from runtime.image import save_png
+from runtime.image import png_bytes
 from runtime.noise import normal, normal_batch
 from runtime.prompt import PromptTemplate, PromptTokenizer
 from runtime.schedule import make_schedule
@@ -133,9 +131,8 @@ def open_task(engine: SanaEngine, work: Work) -> Iterator[Task]:
     """
     work.check(engine)
     if work.component == "picture":
-        with tempfile.TemporaryDirectory() as folder:
-            draw = _Draw(engine, work, Path(folder) / "picture.png")
-            yield Task("picture", draw, draw.watch)
+        draw = _Draw(engine, work)
+        yield Task("picture", draw, draw.watch)
         return
     inputs = graph_inputs(engine, work)
     with engine.session(work.component) as session:
@@ -190,15 +187,15 @@ def queued(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Iterator[Callabl
 class _Draw:
     """Each picture has a prompt that no other had, so that its text is encoded and not remembered."""
 
-    def __init__(self, engine: SanaEngine, work: Work, path: Path) -> None:
-        self._engine, self._work, self._path = engine, work, path
+    def __init__(self, engine: SanaEngine, work: Work) -> None:
+        self._engine, self._work = engine, work
         self._numbers = itertools.count()
 
     def __call__(self) -> None:
         work = self._work
         prompts = [f"{next(self._numbers)} lighthouses at dusk" for _ in range(work.batch)]
         for picture in self._engine.generate(prompts, seed=5, steps=work.steps, width=work.width, height=work.height):
-            save_png(picture, self._path)
+            png_bytes(picture)
 
     def watch(self, call: Call) -> Sample:
         """On a GPU the device's time is the text's, the steps' and the decoder's."""

@@ -69,7 +69,7 @@ def open_tensorrt(
 class TensorRTBackend:
     """Engines load for the first picture, all at the same time, and stay.
 
-    With low_memory the text encoder is never there at the same time as the others: a new text takes their place, and they come back.
+    With low_memory the text encoder is never there at the same time as the others: for a new text they go, and come back.
     """
 
     name: BackendName = "tensorrt"
