@@ -24,6 +24,7 @@ Sources: Lu et al., arXiv:2211.01095 (DPM-Solver++); Esser et al., arXiv:2403.03
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -160,9 +161,16 @@ def make_schedule(
     if scheduler == "scm":
         if custom is None and spacing != "linear":
             raise SpecError(f"spacing: got {spacing!r}; scm takes 'linear' or a list of times in radians.")
-        return _scm(recipe, custom)
-    _check_positive("flow_shift", flow_shift)
-    return _flow(recipe, custom)
+    else:
+        _check_positive("flow_shift", flow_shift)
+    return _computed(recipe)
+
+
+@functools.lru_cache(maxsize=64)
+def _computed(recipe: Recipe) -> Schedule:
+    """A server draws with the same few: computing a row takes as long as all else that Python does for a step."""
+    custom = None if isinstance(recipe.spacing, str) else np.array(recipe.spacing, np.float64)
+    return _scm(recipe, custom) if recipe.scheduler == "scm" else _flow(recipe, custom)
 
 
 def load_schedule(path: Path | str, *, num_steps: int | None = None) -> Schedule:
