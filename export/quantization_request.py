@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 
 from engines.errors import SpecError
-from engines.spec import QUANTIZED, ComponentName, Precision, nearest, parse_precision
+from engines.spec import QUANTIZED, Precision, nearest, parse_precision
 from export.budget import Budget, parse_budget
 from export.recipe import Recipe, load_recipe
 from export.settings import BuildSettings
 from export.weight_only import text_weights
 from sana_ref.quantization import FORMATS, Format
-from sana_ref.weight_only import WeightFormat
+from sana_ref.weight_only import TextPart, WeightFormat
 
 __all__ = ["QuantizationRequest", "quantization_of", "weights_of"]
 
@@ -93,7 +93,7 @@ def quantization_of(settings: BuildSettings) -> tuple[Precision, QuantizationReq
     return Precision(kinds[0]), request
 
 
-def weights_of(settings: BuildSettings) -> dict[ComponentName, WeightFormat]:
+def weights_of(settings: BuildSettings) -> dict[TextPart, WeightFormat]:
     """The formats of the text's components that the recipe names. They need no calibration, so they hold without one too.
 
     Raises ConfigError for a recipe that is wrong.

@@ -78,6 +78,7 @@ class Recipe(BaseModel):
     low_rank: int = Field(ge=0, le=1024)
     calibration: CalibrationSettings
     text_encoder: TextFormat = None  # of the denoiser alone, as recipes of before: null
+    text_encoder_table: TextFormat = None  # None: as text_encoder; not read where that is None
     text_projection: TextFormat = None
 
     @model_validator(mode="after")
