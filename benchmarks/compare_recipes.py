@@ -1,6 +1,6 @@
 """fp16, our recipes and other tools' own for the same formats, in one run: the same layers, captions, seeds and calibration.
 
-    python benchmarks/compare_recipes.py --captions 10 --seeds 2 --peer-captions 4 --peer-seeds 1 \
+    python benchmarks/compare_recipes.py --captions 10 --seeds 2 --peer-captions 2 --peer-seeds 1 \
         --out benchmarks/results/quant_recipes_sana_tiny.json --page out/recipes.html --record
 
 All are simulated in PyTorch as a bundle computes them on a GPU (benchmarks/recipe_pictures.py), the text encoder and the text
@@ -167,7 +167,7 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
             places.append(place)
         numbers[question.scene.kind] += 1
     fewer = [(asked[place][0], asked[place][1][: options.peer_seeds]) for place in places]
-    jobs = [*rounds([half, *own, exact], asked), *rounds(peers, fewer)]
+    jobs = [*rounds([half, *own], asked), *rounds([exact, *peers], fewer)]
     if options.share is not None:
         turn, of = options.share
         draw_all(checkpoint, jobs[turn::of], store, progress)
@@ -176,9 +176,10 @@ def run(options: argparse.Namespace) -> dict[str, Any] | None:
     with progress.stage("comparing"):
         measure = _Measure(options.judge, pictures)
         everywhere = range(len(asked))
-        results = [measure.result(half, exact, asked, everywhere), *(measure.result(each, half, asked, everywhere) for each in own)]
+        results = [measure.result(half, exact, fewer, places), *(measure.result(each, half, asked, everywhere) for each in own)]
         results += [measure.result(each, half, fewer, places) for each in peers]
-        scores = {each.name: estimate(measure.right(each, asked)).model_dump() for each in (exact, half, *own)}
+        scores = {each.name: estimate(measure.right(each, asked)).model_dump() for each in (half, *own)}
+        scores[FP32] = estimate(measure.right(exact, fewer)).model_dump()
     sentences = {}
     for kind in options.formats:
         of_kind = [each for each in results if each.candidate.format == kind]
@@ -250,8 +251,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--formats", default=",".join(FORMATS), help="of int8, fp8, nvfp4")
     parser.add_argument("--captions", type=int, default=10, metavar="N", help="of each of five kinds of scenes; default 10")
     parser.add_argument("--seeds", type=int, default=2, metavar="K", help="pictures of each caption, at most 100; default 2")
-    parser.add_argument("--peer-captions", type=int, default=4, metavar="N", help="of each kind, of other recipes; default 4")
-    parser.add_argument("--peer-seeds", type=int, default=1, metavar="K", help="of other recipes; default 1")
+    parser.add_argument("--peer-captions", type=int, default=4, metavar="N", help="of each kind, of fp32 and of other recipes; default 4")
+    parser.add_argument("--peer-seeds", type=int, default=1, metavar="K", help="of fp32 and of other recipes; default 1")
     parser.add_argument("--share", type=_share, metavar="I/N", help="draw this part of the pictures, and no more")
     parser.add_argument("--recipe-key", action="append", default=[], metavar="KEY=VALUE", help="over each of our recipes")
     parser.add_argument("--judge", type=Path, default=Path("models/sana-tiny"), help="folder of the recogniser and the captions")
