@@ -251,7 +251,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--formats", default=",".join(FORMATS), help="of int8, fp8, nvfp4")
     parser.add_argument("--captions", type=int, default=10, metavar="N", help="of each of five kinds of scenes; default 10")
     parser.add_argument("--seeds", type=int, default=2, metavar="K", help="pictures of each caption, at most 100; default 2")
-    parser.add_argument("--peer-captions", type=int, default=4, metavar="N", help="of each kind, of fp32 and of other recipes; default 4")
+    parser.add_argument(
+        "--peer-captions", type=int, default=4, metavar="N", help="of each kind, of fp32 and of other recipes; default 4"
+    )
     parser.add_argument("--peer-seeds", type=int, default=1, metavar="K", help="of fp32 and of other recipes; default 1")
     parser.add_argument("--share", type=_share, metavar="I/N", help="draw this part of the pictures, and no more")
     parser.add_argument("--recipe-key", action="append", default=[], metavar="KEY=VALUE", help="over each of our recipes")
