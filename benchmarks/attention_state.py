@@ -172,7 +172,7 @@ def main() -> None:
         found = summary(results(reference, runs, store, progress))
     how = f"--num-runs {options.num_runs} --steps {runs[0].spec.steps} --side {side}"
     written = {
-        "what": "relative squared error of the final latents, one thing quantized at a time; geometric means over runs, intervals 95 %",
+        "what": "relative squared error of the final latents, one thing quantized at a time; geometric means over runs, 95 %",
         "checkpoint": reference.checkpoint.digest,
         "command": f"python -m benchmarks.attention_state {how}",
         "versions": versions(),
