@@ -1,6 +1,7 @@
 """Recipes beside each other: products that are replaced, what is said of them, and the page."""
 
 import contextlib
+import json
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,3 +194,39 @@ def test_what_cannot_be_asked(arguments, capsys):
     with pytest.raises(SystemExit):
         compare_recipes.parse(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_a_whole_run_measures_writes_and_records(tmp_path, monkeypatch, capsys):
+    """Pictures are noise whose size says who drew them: fp16 next to fp32, ours farther from fp16, the peer farther still."""
+    noise = {"fp32": 0, "fp16": 1, "sana int8": 8, "modelopt x": 32}
+
+    def draw(checkpoint, jobs, store, progress):
+        found = {}
+        for job in jobs:
+            generator = np.random.default_rng(job.seed)
+            base, added = generator.integers(40, 200, (64, 64, 3)), generator.standard_normal((64, 64, 3))
+            levels = base + noise[job.candidate.name] * added
+            found[job.key] = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+        return found
+
+    recorded: dict[str, tuple[float, dict[str, Any]]] = {}
+    found = [candidate("sana int8"), candidate("modelopt x", "modelopt")], []
+    monkeypatch.setattr(compare_recipes, "draw_all", draw)
+    monkeypatch.setattr(compare_recipes, "candidates", lambda *args, **more: found)
+    monkeypatch.setattr(compare_recipes, "record", lambda name, value, unit, **more: recorded.update({name: (value, more)}))
+    words = ["--formats", "int8", "--captions", "2", "--seeds", "2", "--peer-captions", "1", "--record"]
+    files = ["--out", str(tmp_path / "out.json"), "--page", str(tmp_path / "page.html"), "--cache", str(tmp_path)]
+    assert compare_recipes.main([*words, *files]) == 0
+    assert set(recorded) == {
+        f"quant_{kind}_{name}" for kind in ("fp16", "int8") for name in ("scene_points_lost", "psnr_db", "lpips")
+    }
+    value, more = recorded["quant_int8_psnr_db"]
+    assert 17 < more["peer"]["modelopt x"] < value - 6 < recorded["quant_fp16_psnr_db"][0] - 12
+    assert "10 captions kept out, 2 seeds each; simulated in PyTorch, against fp16's pictures" in more["note"]
+    assert "peers: 5 of these pictures" in more["note"]
+    assert "5 captions kept out, 1 seeds each; simulated in PyTorch, against fp32's" in recorded["quant_fp16_lpips"][1]["note"]
+    summary = json.loads((tmp_path / "out.json").read_text())
+    assert np.array(summary["pairs"]["sana int8"]["lpips"]).shape == (10, 2)
+    assert "better in lpips, psnr_db" in summary["sentences"]["int8"]
+    assert set(summary["scene_scores"]) == {"fp32", "fp16", "sana int8"}
+    assert "sana int8 (size 0.500) beside modelopt x (size 0.500), 5 pictures" in capsys.readouterr().out
