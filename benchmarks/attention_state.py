@@ -26,7 +26,6 @@ from torch import Tensor
 from benchmarks.figures import record
 from engines.quality_report import Estimate
 from engines.store import Store, digest_of
-from export.calibration_data import SOURCES as RUN_SOURCES
 from export.calibration_data import Run, draw, draw_all, plan_runs
 from export.fingerprint import code, versions
 from export.metrics.pictures import estimate
@@ -45,7 +44,7 @@ KINDS: tuple[Kind, ...] = ("int8", "fp8")
 PARTS = (("state",), ("normaliser",), ("state", "normaliser"))
 TILE = 16  # tokens
 PROJECTIONS = "q, k, v projections"
-SOURCES = (*RUN_SOURCES, "benchmarks/attention_state.py")
+SOURCES = ("benchmarks/attention_state.py",)  # a run's key has what draws it
 Round = Callable[[Tensor], Tensor]
 Errors = dict[str, dict[Kind, list[float]]]  # case: kind: of each run
 
