@@ -1,4 +1,4 @@
-"""What is compared: our recipes, and ModelOpt's and torchao's own, on the same linear layers of the same reference.
+"""What is compared: fp16, our recipes, and ModelOpt's and torchao's own, on the same linear layers of the same reference.
 
 A peer is given each weight of our groups as an nn.Linear of its own (1x1 convolutions are such products), quantizes them as it
 would any model's, and computes the products in place of the reference's. Depth-wise convolutions, embeddings and the text's keys
@@ -6,6 +6,7 @@ and values stay precise, as in ours. ModelOpt's default calibrations read nothin
 so they are given one token that holds those of the whole calibration: the same ranges as if each had run the sampling itself.
 torchao finds scales while it runs. ModelOpt 0.47 computes NVFP4 on a GPU alone, so its NVFP4_DEFAULT_CFG (block scales found while
 it runs, a tensor's scale from its largest number, no corrections) is computed by our own operators, and is named so.
+No peer quantizes the text's components: each is given the weights there that our recipe of its format has.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -30,14 +31,16 @@ from export.choose_recipe import group_bytes, sizes_of
 from export.progress import Progress
 from export.quantization_plan import make_plan
 from export.recipe import Recipe, load_recipe
+from export.weight_only import Weights, text_weights
 from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import QuantizationPlan, plan_digest
 from sana_ref.quantize_ops import QuantizedWeight
 from sana_ref.quantized import Products, QuantizedLinears, static_scale, uniform_plan
 
-__all__ = ["FORMATS", "Candidate", "OurLinears", "PeerLinears", "Unavailable", "candidates"]
+__all__ = ["FORMATS", "FP16", "FP32", "Candidate", "OurLinears", "PeerLinears", "Unavailable", "candidates", "unquantized"]
 
 Kind = Literal["int8", "fp8", "nvfp4"]
+FP32, FP16 = "fp32", "fp16"  # names of the candidates that quantize nothing
 FORMATS: tuple[Kind, ...] = ("int8", "fp8", "nvfp4")
 MODELOPT: dict[Kind, tuple[str, ...]] = {
     "int8": ("INT8_DEFAULT_CFG", "INT8_SMOOTHQUANT_CFG"),
@@ -48,14 +51,18 @@ MODELOPT: dict[Kind, tuple[str, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """products: inside, the reference computes as this recipe has it. digest: of all that decides its numbers."""
+    """products: of a transformer; inside, it computes as this recipe has it. digest: of all that decides its numbers.
+
+    weights: of the text's components (benchmarks/text_weights.py).
+    """
 
     name: str
     tool: Literal["sana", "modelopt", "torchao"]
-    format: Kind
+    format: str
     size_ratio: float  # bytes of the denoiser's weights, of those in fp16
     digest: str
-    products: Callable[[], AbstractContextManager[Any]]
+    weights: Weights
+    products: Callable[[nn.Module], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,7 @@ class Unavailable:
     """What a tool would not do here."""
 
     name: str
-    format: Kind
+    format: str
     why: str
 
 
@@ -96,13 +103,14 @@ class PeerLinears(Products):
             for part in parts:
                 weight = part.detach().flatten(1)
                 linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-                linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+                linear.weight = nn.Parameter(weight.float().clone(), requires_grad=False)
                 self.linears[_key(group, start)] = linear
                 start += weight.shape[0]
 
     def compute(self, group: str, rows: slice, x: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = self.linears[_key(group, rows.start)](x)
-        return out if bias is None else out + bias
+        """In fp32, rounded once to the type of x, as in ours."""
+        out: Tensor = self.linears[_key(group, rows.start)](x.float())
+        return (out if bias is None else out + bias.float()).to(x.dtype)
 
 
 def _key(group: str, start: int) -> str:
@@ -155,14 +163,26 @@ def candidates(
     found: list[Candidate] = []
     missing: list[Unavailable] = []
 
-    def add(name: str, tool: Any, kind: Kind, digest: str, make: Callable[[], Any], rank: int = 0, smooth: bool = False) -> None:
+    def add(
+        name: str, tool: Any, kind: Kind, digest: str, make: Callable[[nn.Module], Any], rank: int = 0, smooth: bool = False
+    ) -> None:
         size = sizes.fixed + sum(group_bytes(kind, *each, rank=rank, smooth=smooth) for each in sides.values())
+        digest = digest_of({"denoiser": digest, "text": weights})
         found.append(
-            Candidate(name=name, tool=tool, format=kind, size_ratio=size / sizes.half, digest=digest, products=_once(make))
+            Candidate(
+                name=name,
+                tool=tool,
+                format=kind,
+                size_ratio=size / sizes.half,
+                digest=digest,
+                weights=weights,
+                products=_once(make),
+            )
         )
 
     for kind in formats:
         recipe = load_recipe(kind, keys)
+        weights = text_weights(recipe)
         own: list[tuple[str, Recipe]] = [(f"sana {kind}", recipe)]
         if kind == "nvfp4" and recipe.low_rank:
             own.append(("sana nvfp4, no branch", recipe.model_copy(update={"low_rank": 0})))
@@ -171,7 +191,7 @@ def candidates(
         for name, each in own:
             plan = make_plan(checkpoint, each, store=store, progress=progress)
             smooth = any(key.endswith(".smooth") for key in plan.tensors)
-            add(name, "sana", kind, plan_digest(plan), partial(OurLinears, transformer, plan), each.low_rank, smooth)
+            add(name, "sana", kind, plan_digest(plan), partial(OurLinears, plan=plan), each.low_rank, smooth)
         settings = recipe.calibration
         runs = draw_all(reference, plan_runs(checkpoint, settings), store, progress)
         seen = observe(reference, runs, rows=settings.rows, store=store, progress=progress)
@@ -179,15 +199,13 @@ def candidates(
             digest = digest_of({"modelopt": check_version(), "config": config, "runs": [run.key for run in runs]})
             smooth = "SMOOTHQUANT" in config
 
-            def peer(config: str = config, seen: Statistics = seen) -> PeerLinears:
-                return modelopt_linears(transformer, config, seen)
-
-            add(f"modelopt {config}", "modelopt", kind, digest, peer, smooth=smooth)
+            make = partial(modelopt_linears, config=config, statistics=seen)
+            add(f"modelopt {config}", "modelopt", kind, digest, make, smooth=smooth)
         if kind == "nvfp4":
             scales = {group: static_scale(kind, float(seen.channels(group).amax())) for group in sides}
             plain = uniform_plan(kind, sides, scales)
             name = "modelopt NVFP4_DEFAULT_CFG, by our operators"
-            add(name, "modelopt", kind, plan_digest(plain), partial(OurLinears, transformer, plain))
+            add(name, "modelopt", kind, plan_digest(plain), partial(OurLinears, plan=plain))
         try:
             release = version("torchao")
             torchao_linears(transformer, kind)
@@ -199,17 +217,30 @@ def candidates(
             )
         else:
             digest = digest_of({"torchao": release, "kind": kind})
-            add(f"torchao {kind}, dynamic", "torchao", kind, digest, partial(torchao_linears, transformer, kind))
+            add(f"torchao {kind}, dynamic", "torchao", kind, digest, partial(torchao_linears, kind=kind))
     return found, missing
 
 
-def _once(make: Callable[[], AbstractContextManager[Any]]) -> Callable[[], AbstractContextManager[Any]]:
-    """Made at the first call, and the same after: nothing is made for pictures that are all in the cache."""
-    kept: list[AbstractContextManager[Any]] = []
+def unquantized(name: str) -> Candidate:
+    """FP32 or FP16."""
+    return Candidate(
+        name=name,
+        tool="sana",
+        format=name,
+        size_ratio=2.0 if name == FP32 else 1.0,
+        digest=name,
+        weights={},
+        products=lambda transformer: nullcontext(),
+    )
 
-    def get() -> AbstractContextManager[Any]:
-        if not kept:
-            kept.append(make())
-        return kept[0]
+
+def _once(make: Callable[[nn.Module], AbstractContextManager[Any]]) -> Callable[[nn.Module], AbstractContextManager[Any]]:
+    """Made at the first call, and the same after: nothing is made for pictures that are all in the cache."""
+    kept: dict[int, AbstractContextManager[Any]] = {}
+
+    def get(transformer: nn.Module) -> AbstractContextManager[Any]:
+        if id(transformer) not in kept:
+            kept[id(transformer)] = make(transformer)
+        return kept[id(transformer)]
 
     return get

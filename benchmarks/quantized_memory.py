@@ -33,7 +33,7 @@ from engines.disk import human_bytes
 from engines.errors import BuildError, SanaError
 from engines.spec import COMPONENTS, PX_PER_LATENT, ComponentName, Precision, ShapeRange, Target, component_precision
 from engines.store import Store
-from export.components import Component, Profile, components, profiles
+from export.components import Component, Profile, components, profiles, with_weights
 from export.progress import Progress
 from export.recipe import Recipe, load_recipe
 from export.stages import Runner
@@ -121,7 +121,7 @@ def _build(checkpoint: Checkpoint, recipe: Recipe | None, store: Store, target: 
     everything = components(checkpoint, component_precision(kind))
     if recipe is not None:
         everything["denoiser"] = replace(everything["denoiser"], plan=_plan(everything["denoiser"], recipe))
-        everything |= {name: replace(everything[name], weights=each) for name, each in text_weights(recipe).items()}
+        everything = with_weights(everything, text_weights(recipe))
     side = checkpoint.transformer_config.sample_size * PX_PER_LATENT
     length = checkpoint.prompt.max_sequence_length
     ranges = ShapeRange(min_side=side, opt_side=side, max_side=side, max_batch=1, max_sequence_length=length)

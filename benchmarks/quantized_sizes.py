@@ -24,7 +24,7 @@ from torch import nn
 from benchmarks.figures import record
 from engines.errors import SanaError
 from export.choose_recipe import group_bytes, sizes_of
-from export.recipe import Recipe, load_recipe
+from export.recipe import Recipe, load_recipe, name_for
 from sana_ref.build import empty
 from sana_ref.checkpoint import load
 from sana_ref.quantization import group_of
@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         config = VARIANTS[options.variant].transformer if options.variant else load(options.model).transformer_config
-        recipes = {name: load_recipe(name, options.key) for name in options.recipes.split(",")}
+        names = [name_for(options.variant, name) for name in options.recipes.split(",")]
+        recipes = {name: load_recipe(name, options.key) for name in names}
         transformer = _shapes(config)
         found = {name: weigh(transformer, recipe) for name, recipe in recipes.items()}
     except SanaError as error:

@@ -3,7 +3,8 @@
     python benchmarks/text_weights.py --model models/sana-tiny --formats int8:int8,fp8:fp8,int4:int8 --pictures 4 \
         --out benchmarks/results/text_weights_sana_tiny.json
 
-A format is text encoder:text projection, `none` for 16 bits. All else is the fp32 reference, so their cost alone is measured.
+A format is text encoder:text projection, `none` for 16 bits; int8/int4:int8 has the text encoder's table of tokens in int4. All
+else is the fp32 reference, so their cost alone is measured.
 Embeddings are of captions that training never saw; the pictures are of the first of them, with seeds from 0 on.
 """
 
@@ -12,9 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -26,41 +27,46 @@ from benchmarks.quality import held_out
 from engines.errors import SanaError, SpecError
 from engines.spec import nearest
 from export.metrics.pictures import likeness
+from export.weight_only import Weights
 from sana_ref.checkpoint import load
 from sana_ref.pipeline import SanaReference
 from sana_ref.text_projection import is_text_parameter
-from sana_ref.weight_only import WEIGHT_FORMATS, WeightFormat, pack_weight, quantizable
+from sana_ref.weight_only import WEIGHT_FORMATS, TextPart, WeightFormat, formats_of, pack_weight
 
 __all__ = ["main", "parse_formats", "quantize"]
 
-Formats = tuple[WeightFormat | None, WeightFormat | None]  # of the text encoder, of the text projection
 
-
-def parse_formats(word: str) -> Formats:
+def parse_formats(word: str) -> dict[TextPart, WeightFormat]:
     """Raises SpecError."""
-    parts = word.split(":")
-    for part in parts:
+    encoder, colon, projection = word.partition(":")
+    encoder, slash, table = encoder.partition("/")
+    if not colon:
+        raise SpecError(f"formats: got {word!r}; expected two, as in int4:int8: of the text encoder and of the text projection.")
+    asked: list[tuple[TextPart, str]] = [("text_encoder", encoder), ("text_projection", projection)]
+    if slash:
+        asked.insert(1, ("text_encoder_table", table))
+    found: dict[TextPart, WeightFormat] = {}
+    for name, part in asked:
         if part not in (*WEIGHT_FORMATS, "none"):
             raise SpecError(f"formats: got {part!r} in {word!r}; {nearest(part, [*WEIGHT_FORMATS, 'none'])}.")
-    if len(parts) != 2:
-        raise SpecError(f"formats: got {word!r}; expected two, as in int4:int8: of the text encoder and of the text projection.")
-    encoder, projection = (next((kind for kind in WEIGHT_FORMATS if kind == part), None) for part in parts)
-    return encoder, projection
+        kind = next((each for each in WEIGHT_FORMATS if each == part), None)
+        if kind is not None:
+            found[name] = kind
+    return found
 
 
-def quantize(reference: SanaReference, formats: Formats) -> None:
+def quantize(reference: SanaReference, weights: Weights) -> None:
     """Give the reference, in place, the weights that a bundle of these formats computes with."""
-    encoder, projection = formats
     transformer = reference.text_projection.transformer
-    _quantize(reference.text_encoder, quantizable(reference.text_encoder), encoder, torch.bfloat16)
-    _quantize(transformer, [name for name in quantizable(transformer) if is_text_parameter(name)], projection, torch.float16)
+    encoder, table, projection = (weights.get(part) for part in get_args(TextPart))
+    of_text = {name: kind for name, kind in formats_of(transformer, projection).items() if is_text_parameter(name)}
+    _quantize(reference.text_encoder, formats_of(reference.text_encoder, encoder, table), torch.bfloat16)
+    _quantize(transformer, of_text, torch.float16)
 
 
-def _quantize(module: nn.Module, names: Sequence[str], kind: WeightFormat | None, dtype: torch.dtype) -> None:
-    if kind is None:
-        return
+def _quantize(module: nn.Module, formats: Mapping[str, WeightFormat], dtype: torch.dtype) -> None:
     with torch.no_grad():
-        for name in names:
+        for name, kind in formats.items():
             weight = module.get_parameter(name)
             weight.copy_(pack_weight(weight, kind, name, dtype).real())
 

@@ -34,7 +34,7 @@ from engines.spec import (
 )
 from engines.store import Store
 from engines.weight_report import weights_name
-from export.components import Component, components, profiles
+from export.components import Component, components, profiles, with_weights
 from export.fingerprint import code, versions
 from export.plans import check_request, decoder_plan, decoder_precision, denoiser_plan, is_cublas
 from export.progress import Progress
@@ -107,7 +107,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     )
     everything = components(checkpoint, precisions)
     weights = for_targets(request.weights, request.targets, progress)
-    everything |= {name: replace(everything[name], weights=kind) for name, kind in weights.items()}
+    everything = with_weights(everything, weights)
     if request.precision in QUANTIZED and "denoiser" in request.components:
         if quantized is None:
             quantized = _uncalibrated(request, runner, everything, ranges)

@@ -4,7 +4,7 @@ Everything that a graph is held to is computed here from the configs, apart from
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -40,9 +40,9 @@ from sana_ref.text_projection import INPUTS as TEXT_PROJECTION_INPUTS
 from sana_ref.text_projection import OUTPUTS as TEXT_PROJECTION_OUTPUTS
 from sana_ref.text_projection import TextProjection, is_text_parameter
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, fuse
-from sana_ref.weight_only import WeightFormat, quantizable
+from sana_ref.weight_only import TextPart, WeightFormat, formats_of
 
-__all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles"]
+__all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles", "with_weights"]
 
 # Of a module; quantized precisions are of its linear layers alone (export/qdq_nodes.py, export/fp8_nodes.py). See also `decoder`.
 TORCH_DTYPES = {
@@ -62,6 +62,7 @@ class Component:
     plan: how it is quantized. in_engine: by FP8 nodes that are put into the engine's graph when it is compiled
     (export/fp8_nodes.py, export/fp8_conv_nodes.py); the exported graphs are not quantized then.
     weights: the format of linear layers and tables alone, activations staying as they are (export/weight_only_nodes.py).
+    table: of the text encoder's table of tokens, if it has another.
     """
 
     name: ComponentName
@@ -74,6 +75,7 @@ class Component:
     plan: QuantizationPlan | None = None
     in_engine: bool = False
     weights: WeightFormat | None = None
+    table: WeightFormat | None = None
 
     @property
     def graph_plan(self) -> QuantizationPlan | None:
@@ -86,9 +88,9 @@ class Component:
         return next(self.module.parameters()).dtype
 
     @property
-    def packed(self) -> list[str]:
-        """Parameters that are stored in `weights`."""
-        return [] if self.weights is None else quantizable(self.module)
+    def packed(self) -> dict[str, WeightFormat]:
+        """Parameters that are stored in `weights` or `table`, with their format."""
+        return formats_of(self.module, self.weights, self.table)
 
     def checkpoint_name(self, parameter: str) -> str:
         """The checkpoint's name of a parameter of the module."""
@@ -279,3 +281,16 @@ def components(checkpoint: Checkpoint, precisions: Mapping[ComponentName, Precis
         "denoiser": denoiser(checkpoint.transformer_config, precisions["denoiser"], length),
         "decoder": decoder(checkpoint.vae_config, precisions["decoder"]),
     }
+
+
+def with_weights(
+    everything: Mapping[ComponentName, Component], weights: Mapping[TextPart, WeightFormat]
+) -> dict[ComponentName, Component]:
+    """The same, with the text's components storing `weights` (export/weight_only.py)."""
+    made = dict(everything)
+    for part, kind in weights.items():
+        if part == "text_encoder_table":
+            made["text_encoder"] = replace(made["text_encoder"], table=kind)
+        else:
+            made[part] = replace(made[part], weights=kind)
+    return made

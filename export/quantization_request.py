@@ -6,25 +6,25 @@ precision, quantization = quantization_of(load("build", flags={"precision": "nvf
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from engines.errors import SpecError
-from engines.spec import QUANTIZED, ComponentName, Precision, nearest, parse_precision
+from engines.spec import QUANTIZED, Precision, nearest, parse_precision
 from export.budget import Budget, parse_budget
-from export.recipe import Recipe, load_recipe
+from export.recipe import Recipe, load_recipe, name_for
 from export.settings import BuildSettings
 from export.weight_only import text_weights
 from sana_ref.quantization import FORMATS, Format
-from sana_ref.weight_only import WeightFormat
+from sana_ref.weight_only import TextPart, WeightFormat
 
 __all__ = ["QuantizationRequest", "quantization_of", "weights_of"]
 
 # What else a group may be under a budget. INT8 and FP8 weights are as large; engines that mix them were not tested.
 _OFFERED: dict[Format, tuple[Format, ...]] = {"none": (), "int8": ("int8",), "fp8": ("fp8",), "nvfp4": ("nvfp4", "fp8")}
-_TEXT_KEYS = ("text_encoder=", "text_projection=")  # of a recipe: they mean something without a calibration too
+_TEXT_KEYS = ("text_encoder=", "text_encoder_table=", "text_projection=")  # they mean something without a calibration too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,17 @@ class QuantizationRequest:
     budget: Budget | None = None
     offered: tuple[Format, ...] = ()
     recipe_out: Path | None = None
+    settings: BuildSettings | None = None  # of a recipe that ships by the name of a format; None: a file of one's own
+
+    def of_variant(self, variant: str | None) -> QuantizationRequest:
+        """By the recipe of this format that ships for a published variant; the same without one, for a budget, or for a file.
+
+        A budget measures what such a recipe only expects, and starts from the format alone.
+        """
+        name = name_for(variant, self.name)
+        if self.settings is None or self.budget is not None or name == self.name:
+            return self
+        return replace(self, recipe=_recipe(name, self.settings), name=name)
 
 
 def quantization_of(settings: BuildSettings) -> tuple[Precision, QuantizationRequest | None]:
@@ -69,11 +80,7 @@ def quantization_of(settings: BuildSettings) -> tuple[Precision, QuantizationReq
             given.pop("--recipe-key", None)
         _refuse(given, without, "a calibration, which it is for")
         return parse_precision(word), None
-    keys = list(settings.recipe_keys)
-    recipe = load_recipe(word, keys)
-    if settings.calibration_prompts is not None:
-        calibration = recipe.calibration.model_copy(update={"prompts": settings.calibration_prompts})
-        recipe = recipe.model_copy(update={"calibration": calibration})
+    recipe = _recipe(word, settings)
     budget = None if settings.budget is None else parse_budget(settings.budget)
     if budget is None and settings.budget_formats is not None:
         _refuse({"--budget-formats": settings.budget_formats}, "no --budget", "one, for which they are chosen")
@@ -89,11 +96,20 @@ def quantization_of(settings: BuildSettings) -> tuple[Precision, QuantizationReq
         budget=budget,
         offered=() if budget is None else _offered(settings.budget_formats, kinds[0]),
         recipe_out=settings.recipe_out,
+        settings=settings if named is not None else None,
     )
     return Precision(kinds[0]), request
 
 
-def weights_of(settings: BuildSettings) -> dict[ComponentName, WeightFormat]:
+def _recipe(name: str, settings: BuildSettings) -> Recipe:
+    recipe = load_recipe(name, list(settings.recipe_keys))
+    if settings.calibration_prompts is None:
+        return recipe
+    calibration = recipe.calibration.model_copy(update={"prompts": settings.calibration_prompts})
+    return recipe.model_copy(update={"calibration": calibration})
+
+
+def weights_of(settings: BuildSettings) -> dict[TextPart, WeightFormat]:
     """The formats of the text's components that the recipe names. They need no calibration, so they hold without one too.
 
     Raises ConfigError for a recipe that is wrong.

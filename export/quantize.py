@@ -28,6 +28,7 @@ from export.recipe import Recipe
 from export.request import BuildRequest
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.quantization import Format, QuantizationPlan, groups_of, load_plan
+from sana_ref.variants import variant_of
 
 __all__ = ["Quantized", "check_asked", "check_formats", "quantize", "report_of"]
 
@@ -46,6 +47,7 @@ def quantize(
     request: BuildRequest, asked: QuantizationRequest, checkpoint: Checkpoint, store: Store, progress: Progress
 ) -> Quantized:
     """Calibrate, and choose formats if there is a budget. Raises SpecError for what cannot be, before anything is drawn."""
+    asked = asked.of_variant(variant_of(checkpoint.transformer_config))
     groups = list(groups_of(checkpoint.sources["transformer"].shapes))
     recipe = asked.recipe
     if asked.budget is None:

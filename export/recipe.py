@@ -1,6 +1,7 @@
 """A recipe of a quantization: the schema of configs/quantization/*.yaml, and which format each group of linear layers gets.
 
     recipe = load_recipe("int8")                    # configs/quantization/int8.yaml
+    recipe = load_recipe("sana_1600m_1024px/int8")  # the same for a published variant (export/variant_recipes.py)
     recipe = load_recipe("recipes/mine.yaml", ["activations=static"])
     recipe.formats_of(groups)                       # {"transformer_blocks.0.attn1.to_qkv": "int8", …}
 
@@ -23,7 +24,7 @@ from runtime.schedule import MAX_STEPS
 from sana_ref.quantization import Format
 from sana_ref.weight_only import WEIGHT_FORMATS, WeightFormat
 
-__all__ = ["GROUP", "CalibrationSettings", "FormatRule", "Method", "Recipe", "load_recipe"]
+__all__ = ["GROUP", "CalibrationSettings", "FormatRule", "Method", "Recipe", "load_recipe", "name_for"]
 
 GROUP = "quantization"  # the folder of configs/
 Method = Literal["absmax", "percentile", "mse"]
@@ -78,6 +79,7 @@ class Recipe(BaseModel):
     low_rank: int = Field(ge=0, le=1024)
     calibration: CalibrationSettings
     text_encoder: TextFormat = None  # of the denoiser alone, as recipes of before: null
+    text_encoder_table: TextFormat = None  # None: as text_encoder; not read where that is None
     text_projection: TextFormat = None
 
     @model_validator(mode="after")
@@ -109,9 +111,17 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), config_
             raise ConfigError(f"{path}: no such recipe; expected a .yaml file, or a name: {', '.join(names_in_group(GROUP))}.")
         return validate(compose(path.stem, overrides, path.parent), Recipe)
     there = names_in_group(GROUP, config_dir)
+    variant, slash, _ = text.rpartition("/")
+    if slash and variant.isidentifier():
+        there += [f"{variant}/{name}" for name in names_in_group(f"{GROUP}/{variant}", config_dir)]
     if text not in there:
         raise ConfigError(f"recipe: got {text!r}; {nearest(text, there)}. A file of your own ends in .yaml.")
     return validate(compose(f"{GROUP}/{text}", overrides, config_dir), Recipe)
+
+
+def name_for(variant: str | None, name: str) -> str:
+    """The recipe that a build of a published variant follows for the name of a format: its own where one ships."""
+    return f"{variant}/{name}" if variant is not None and name in names_in_group(f"{GROUP}/{variant}") else name
 
 
 def _nearest_group(pattern: str, groups: Sequence[str]) -> str:

@@ -138,7 +138,7 @@ class Runner:
         load = self.stored(component)
         if component.weights is None:
             return load
-        return dequantized(load, component.weights, component.packed, component.dtype)
+        return dequantized(load, component.packed, component.dtype)
 
     def _weights_bytes(self, component: Component) -> int:
         return sum(p.numel() * p.element_size() for p in component.module.parameters())
@@ -152,7 +152,7 @@ class Runner:
             if component.graph_plan is not None:
                 load = quantize_graph(model, component.graph_plan, load, component.dtype)
             if component.weights is not None:
-                load = pack_graph(model, load, component.weights, component.packed, component.dtype, seen.add)
+                load = pack_graph(model, load, component.packed, component.dtype, seen.add)
             size = write_weights(model, load, folder / DATA_NAME)
             if component.weights is not None:
                 roles = {role: each.model_dump() for role, each in seen.roles().items()}
@@ -160,7 +160,9 @@ class Runner:
             for name, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
                 ir.save(with_function_bodies(graph), folder / name)
                 onnx.checker.check_model(str(folder / name), full_check=True)  # also that the data file is where it says
-            kind = component.precision if component.weights is None else f"{component.precision}, weights {component.weights}"
+            kind = str(component.precision)
+            if component.weights is not None:
+                kind += f", weights {component.weights}" + ("" if component.table is None else f", table {component.table}")
             stage.note(f"{kind}, {human_bytes(size)} of weights")
 
         content = {
@@ -169,6 +171,7 @@ class Runner:
             "precision": component.precision,
             "plan": _digest(component.graph_plan),
             "weights": component.weights,
+            "table": component.table,
             "max_sequence_length": self.checkpoint.prompt.max_sequence_length,
             "checkpoint": self.checkpoint.component_digest(component.source),
             "code": code(EXPORT_CODE),
@@ -262,6 +265,7 @@ class Runner:
             "precision": component.precision,
             "plan": _digest(component.plan),
             "weights": component.weights,
+            "table": component.table,
             "checkpoint": self.checkpoint.component_digest(component.source),
             "depends": depends,
             "code": code(REFERENCE_CODE),
@@ -281,6 +285,7 @@ class Runner:
             report = WeightReport.model_validate(
                 {
                     "format": component.weights,
+                    "table": component.table,
                     "precision": component.precision,
                     "roles": json.loads((graphs.folder / _ROLES).read_bytes()),
                     "outputs": {name: each.model_dump() for name, each in output_errors(exact, golden).items()},

@@ -1,6 +1,6 @@
 """Which weights of the text's components a build stores in 4 or 8 bits, and what that costs.
 
-    weights = text_weights(recipe)                      # {"text_encoder": "int4", "text_projection": "int8"}
+    weights = text_weights(recipe)   # {"text_encoder": "int8", "text_encoder_table": "int4", "text_projection": "int8"}
     check_weights(weights, targets)
 
 On sm90 they stay as they are: cuBLASLt multiplies there (export/linear_nodes.py), and takes 16-bit weights.
@@ -18,25 +18,29 @@ from torch import Tensor
 
 from engines.errors import SpecError
 from engines.golden import Golden
-from engines.spec import ComponentName, Target
+from engines.spec import Target
 from engines.weight_report import OutputError, RoleReport
 from export.progress import Progress
 from export.recipe import Recipe
 from sana_ref.components import select_tokens
-from sana_ref.weight_only import PackedWeight, WeightFormat, role_of
+from sana_ref.weight_only import PackedWeight, TextPart, WeightFormat, role_of
 
 __all__ = ["Weights", "WeightsSeen", "check_weights", "for_targets", "output_errors", "text_weights"]
 
-Weights = Mapping[ComponentName, WeightFormat]
+Weights = Mapping[TextPart, WeightFormat]
 Outputs = Mapping[str, NDArray[np.generic]]
 WITHOUT_FP8 = (Target.SM80, Target.SM86)
 
 
-def text_weights(recipe: Recipe) -> dict[ComponentName, WeightFormat]:
-    asked: dict[ComponentName, WeightFormat | None] = {
+def text_weights(recipe: Recipe) -> dict[TextPart, WeightFormat]:
+    """Without what is left as it is, and without a table of its text encoder's format."""
+    asked: dict[TextPart, WeightFormat | None] = {
         "text_encoder": recipe.text_encoder,
+        "text_encoder_table": None if recipe.text_encoder_table == recipe.text_encoder else recipe.text_encoder_table,
         "text_projection": recipe.text_projection,
     }
+    if recipe.text_encoder is None:
+        del asked["text_encoder_table"]
     return {name: kind for name, kind in asked.items() if kind is not None}
 
 

@@ -11,7 +11,7 @@ The numbers are those of sana_ref/weight_only.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 
 import onnx
 import onnx_ir as ir
@@ -37,16 +37,15 @@ _DOMAIN = "sana"
 _FLOAT, _INT32 = int(ir.DataType.FLOAT), int(ir.DataType.INT32)
 
 
-def dequantized(load: Load, kind: WeightFormat, names: Sequence[str], dtype: torch.dtype) -> Load:
-    """`load`, with what a network of weights in `kind` computes with in place of those that `names` has."""
-    packed = frozenset(names)
-    return lambda name: pack_weight(load(name), kind, name, dtype).real() if name in packed else load(name)
+def dequantized(load: Load, kinds: Mapping[str, WeightFormat], dtype: torch.dtype) -> Load:
+    """`load`, with what a network computes with whose weights `kinds` are stored in those formats."""
+    return lambda name: pack_weight(load(name), kinds[name], name, dtype).real() if name in kinds else load(name)
 
 
 def pack_graph(
-    model: ir.Model, load: Load, kind: WeightFormat, names: Sequence[str], dtype: torch.dtype, seen: Callable[..., None]
+    model: ir.Model, load: Load, kinds: Mapping[str, WeightFormat], dtype: torch.dtype, seen: Callable[..., None]
 ) -> Load:
-    """Rewrite, in place, what `names` has in a graph whose parameters have no values yet.
+    """Rewrite, in place, the weights that `kinds` has in a graph whose parameters have no values yet.
 
     load: name -> tensor as the checkpoint stores it. dtype: of the component, and so of scales. seen: called with the name, the
     weight and its PackedWeight when that is made. Returns `load` for the rewritten graph, which makes a weight when its numbers or
@@ -54,7 +53,7 @@ def pack_graph(
     """
     graph = model.graph
     made: dict[str, tuple[str, str]] = {}
-    for name in names:
+    for name, kind in kinds.items():
         weight = graph.initializers.get(name)
         if weight is None or weight.shape is None or weight.dtype is None:
             raise BuildError(f"weights: got no parameter {name!r} of known shape in the graph; expected it.")
@@ -81,7 +80,7 @@ def pack_graph(
         name, part = made[parameter]
         if held is None or held[0] != name:
             weight = load(name)
-            held = name, pack_weight(weight, kind, name, dtype)
+            held = name, pack_weight(weight, kinds[name], name, dtype)
             seen(name, weight, held[1])
         return held[1].numbers if part == "numbers" else held[1].scale
 

@@ -27,8 +27,10 @@ __all__ = [
     "INT4_MAX",
     "WEIGHT_FORMATS",
     "PackedWeight",
+    "TextPart",
     "WeightFormat",
     "block_of",
+    "formats_of",
     "pack_int4",
     "pack_weight",
     "quantizable",
@@ -38,6 +40,7 @@ __all__ = [
 
 WeightFormat = Literal["int4", "int8", "fp8"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+TextPart = Literal["text_encoder", "text_encoder_table", "text_projection"]  # what has a format of its own: the keys of a recipe
 INT4_LEAST, INT4_MAX = -8, 7
 BLOCK = 128
 _BLOCKS = (BLOCK, 64, 32, 16)  # TensorRT takes just these; scales of 128 are 3 % of the numbers
@@ -77,6 +80,14 @@ def quantizable(module: nn.Module) -> list[str]:
     found = [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, kinds)]
     there = dict(module.named_parameters())  # a component has some of its model's alone
     return [name for name in found if name in there]
+
+
+def formats_of(module: nn.Module, kind: WeightFormat | None, table: WeightFormat | None = None) -> dict[str, WeightFormat]:
+    """Of each weight that `quantizable` has, in its order. table: of tables of tokens; None: as all else."""
+    if kind is None:
+        return {}
+    tables = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
+    return {name: table if table is not None and name in tables else kind for name in quantizable(module)}
 
 
 def role_of(parameter: str) -> str:

@@ -49,6 +49,11 @@ def test_the_command_and_its_figure(monkeypatch, capsys):
     assert 0.5 < ratio < 0.6
 
 
+def test_a_variant_is_weighed_by_the_recipe_that_a_build_follows(capsys):
+    assert quantized_sizes.main(["--variant", "sana_600m_1024px", "--recipes", "nvfp4"]) == 0
+    assert "sana_600m_1024px sana_600m_1024px/nvfp4: 0.32" in capsys.readouterr().out
+
+
 def test_a_recipe_that_does_not_exist(capsys):
     assert quantized_sizes.main(["--model", str(MODEL), "--recipes", "int9"]) == 1
     assert "int9" in capsys.readouterr().err

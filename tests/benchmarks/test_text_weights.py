@@ -14,8 +14,9 @@ MODEL = Path(__file__).parents[2] / "models" / "sana-tiny"
 
 
 def test_words():
-    assert parse_formats("int4:int8") == ("int4", "int8")
-    assert parse_formats("none:fp8") == (None, "fp8")
+    assert parse_formats("int4:int8") == {"text_encoder": "int4", "text_projection": "int8"}
+    assert parse_formats("none:fp8") == {"text_projection": "fp8"}
+    assert parse_formats("int8/int4:none") == {"text_encoder": "int8", "text_encoder_table": "int4"}
 
 
 @pytest.mark.parametrize(
@@ -28,12 +29,12 @@ def test_wrong_words(word, words):
 
 def test_what_changes():
     exact, changed = SanaReference(tiny()), SanaReference(tiny())
-    quantize(changed, ("int4", None))
+    quantize(changed, {"text_encoder": "int4"})
     for name, tensor in changed.text_encoder.named_parameters():
         assert torch.equal(tensor, exact.text_encoder.get_parameter(name)) == ("norm" in name)
     before = dict(exact.denoiser.transformer.named_parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in changed.denoiser.transformer.named_parameters())
-    quantize(changed, (None, "int8"))
+    quantize(changed, {"text_projection": "int8"})
     unlike = {name for name, tensor in changed.denoiser.transformer.named_parameters() if not torch.equal(tensor, before[name])}
     assert {name.split(".", 2)[-1] for name in unlike if name.startswith("transformer_blocks.")} == {
         "attn2.to_k.weight",

@@ -58,8 +58,10 @@ def _export_once(monkeypatch):
 
 @functools.cache
 def packed(name: str, kind: str | None) -> Component:
+    """kind: of weights; int8/int4: of weights and of the table of tokens."""
     precision = Precision.BF16 if name == "text_encoder" else Precision.FP16
-    return replace(component(name, precision), weights=kind)  # type: ignore[arg-type]
+    weights, _, table = (kind or "").partition("/")
+    return replace(component(name, precision), weights=weights or None, table=table or None)  # type: ignore[arg-type]
 
 
 def graph(name: str, kind: str, file: str) -> onnx.ModelProto:
@@ -143,6 +145,23 @@ def test_the_report(name, kind):
     assert "of their bytes; most is lost of" in report.lines()[0]
 
 
+def test_a_table_in_4_bits_under_weights_in_8():
+    part = packed("text_encoder", "int8/int4")
+    name = "encoder.embed_tokens.weight"
+    typed, portable = (graph("text_encoder", "int8/int4", file).graph for file in (TYPED_NAME, PORTABLE_NAME))
+    types = {each.name: each.data_type for each in typed.initializer}
+    assert types[f"{name}.numbers"] == TYPES["int4"]
+    assert {types[f"{each}.numbers"] for each in part.packed if each != name} == {TYPES["int8"]}
+    assert [node.op_type for node in portable.node if node.op_type in LOOKUPS.values()] == ["Int4Rows"]
+    parity, report = stages("text_encoder", "int8/int4")
+    assert (report.format, report.table) == ("int8", "int4")
+    assert "weights int8, table int4 under bf16" in report.lines()[0]
+    assert report.roles["embed_tokens"].error > 0.03 > 0.02 > report.roles["mlp.up_proj"].error
+    assert report.roles["embed_tokens"].bytes_after < 0.33 * report.roles["embed_tokens"].bytes_before
+    outputs = json.loads((parity.folder / "parity.json").read_text())["outputs"]
+    assert all(0 < output["onnxruntime"]["rms"] < 5e-6 for output in outputs.values())
+
+
 def test_padding_does_not_count():
     """(1, 3, 2): of 4 places the first and the last two are kept, and the last is padding."""
     mask = np.array([[1, 1, 1, 0]])
@@ -163,13 +182,13 @@ def test_a_report_that_is_none():
 
 
 def test_a_component_without_has_no_report():
-    assert packed("text_encoder", None).packed == []
+    assert packed("text_encoder", None).packed == {}
     assert runner().weights(packed("text_encoder", None), None, None) is None  # type: ignore[arg-type]
 
 
 def test_the_loader_dequantises():
     part, made = packed("text_encoder", "int4"), runner()
-    name = part.packed[-1]
+    name = [*part.packed][-1]
     stored, loaded = made.stored(part)(name), made.loader(part)(name)
     assert torch.equal(loaded, pack_weight(stored, "int4", name, torch.bfloat16).real())
     assert not torch.equal(loaded, stored.bfloat16())
@@ -179,17 +198,20 @@ def test_the_loader_dequantises():
 def test_a_name_that_the_graph_has_not():
     part = packed("text_projection", "int8")
     with pytest.raises(BuildError, match="got no parameter 'x'"):
-        pack_graph(exported(("prompt_embeds",)).clone(), runner().stored(part), "int8", ["x"], torch.float16, lambda *_: None)
+        pack_graph(exported(("prompt_embeds",)).clone(), runner().stored(part), {"x": "int8"}, torch.float16, lambda *_: None)
 
 
 def test_what_the_recipes_ask_for():
-    assert text_weights(load_recipe("int8")) == {"text_encoder": "int8", "text_projection": "int8"}
-    assert text_weights(load_recipe("nvfp4")) == {"text_encoder": "int4", "text_projection": "int8"}
+    int8 = {"text_encoder": "int8", "text_encoder_table": "int4", "text_projection": "int8"}
+    assert text_weights(load_recipe("int8")) == text_weights(load_recipe("fp8")) == int8
+    assert text_weights(load_recipe("nvfp4")) == {"text_encoder": "int4", "text_projection": "int4"}
     assert text_weights(load_recipe("fp8", ["text_encoder=null"])).keys() == {"text_projection"}
+    alike = load_recipe("fp8", ["text_encoder=int4"])  # a table of the same format is no format of its own
+    assert text_weights(alike) == text_weights(load_recipe("fp8", ["text_encoder=int4", "text_encoder_table=null"]))
 
 
 def test_recipes_of_before_say_nothing_of_the_text(tmp_path):
-    values = load_recipe("int8").model_dump(mode="json", exclude={"text_encoder", "text_projection"})
+    values = load_recipe("int8").model_dump(mode="json", exclude={"text_encoder", "text_encoder_table", "text_projection"})
     path = tmp_path / "old.yaml"
     path.write_text(json.dumps(values), encoding="utf-8")  # JSON is YAML
     assert text_weights(load_recipe(path)) == {}
@@ -209,6 +231,7 @@ def test_what_a_build_is_asked_for(tmp_path):
     ("keys", "words"),
     [
         (["text_encoder=int3"], "text_encoder: got 'int3'; did you mean 'int8'[?] Valid: int4, int8, fp8, null"),
+        (["text_encoder_table=int5"], "text_encoder_table: got 'int5'; .*Valid: int4, int8, fp8, null"),
         (["text_projection=nvfp4"], "text_projection: got 'nvfp4'; .*Valid: int4, int8, fp8, null"),
         (["text_encodr=int4"], "did you mean 'text_encoder'"),
     ],
@@ -221,6 +244,8 @@ def test_wrong_words(keys, words):
 def test_what_a_target_cannot_run():
     both = {"text_encoder": "fp8", "text_projection": "int8"}
     check_weights(both, (Target.SM89, Target.SM120))
+    with pytest.raises(SpecError, match="Set text_encoder_table to int8"):
+        check_weights({"text_encoder": "int8", "text_encoder_table": "fp8"}, (Target.SM86,))
     check_weights({"text_encoder": "int4", "text_projection": "int8"}, (Target.SM80, Target.SM86))
     with pytest.raises(SpecError, match=r"text_encoder: got fp8 for sm80, sm86; expected sm89 or later.*Set text_encoder to int8"):
         check_weights(both, (Target.SM80, Target.SM86, Target.SM89))
