@@ -19,7 +19,7 @@ from benchmarks.latency_energy import EnergyMeter
 from benchmarks.latency_history import History, Record, Times
 from benchmarks.latency_run import Bench, Plan, measure
 from benchmarks.latency_timing import Sample, Stopwatch
-from benchmarks.latency_work import WORKS, Work, open_task
+from benchmarks.latency_work import WORKS, Work, component_inputs, open_task
 from benchmarks.latency_yardstick import cpu_gemm
 from engines.errors import RequestError
 from engines.spec import Target
@@ -221,6 +221,19 @@ def test_a_busy_machine_is_trusted_less() -> None:
 def test_the_work_must_fit(bundle: Path) -> None:
     with SanaEngine(bundle, backend="onnxruntime") as engine, pytest.raises(RequestError, match="got 'dit'; expected some of"):
         Work(component="dit", width=64, height=64, batch=1).check(engine)
+
+
+def test_a_text_has_as_many_tokens_as_asked(bundle: Path) -> None:
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        work = Work(component="text_encoder", width=0, height=0, batch=2)
+        whole, least = component_inputs(engine, work), engine.manifest.prompt.max_sequence_length
+        most = whole["input_ids"].shape[1]
+        found = component_inputs(engine, replace(work, width=least))
+        assert {name: array.shape for name, array in found.items()} == dict.fromkeys(("input_ids", "attention_mask"), (2, least))
+        assert (found["input_ids"] == whole["input_ids"][:, :least]).all()
+        for wrong in (least - 1, most + 1):
+            with pytest.raises(RequestError, match=f"--text-tokens: got {wrong}; expected {least} to {most}"):
+                component_inputs(engine, replace(work, width=wrong))
 
 
 @pytest.mark.slow
