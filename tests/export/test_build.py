@@ -48,6 +48,7 @@ def test_the_manifest_says_what_the_checkpoint_is(built):
             "GatedDepthwiseConv": 1,
             "LinearAttentionApply": 1,
             "LinearAttentionState": 1,
+            "MultiscaleProjection": 1,
         },
     }
     assert (manifest.model, manifest.variant, manifest.targets, manifest.tensorrt) == ("tiny", "custom", (), None)

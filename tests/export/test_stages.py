@@ -51,7 +51,7 @@ def test_each_weight_of_the_transformer_is_in_one_graph(precision):
         (
             Precision.BF16,
             {"Conv3x3": 5, "Conv3x3Norm": 4, "Conv3x3Upsample": 5}
-            | dict.fromkeys(("GatedDepthwiseConv", "LinearAttentionApply", "LinearAttentionState"), 1),
+            | dict.fromkeys(("GatedDepthwiseConv", "LinearAttentionApply", "LinearAttentionState", "MultiscaleProjection"), 1),
         ),
     ],
     ids=["fp32", "bf16"],
@@ -74,7 +74,7 @@ def test_a_build_with_engines(tmp_path):
             assert path is not None
             assert path.name == "sm89-sm120.engine"
         assert bundle.engine_path(name, "sm86") is None
-    assert "plugins: 5 Conv3x3, 1 LinearAttentionState, 1 LinearAttentionApply, " in said(progress)
+    assert "plugins: 5 Conv3x3, 1 MultiscaleProjection, 1 LinearAttentionState, " in said(progress)
     again = quiet()
     assert build(request(bundle.path, targets=AHEAD), again).unchanged
     part = "text_projection"  # the same graph, another engine

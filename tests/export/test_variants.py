@@ -67,7 +67,7 @@ def test_a_decoder_whose_last_block_is_wider_than_the_norms_of_the_convolutions_
         (
             DC_AE,
             {"Conv3x3": 14, "Conv3x3Norm": 6, "Conv3x3Upsample": 5}
-            | dict.fromkeys(("GatedDepthwiseConv", "LinearAttentionApply", "LinearAttentionState"), 9),
+            | dict.fromkeys(("GatedDepthwiseConv", "LinearAttentionApply", "LinearAttentionState", "MultiscaleProjection"), 9),
         ),
         (DC_AE_LITE, {"Conv3x3": 38, "Conv3x3Norm": 3, "Conv3x3Upsample": 5}),
     ],

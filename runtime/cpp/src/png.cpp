@@ -19,7 +19,7 @@
 namespace sana {
 namespace {
 
-constexpr int kLevel = 4;  // of zlib
+constexpr int kLevel = 1, kStrategy = Z_RLE;  // of zlib, as runtime/png.py
 constexpr int kStripeRows = 64;
 constexpr std::uint8_t kUp = 2;  // filter type, PNG specification, section 9.2
 
@@ -42,7 +42,7 @@ void put_chunk(Bytes& out, std::string_view kind, const Bytes& body) {
 // One stripe of rows as a part of a raw deflate stream that ends at a byte.
 void deflate_onto(Bytes& out, Bytes& filtered, bool last) {
     z_stream stream{};
-    if (deflateInit2(&stream, kLevel, Z_DEFLATED, -MAX_WBITS, 8, Z_DEFAULT_STRATEGY) != Z_OK) throw std::bad_alloc();
+    if (deflateInit2(&stream, kLevel, Z_DEFLATED, -MAX_WBITS, 8, kStrategy) != Z_OK) throw std::bad_alloc();
     const std::unique_ptr<z_stream, int (*)(z_stream*)> ended(&stream,
                                                               deflateEnd);  // also if there is no memory for what comes out
     const std::size_t at = out.size();
