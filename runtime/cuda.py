@@ -205,13 +205,13 @@ class Slot:
         self._written = True
         return self.address
 
-    def read(self, dtype: DTypeLike, shape: tuple[int, ...]) -> NDArray[Any]:
-        """Wait for the stream, and copy the tensor to an array of its own."""
+    def read(self, dtype: DTypeLike, shape: tuple[int, ...], *, copy: bool = True) -> NDArray[Any]:
+        """Wait for the stream, and copy the tensor to an array of its own; without `copy`, to one that the next use overwrites."""
         view = self._view(np.dtype(dtype), shape)
         self._cuda.to_host(self._host, self.address, view.nbytes)
         self._cuda.synchronize()
         self._written = False
-        return view.copy()
+        return view.copy() if copy else view
 
     def settled(self) -> None:
         """The stream is known to be empty: the host memory is free to be written."""

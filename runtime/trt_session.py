@@ -21,6 +21,7 @@ from engines.errors import BundleError, RequestError, SanaError
 from plugins import shell
 from runtime.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.cuda import ALIGNMENT, Cuda, Slot
+from runtime.graphs import Loops
 from runtime.kernel_cache import Kernels
 from runtime.session import Arrays
 
@@ -145,8 +146,12 @@ class TensorRTSession:
         """bytes"""
         return math.prod(shape) * int(self._dtypes[name].itemsize)
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
-        """Arrays in, arrays out, and wait. Inputs that the engine does not have are left out. float32 for every type of float."""
+    def run(self, inputs: Mapping[str, NDArray[Any]], loops: Loops | None = None) -> Arrays:
+        """Arrays in, arrays out, and wait. Inputs that the engine does not have are left out. float32 for every type of float.
+
+        loops: from the second time on with these shapes it is one launch of a CUDA graph, which is kept there. They must be cleared
+        before the session is closed or its buffers freed.
+        """
         self._cuda.make_current()
         shapes = self.prepare({name: array.shape for name, array in inputs.items()})
         addresses = {}
@@ -154,7 +159,16 @@ class TensorRTSession:
             addresses[name] = self._slot(name).write(self.device_array(name, inputs[name]))
         for name, shape in shapes.items():
             addresses[name] = self._slot(name).reserve(self.output_size(name, shape))
-        self.launch(addresses)
+        memory = (*addresses.values(), self._arena.address, self._arena.size)
+        loop = (
+            None
+            if loops is None
+            else loops.get((self._path, tuple(self._shapes.items()), memory), lambda _: self.launch(addresses))
+        )
+        if loop is None:
+            self.launch(addresses)
+        else:
+            loop.launch()
         found = {name: self._host_array(name, self._slot(name).read(self._dtypes[name], s)) for name, s in shapes.items()}
         for slot in self._slots.values():
             slot.settled()

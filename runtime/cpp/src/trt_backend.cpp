@@ -68,13 +68,15 @@ TrtBackend::TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt
       channels_(bundle.manifest.latents.channels),
       arena_(cuda_),
       loops_(cuda_),
+      text_loops_(cuda_),
       texts_([this](const Tensor& ids, const Tensor& mask) {
           if (options_.low_memory && sessions_.contains(kDenoiser)) {  // all make room
               free_buffers();
               for (const auto& [name, each] : sessions_) each->save_kernels();
               sessions_.clear();
           }
-          Outputs outputs = session(kEncoder).run({{"input_ids", &ids}, {"attention_mask", &mask}});
+          const bool keeps = options_.cuda_graphs && !options_.low_memory;
+          Outputs outputs = session(kEncoder).run({{"input_ids", &ids}, {"attention_mask", &mask}}, keeps ? &text_loops_ : nullptr);
           return taken(outputs, "prompt_embeds");
       }) {
     for (const std::string& component : component_names()) {
@@ -289,6 +291,7 @@ DeviceBuffer& TrtBackend::slot(const std::string& name) {
 
 void TrtBackend::free_buffers() noexcept {
     loops_.clear();  // which name the buffers
+    text_loops_.clear();
     for (const auto& [name, each] : sessions_) each->free_buffers();
     slots_.clear();
     arena_.close();

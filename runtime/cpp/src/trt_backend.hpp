@@ -62,7 +62,7 @@ class TrtBackend : public Backend {
     Arena arena_;
     std::map<std::string, std::unique_ptr<TrtSession>> sessions_;
     std::map<std::string, std::unique_ptr<DeviceBuffer>> slots_;
-    Loops loops_;
+    Loops loops_, text_loops_;
     float* steps_done_ = nullptr;  // page-locked: a graph counts in it
     TextCache texts_;
 };

@@ -187,14 +187,25 @@ std::size_t TrtSession::output_size(const std::string& name, const Shape& shape)
     return count_of(shape) * bytes_of(types_.at(name));
 }
 
-Outputs TrtSession::run(const Inputs& inputs) {
+Outputs TrtSession::run(const Inputs& inputs, Loops* loops) {
     Shapes shapes;
     for (const auto& [name, tensor] : inputs) shapes[name] = tensor->shape;
     const Shapes made = prepare(shapes);
     Addresses addresses;
     for (const std::string& name : inputs_) addresses[name] = upload(name, *inputs.at(name));
     for (const auto& [name, shape] : made) addresses[name] = slot(name).reserve(output_size(name, shape));
-    launch(addresses);
+    void* loop = nullptr;
+    if (loops != nullptr) {  // of one engine, so names are in the same order
+        Loops::Key key = {static_cast<std::int64_t>(arena_.address()), static_cast<std::int64_t>(arena_.size())};
+        for (const auto& [name, shape] : shapes_) key.insert(key.end(), shape.begin(), shape.end());
+        for (const auto& [name, address] : addresses) key.push_back(static_cast<std::int64_t>(address));
+        loop = loops->get(key, [&] { launch(addresses); });
+    }
+    if (loop == nullptr) {
+        launch(addresses);
+    } else {
+        cuda_.launch_graph(loop);
+    }
     Outputs out;
     for (const auto& [name, shape] : made) out.emplace(name, download(name, shape));
     for (const auto& [name, each] : slots_) each->settled();

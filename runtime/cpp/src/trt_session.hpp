@@ -10,6 +10,7 @@
 
 #include "cuda.hpp"
 #include "kernel_cache.hpp"
+#include "loops.hpp"
 #include "session.hpp"
 #include "trt_library.hpp"
 
@@ -56,7 +57,10 @@ class TrtSession : public Session {
     std::size_t output_size(const std::string& name, const Shape& shape) const;  // bytes
 
     // Tensors in, tensors out, and wait. Floats are float32 here, whatever the engine gives.
-    Outputs run(const Inputs& inputs) override;
+    Outputs run(const Inputs& inputs) override { return run(inputs, nullptr); }
+    // loops: from the second time on with these shapes it is one launch of a CUDA graph, which is kept there. They must be cleared
+    // before the session goes or its buffers are freed.
+    Outputs run(const Inputs& inputs, Loops* loops);
 
     void free_buffers() noexcept;  // what run() holds for inputs and outputs
     void save_kernels();           // what was compiled since the last time
