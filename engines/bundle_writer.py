@@ -101,6 +101,7 @@ def write_bundle(out: str | Path) -> Iterator[BundleWriter]:
             yield BundleWriter(out, temporary)
     finally:
         temporary.remove()  # half a bundle; after the swap, the old one
+        remove_dead(out.parent, prefix)  # the older one that a writer left which was killed in the middle of its swap
 
 
 def _check_replaceable(out: Path) -> None:
