@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from engines.digest import files_sha256
+from engines.digest import Span, file_sha256, parts_of, spans_sha256
 from engines.errors import (
     ArchitectureError,
     DigestError,
@@ -104,13 +104,16 @@ class Bundle:
             bundle.verify(progress=progress)
         return bundle
 
-    def verify(self, names: Iterable[str] | None = None, *, progress: TotalProgress | None = None) -> None:
+    def verify(self, names: Iterable[str] | None = None, *, whole: bool = False, progress: TotalProgress | None = None) -> None:
         """Compare the SHA-256 of these files, or of every file, with the manifest's. Raises DigestError for one that differs.
 
+        Of a file whose parts the manifest has, the parts, on all cores: where they are equal, the file is.
+        whole: also of all of it, so that the manifest's digest of the file is known to be of the same bytes as those of its parts.
         progress: called with the bytes digested so far and the bytes in all, from other threads, one at a time.
         """
-        entries = {name: self.manifest.files[name] for name in dict.fromkeys(self.manifest.files if names is None else names)}
-        total = sum(entry.size for entry in entries.values())
+        names = dict.fromkeys(self.manifest.files if names is None else names)
+        entries = [self.manifest.files[name] for name in names]
+        total = sum(entry.size * (2 if whole and entry.parts else 1) for entry in entries)
         done = 0
 
         def advance(num_bytes: int) -> None:
@@ -120,12 +123,27 @@ class Bundle:
                 progress(done, total)
 
         with self._still_there():
-            digests = files_sha256([self.file(name) for name in entries], progress=advance)
-        for (name, entry), got in zip(entries.items(), digests, strict=True):
-            if got != entry.sha256:
-                raise DigestError(
-                    f"{self.path}: {name} was changed: got SHA-256 {got}; expected {entry.sha256}. Copy the file again, or rebuild."
-                )
+            expected = {name: self._expected(name, whole=whole) for name in names}
+            spans = [span for digests in expected.values() for span in digests]
+            found = dict(zip(spans, spans_sha256(spans, progress=advance), strict=True))
+            for name, digests in expected.items():
+                if any(found[span] != digest for span, digest in digests.items()):
+                    raise self._changed(name, found)
+
+    def _expected(self, name: str, *, whole: bool) -> dict[Span, str]:
+        """The digests to compare of a file: of its parts, if the manifest has them, or of all of it; `whole`: of both."""
+        path, entry = self.file(name), self.manifest.files[name]
+        parts = dict(zip(parts_of(path, entry.size), entry.parts, strict=True)) if entry.parts else {}
+        return parts if parts and not whole else {Span(path): entry.sha256, **parts}
+
+    def _changed(self, name: str, found: dict[Span, str]) -> DigestError:
+        path, expected = self.file(name), self.manifest.files[name].sha256
+        got = found.get(Span(path)) or file_sha256(path)
+        if got == expected:
+            return DigestError(f"{self.path}: {name} has the SHA-256 of the manifest, and its parts have not. Rebuild the bundle.")
+        return DigestError(
+            f"{self.path}: {name} was changed: got SHA-256 {got}; expected {expected}. Copy the file again, or rebuild."
+        )
 
     def file(self, name: str) -> Path:
         """A file that the manifest names. Raises MissingFileError for any other, UnsafePathError if it leads out by now."""

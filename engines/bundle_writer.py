@@ -14,11 +14,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from engines.atomic import TemporaryFolder, fsync_tree, make_temporary, recover, remove_dead, replace_folder
 from engines.bundle import Bundle, TotalProgress
-from engines.digest import file_sha256
+from engines.digest import Span, parts_of, spans_sha256
 from engines.disk import DiskErrors
 from engines.errors import BundleError
 from engines.manifest import MANIFEST_NAME, BundleInfo, FileEntry, FileRole, Manifest
@@ -55,7 +56,14 @@ class BundleWriter:
         bundle, DiskFullError, pydantic's ValidationError for an `info` that does not fit the files.
         """
         paths = sorted(path for path in self.path.rglob("*") if not path.is_dir() or path.is_symlink())
-        total = sum(path.lstat().st_size for path in paths)
+        names = [check_relative(path.relative_to(self.path).as_posix(), source="the bundle's writer") for path in paths]
+        for path, name in zip(paths, names, strict=True):
+            if path.is_symlink() or not path.is_file():
+                raise BundleError(f"{name}: got a link or a special file; expected regular files only. Copy what it points to.")
+        roles = [_role(name) for name in names]
+        sizes = [path.stat().st_size for path in paths]
+        parts = [parts_of(path, size) for path, size in zip(paths, sizes, strict=True)]
+        total = sum(size * (2 if spans else 1) for size, spans in zip(sizes, parts, strict=True))
         done = 0
 
         def advance(num_bytes: int) -> None:
@@ -64,12 +72,14 @@ class BundleWriter:
             if progress is not None:
                 progress(done, total)
 
-        files = {}
-        for path in paths:
-            name = check_relative(path.relative_to(self.path).as_posix(), source="the bundle's writer")
-            if path.is_symlink() or not path.is_file():
-                raise BundleError(f"{name}: got a link or a special file; expected regular files only. Copy what it points to.")
-            files[name] = FileEntry(sha256=file_sha256(path, progress=advance), size=path.stat().st_size, role=_role(name))
+        # a file and its parts at once: read twice, the second time from the page cache, in the time that the file alone takes
+        whole = [Span(path) for path in paths]
+        found = iter(spans_sha256([*whole, *(span for spans in parts for span in spans)], progress=advance))
+        digests = list(islice(found, len(paths)))
+        files = {
+            name: FileEntry(sha256=digest, size=size, role=role, parts=tuple(islice(found, len(spans))))
+            for name, digest, size, role, spans in zip(names, digests, sizes, roles, parts, strict=True)
+        }
         manifest = Manifest(**dict(info), files=files)
         (self.path / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
         bundle = Bundle.open(self.path, verify=False)  # never swap in what a reader would refuse
@@ -101,6 +111,7 @@ def write_bundle(out: str | Path) -> Iterator[BundleWriter]:
             yield BundleWriter(out, temporary)
     finally:
         temporary.remove()  # half a bundle; after the swap, the old one
+        remove_dead(out.parent, prefix)  # the older one that a writer left which was killed in the middle of its swap
 
 
 def _check_replaceable(out: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from engines.digest import num_parts
 from engines.paths import check_relative
 from engines.spec import COMPONENTS, QUANTIZED, ComponentName, Precision, ShapeRange, Target
 
@@ -83,6 +84,20 @@ class FileEntry(_Model):
     sha256: Sha256
     size: int = Field(ge=0, le=1 << 50)  # bytes
     role: FileRole
+    parts: tuple[Sha256, ...] = ()  # of each 64 MiB of a larger file, so that all cores can compare it; not written if empty
+
+    @model_validator(mode="after")
+    def _all_parts(self) -> Self:
+        if self.parts and len(self.parts) != num_parts(self.size):
+            raise ValueError(
+                f"parts: got {len(self.parts)} digests for {self.size} bytes; expected {num_parts(self.size)}, one for each 64 MiB "
+                "of a file that is larger"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_parts(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "parts" or value}
 
 
 class BundleInfo(_Model):

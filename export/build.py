@@ -261,7 +261,15 @@ def _write(request: BuildRequest, runner: Runner, info: BundleInfo, parts: _Part
             "parity": {name: result.key for name, result in parts.parity.items()},
             "quality": None if drawn is None else drawn.key,
             "quantization": [*texts.values()],
-            "code": code(("export/build.py", "engines/bundle_writer.py", "engines/manifest.py", "engines/parity_report.py")),
+            "code": code(
+                (
+                    "export/build.py",
+                    "engines/bundle_writer.py",
+                    "engines/digest.py",
+                    "engines/manifest.py",
+                    "engines/parity_report.py",
+                )
+            ),
         }
     )
     with runner.progress.stage("write bundle") as stage:

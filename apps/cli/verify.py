@@ -11,13 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from apps.cli.generate import open_engine
 from apps.cli.inspect import read_report
 from apps.cli.output import ByteBar, add_row, make_console, make_table
 from engines.errors import BundleError, MissingFileError, ParityError
 
 if TYPE_CHECKING:
-    from engines.bundle import Bundle
     from engines.parity_report import Bound, ErrorStats, ParityReport
     from engines.spec import ComponentName
     from runtime.engine import SanaEngine
@@ -47,26 +45,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    if arguments.digests_only:
-        from engines.bundle import Bundle
+    from engines.bundle import Bundle
+    from runtime.engine import SanaEngine
 
-        with ByteBar("verifying") as bar:
-            bundle = Bundle.open(arguments.bundle, progress=bar)
-        _say_digests(bundle)
+    bundle = Bundle.open(arguments.bundle, verify=False)
+    with ByteBar("verifying") as bar:
+        bundle.verify(whole=True, progress=bar)
+    print(f"{bundle.path}: {len(bundle.manifest.files)} files have the digests of the manifest; bundle {bundle.digest}", flush=True)
+    if arguments.digests_only:
         return 0
-    arguments.no_verify = False
-    with open_engine(arguments.bundle, arguments) as engine:
-        _say_digests(engine.bundle)
+    with SanaEngine(bundle, backend=arguments.backend) as engine:
         report = read_report(engine.bundle)
         if report is None:
             raise MissingFileError(f"{arguments.bundle}: no parity.json, so there are no bounds. Rebuild, or use --digests-only.")
         measurements = [m for component in engine.manifest.components for m in measure_component(engine, report, component)]
         where = f"{engine.backend} on {engine.device}"
     return _show(measurements, report, where)
-
-
-def _say_digests(bundle: Bundle) -> None:
-    print(f"{bundle.path}: {len(bundle.manifest.files)} files have the digests of the manifest; bundle {bundle.digest}", flush=True)
 
 
 def measure_component(engine: SanaEngine, report: ParityReport, component: ComponentName) -> list[Measurement]:

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fakes import write_fake_bundle
+from fakes import fake_info, fill_fake_bundle, write_fake_bundle
 
 from engines.bundle import Bundle, parse_manifest
+from engines.bundle_writer import write_bundle
+from engines.digest import PART_BYTES
 from engines.errors import BundleError, SanaError
 from engines.onnx_locations import external_locations
 from engines.spec import Target
@@ -87,12 +89,14 @@ VALUES = [
         "0" * 64,
         "graph",
     ),
+    *(["0" * 64], ["0" * 64, "F" * 64, 3], ["0" * 64] * 3, PART_BYTES, 2 * PART_BYTES, 2 * PART_BYTES + 1),
     *([], ["sm80"], ["sm80", "sm80"], ["sm80", 3, "x"], {}, {"a": 1}, {"decoder": "fp16"}, {"decoder": {"Op": 1}}, [[{}]]),
 ]
 KEYS = [
     "licens",
     "modell",
     "size",
+    "parts",
     "decoder",
     "denoiser",
     "text_projection",
@@ -131,6 +135,7 @@ def valid_documents() -> list[dict]:
     large["files"] = {f"{name}/{file}": entry for name in names for file in ("model.onnx", "sm80-sm89.engine")}
     large |= {"targets": ["sm80", "sm89"], "tensorrt": {"flavor": "rtx", "version": "1.7.1.116"}}
     large |= {"precision": dict.fromkeys(names, "bf16"), "plugins": {name: {"Op": 2} for name in names}}
+    large["files"]["decoder/model.onnx"] = entry | {"size": 3 * PART_BYTES - 1, "parts": ["0" * 64, "1" * 64, "2" * 64]}
     large["schedule"] |= {"max_timestep": 1.5, "intermediate_timestep": None, "flow_shift": 3}
     return [small, large]
 
@@ -146,6 +151,18 @@ def test_changed_manifests(ask):
                 changed = mutated(changed, chance)
             documents.append(changed)
     both_say(ask, [json.dumps(each, ensure_ascii=chance.random() < 0.5).encode() for each in documents])
+
+
+def test_parts(ask):
+    documents = []
+    sizes = (0, PART_BYTES, PART_BYTES + 1, 2 * PART_BYTES, 2 * PART_BYTES + 1, 1 << 50, -1)
+    for size in sizes:
+        for parts in ([], ["0" * 64], ["0" * 64] * 2, ["0" * 64] * 3, ["0" * 63, "0" * 64], [1, "G" * 64], None, {}, "0" * 64):
+            document = copy.deepcopy(valid_documents()[0])
+            document["files"]["decoder/model.onnx"] |= {"size": size, "parts": parts}
+            documents.append(json.dumps(document).encode())
+    both_say(ask, documents)
+    assert sum(python_says(data)[0] == "ok" for data in documents) == 6 + 2 + 1  # empty; two parts; three parts
 
 
 def test_numbers_that_equal_the_right_one(ask):
@@ -285,6 +302,56 @@ def test_bad_bundles(ask, tmp_path):
             except SanaError as error:
                 expected = type(error).__name__, str(error)
             assert (kind, text.decode()) == expected, folder
+
+
+def test_files_in_parts(ask, tmp_path):
+    folder, name = tmp_path / "b", "decoder/large.data"
+    with write_bundle(folder) as writer:
+        fill_fake_bundle(writer.path, fake_info())
+        with open(writer.path / name, "wb") as file:
+            for part in range(3):
+                file.seek(part * PART_BYTES)
+                file.write(b"part %d" % part)
+        good = writer.finish(fake_info())
+    entry = good.manifest.files[name]
+    assert entry.size == 2 * PART_BYTES + 6
+    assert len(entry.parts) == 3
+    said = []
+
+    def both(expected: str) -> None:
+        try:
+            python = "ok", Bundle.open(folder).digest
+        except SanaError as error:
+            python = type(error).__name__, str(error)
+        assert [(kind, text.decode()) for kind, text in ask([("bundle", str(folder).encode())])] == [python]
+        assert python[0] == expected
+        said.append(python[1])
+
+    both("ok")
+    for at in (0, PART_BYTES - 1, PART_BYTES, 2 * PART_BYTES - 1, 2 * PART_BYTES, entry.size - 1):
+        with open(folder / name, "r+b") as file:
+            file.seek(at)
+            (byte,) = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte ^ 1]))
+            file.flush()
+            both("DigestError")
+            assert f"{name} was changed: got SHA-256" in said[-1]
+            file.seek(at)
+            file.write(bytes([byte]))
+    document = json.loads((folder / "manifest.json").read_bytes())
+    parts = list(entry.parts)
+    for changes, expected in (
+        ({"parts": []}, "ok"),  # as in a bundle of before
+        ({"parts": parts[:2]}, "ManifestError"),
+        ({"parts": [*parts, parts[0]]}, "ManifestError"),
+        ({"parts": [parts[1], parts[0], parts[2]]}, "DigestError"),
+        ({"sha256": "0" * 64}, "ok"),  # `sana verify` alone compares both
+    ):
+        document["files"][name] = entry.model_dump(mode="json") | changes
+        (folder / "manifest.json").write_text(json.dumps(document))
+        both(expected)
+    assert "has the SHA-256 of the manifest, and its parts have not" in said[-2]
 
 
 def rewrite_location(folder: Path, location: str) -> None:

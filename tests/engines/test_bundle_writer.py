@@ -87,6 +87,14 @@ def test_killed_at_every_step(tmp_path, contents, can_exchange, start, monkeypat
     assert (recovered > 0) == (start == "an old bundle" and not can_exchange)
 
 
+def test_the_old_one_of_a_swap_that_was_killed_does_not_stay(tmp_path, contents, can_exchange):
+    out = tmp_path / "bundle"
+    write(contents / "old", out, small=True)
+    shutil.copytree(out, tmp_path / ".bundle.old")  # as after the second rename of three
+    write(contents / "new", out, small=True)
+    assert {path.name for path in tmp_path.iterdir()} <= {"bundle", *([".bundle.old"] if can_exchange else [])}
+
+
 def test_killed_from_outside(tmp_path, contents):
     """The same without a profiler: a real process, killed while it copies."""
     out = tmp_path / "bundle"

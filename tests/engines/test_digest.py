@@ -1,14 +1,15 @@
-"""Digests of many files at once."""
+"""Digests of many files at once, and of parts of files."""
 
 import hashlib
 import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engines.digest import BLOCK_BYTES, file_sha256, files_sha256
+from engines import digest
+from engines.digest import BLOCK_BYTES, PART_BYTES, Span, file_sha256, num_parts, parts_of, spans_sha256
 
 
 @given(contents=st.lists(st.binary(max_size=64), max_size=9), threads=st.integers(1, 5))
@@ -18,7 +19,7 @@ def test_the_same_as_one_by_one_and_in_order(tmp_path_factory, contents: list[by
     for path, content in zip(paths, contents, strict=True):
         path.write_bytes(content)
     seen: list[int] = []
-    found = files_sha256(paths, threads=threads, progress=seen.append)
+    found = spans_sha256([Span(path) for path in paths], threads=threads, progress=seen.append)
     assert found == [hashlib.sha256(content).hexdigest() for content in contents] == [file_sha256(path) for path in paths]
     assert sum(seen) == sum(map(len, contents))
 
@@ -34,7 +35,7 @@ def test_progress_is_told_by_one_thread_at_a_time(tmp_path: Path) -> None:
         threading.Event().wait(0.002)
         inside.release()
 
-    files_sha256(paths, progress=progress)
+    spans_sha256([Span(path) for path in paths], progress=progress)
 
 
 def test_what_progress_raises_stops_the_others(tmp_path: Path) -> None:
@@ -49,10 +50,60 @@ def test_what_progress_raises_stops_the_others(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        files_sha256(paths, progress=progress)
+        spans_sha256([Span(path) for path in paths], threads=4, progress=progress)
     assert len(calls) <= 4  # a block of each thread, of 64
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        files_sha256([tmp_path / "none"])
+        spans_sha256([Span(tmp_path / "none")])
+
+
+def test_how_many_parts() -> None:
+    sizes = {0: 0, 1: 0, PART_BYTES: 0, PART_BYTES + 1: 2, 2 * PART_BYTES: 2, 2 * PART_BYTES + 1: 3, 1 << 50: 1 << 24}
+    assert {size: num_parts(size) for size in sizes} == sizes
+
+
+@pytest.fixture
+def parts_of_8_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "PART_BYTES", 8)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(min_size=9, max_size=64), threads=st.integers(1, 5))
+def test_parts_are_all_of_a_file(parts_of_8_bytes: None, tmp_path: Path, content: bytes, threads: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    seen: list[int] = []
+    found = spans_sha256(parts_of(path, len(content)), threads=threads, progress=seen.append)
+    assert found == [hashlib.sha256(content[at : at + 8]).hexdigest() for at in range(0, len(content), 8)]
+    assert sum(seen) == len(content)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(min_size=9, max_size=40), at=st.integers(0, 40), inserted=st.binary(max_size=9), removed=st.integers(0, 40)
+)
+def test_parts_see_what_the_whole_digest_sees(
+    parts_of_8_bytes: None, tmp_path: Path, content: bytes, at: int, inserted: bytes, removed: int
+) -> None:
+    path = tmp_path / "file"
+
+    def digests(data: bytes) -> tuple[str, list[str]]:
+        path.write_bytes(data)
+        return file_sha256(path), spans_sha256(parts_of(path, len(content)))  # parts of the size that the manifest has
+
+    (whole, parts), (changed_whole, changed_parts) = digests(content), digests(content[:at] + inserted + content[at + removed :])
+    assert (parts == changed_parts) == (whole == changed_whole)
+
+
+def test_parts_that_are_longer_than_a_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "PART_BYTES", 2 * BLOCK_BYTES + 3)
+    content = b"".join(index.to_bytes(4, "little") for index in range(5 * BLOCK_BYTES // 4))
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    expected = [
+        hashlib.sha256(content[at : at + digest.PART_BYTES]).hexdigest() for at in range(0, len(content), digest.PART_BYTES)
+    ]
+    assert spans_sha256(parts_of(path, len(content))) == expected
+    assert len(expected) == 3

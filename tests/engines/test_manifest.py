@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from engines.bundle import parse_manifest
+from engines.digest import PART_BYTES, num_parts
 from engines.errors import BundleError, ManifestError
 from engines.manifest import FileEntry, Manifest, PromptInfo, ScheduleInfo, engine_targets
 from engines.spec import COMPONENTS, Precision, Target
@@ -29,6 +30,17 @@ entries = st.builds(
     size=st.integers(0, 1 << 50),
     role=st.sampled_from(["graph", "weights", "engine", "tokenizer", "golden", "report", "licence"]),
 )
+
+
+@st.composite
+def large_entries(draw: st.DrawFn) -> FileEntry:
+    size = draw(st.integers(PART_BYTES + 1, 5 * PART_BYTES))
+    digests = st.text("0123456789abcdef", min_size=64, max_size=64)
+    parts = draw(st.lists(digests, min_size=num_parts(size), max_size=num_parts(size)))
+    return FileEntry(sha256=draw(digests), size=size, role="engine", parts=tuple(parts))
+
+
+entries = entries | large_entries()
 names = st.from_regex(r"[a-z0-9_]{1,8}(/[a-z0-9_]{1,8}\.txt){0,2}", fullmatch=True)
 # Text as people write instructions: any character that UTF-8 can carry.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=50)

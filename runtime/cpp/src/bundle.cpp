@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -111,22 +112,32 @@ Bundle Bundle::open(const std::string& folder, bool verify, const Progress& prog
 }
 
 void Bundle::verify(const std::vector<std::string>& names, const Progress& progress) const {
-    std::vector<std::string> paths;
+    std::vector<Span> spans;
     std::uint64_t total = 0, done = 0;
     for (const std::string& name : names) {
-        paths.push_back(file(name));
-        total += static_cast<std::uint64_t>(manifest.file(name)->size);
+        const std::string at = file(name);  // raises for a name that is not there
+        const FileEntry& entry = *manifest.file(name);
+        const std::vector<Span> parts = entry.parts.empty() ? std::vector{Span{at}} : parts_of(at, entry.size);
+        spans.insert(spans.end(), parts.begin(), parts.end());
+        total += static_cast<std::uint64_t>(entry.size);
     }
-    const std::vector<std::string> digests = files_sha256(paths, path, [&](std::size_t bytes) {
+    const std::vector<std::string> digests = spans_sha256(spans, path, [&](std::size_t bytes) {
         done += bytes;
         if (progress) progress(done, total);
     });
-    for (std::size_t i = 0; i < names.size(); ++i) {
-        const std::string& expected = manifest.file(names[i])->sha256;
-        if (digests[i] != expected) {
-            throw Failure(ErrorKind::kDigest, path + ": " + names[i] + " was changed: got SHA-256 " + digests[i] + "; expected " +
-                                                  expected + ". Copy the file again, or rebuild.");
+    auto found = digests.begin();
+    for (const std::string& name : names) {
+        const FileEntry& entry = *manifest.file(name);
+        const std::vector<std::string> expected = entry.parts.empty() ? std::vector{entry.sha256} : entry.parts;
+        if (!std::equal(expected.begin(), expected.end(), found)) {
+            const std::string got = entry.parts.empty() ? *found : spans_sha256({Span{file(name)}}, path).front();
+            const std::string what =
+                got == entry.sha256
+                    ? " has the SHA-256 of the manifest, and its parts have not. Rebuild the bundle."
+                    : " was changed: got SHA-256 " + got + "; expected " + entry.sha256 + ". Copy the file again, or rebuild.";
+            throw Failure(ErrorKind::kDigest, path + ": " + name + what);
         }
+        found += static_cast<std::ptrdiff_t>(expected.size());
     }
 }
 

@@ -22,7 +22,8 @@ class Bundle {
     // ManifestError, UnsafePathError, DigestError, BundleError.
     static Bundle open(const std::string& folder, bool verify = true, const Progress& progress = {});
 
-    // Compare the SHA-256 of these files of the manifest with it. Raises DigestError for the first that differs.
+    // Compare the SHA-256 of these files of the manifest with it; of a file whose parts it has, the parts, on all cores. Raises
+    // DigestError for the first that differs.
     void verify(const std::vector<std::string>& names, const Progress& progress = {}) const;
 
     std::string file(const std::string& name) const;  // its path. Raises MissingFileError, UnsafePathError

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdio>
 #include <exception>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -15,8 +16,8 @@
 namespace sana {
 namespace {
 
-constexpr std::size_t kBlockBytes = 1 << 20;  // large enough that hashing dominates the calls; each thread has one
-constexpr unsigned kThreads = 4;
+constexpr std::size_t kBlockBytes = 1 << 20;           // large enough that hashing dominates the calls; each thread has one
+constexpr unsigned kMinThreads = 4, kMaxThreads = 32;  // some may wait for a disk; past 32 they wait for memory
 
 class Sha256 {
   public:
@@ -46,7 +47,8 @@ class Sha256 {
     std::unique_ptr<EVP_MD_CTX, void (*)(EVP_MD_CTX*)> context_;
 };
 
-std::string file_sha256(const std::string& path, const std::string& bundle, const std::function<void(std::size_t)>& advance) {
+std::string span_sha256(const Span& span, const std::string& bundle, const std::function<void(std::size_t)>& advance) {
+    const std::string& path = span.path;
     const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
     if (!file)
         throw Failure(ErrorKind::kMissingFile,
@@ -54,11 +56,15 @@ std::string file_sha256(const std::string& path, const std::string& bundle, cons
     std::setvbuf(file.get(), nullptr, _IONBF, 0);
     std::vector<unsigned char> block(kBlockBytes);
     Sha256 digest;
-    while (const std::size_t size = std::fread(block.data(), 1, block.size(), file.get())) {
+    const bool sought = fseeko(file.get(), span.start, SEEK_SET) == 0;
+    std::uint64_t left = span.size ? static_cast<std::uint64_t>(*span.size) : std::numeric_limits<std::uint64_t>::max();
+    while (const std::size_t size =
+               sought ? std::fread(block.data(), 1, std::min<std::uint64_t>(block.size(), left), file.get()) : 0) {
         digest.update(block.data(), size);
         advance(size);
+        left -= size;
     }
-    if (std::ferror(file.get())) throw Failure(ErrorKind::kBundle, path + ": cannot be read. Copy the bundle again.");
+    if (!sought || std::ferror(file.get())) throw Failure(ErrorKind::kBundle, path + ": cannot be read. Copy the bundle again.");
     return digest.hex();
 }
 
@@ -71,10 +77,21 @@ std::string sha256(std::string_view data, std::string_view more) {
     return digest.hex();
 }
 
-std::vector<std::string> files_sha256(const std::vector<std::string>& paths, const std::string& bundle,
+std::size_t num_parts(std::int64_t size) {
+    return size > kPartBytes ? static_cast<std::size_t>((size + kPartBytes - 1) / kPartBytes) : 0;
+}
+
+std::vector<Span> parts_of(const std::string& path, std::int64_t size) {
+    std::vector<Span> parts(num_parts(size), {path, 0, kPartBytes});
+    for (std::size_t i = 0; i < parts.size(); ++i) parts[i].start = static_cast<std::int64_t>(i) * kPartBytes;
+    if (!parts.empty()) parts.back().size.reset();
+    return parts;
+}
+
+std::vector<std::string> spans_sha256(const std::vector<Span>& spans, const std::string& bundle,
                                       const std::function<void(std::size_t)>& progress) {
-    std::vector<std::string> digests(paths.size());
-    std::vector<std::exception_ptr> errors(paths.size());
+    std::vector<std::string> digests(spans.size());
+    std::vector<std::exception_ptr> errors(spans.size());
     std::atomic<std::size_t> next = 0;
     std::atomic<bool> stopped = false;
     std::mutex lock;
@@ -83,9 +100,9 @@ std::vector<std::string> files_sha256(const std::vector<std::string>& paths, con
         if (progress) progress(bytes);
     };
     const auto work = [&] {
-        for (std::size_t i = next++; i < paths.size() && !stopped; i = next++) {
+        for (std::size_t i = next++; i < spans.size() && !stopped; i = next++) {
             try {
-                digests[i] = file_sha256(paths[i], bundle, advance);
+                digests[i] = span_sha256(spans[i], bundle, advance);
             } catch (...) {
                 errors[i] = std::current_exception();
                 stopped = true;
@@ -93,8 +110,9 @@ std::vector<std::string> files_sha256(const std::vector<std::string>& paths, con
         }
     };
     {
+        const unsigned cores = std::clamp(std::thread::hardware_concurrency(), kMinThreads, kMaxThreads);
         std::vector<std::jthread> threads;
-        for (std::size_t i = 1; i < std::min<std::size_t>(kThreads, paths.size()); ++i) threads.emplace_back(work);
+        for (std::size_t i = 1; i < std::min<std::size_t>(cores, spans.size()); ++i) threads.emplace_back(work);
         work();
     }
     for (const std::exception_ptr& error : errors) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <set>
 
+#include "digest.hpp"
 #include "failure.hpp"
 #include "json.hpp"
 #include "paths.hpp"
@@ -95,14 +96,23 @@ void read_tensorrt(Reader& reader, const Json& value, const Place& at, std::opti
 }
 
 void read_file(Reader& reader, const Json& value, const Place& at, FileEntry& out) {
-    reader.object(
+    const auto part = [&](const Json& v, const Place& p) {
+        reader.pattern(v, p, kSha256, is_sha256, {}, out.parts.emplace_back());
+    };
+    const bool fine = reader.object(
         value, at,
         {
             {"sha256", [&](const Json& v, const Place& p) { reader.pattern(v, p, kSha256, is_sha256, {}, out.sha256); }},
             {"size",
              [&](const Json& v, const Place& p) { reader.integer(v, p, {.least = 0, .most = std::int64_t{1} << 50}, out.size); }},
             {"role", [&](const Json& v, const Place& p) { reader.word(v, p, kRoles, out.role); }},
+            {"parts", [&](const Json& v, const Place& p) { reader.array(v, p, part); }, false},
         });
+    if (fine && !out.parts.empty() && out.parts.size() != num_parts(out.size)) {
+        reader.complain(at, "parts: got " + std::to_string(out.parts.size()) + " digests for " + std::to_string(out.size) +
+                                " bytes; expected " + std::to_string(num_parts(out.size)) +
+                                ", one for each 64 MiB of a file that is larger");
+    }
 }
 
 template <class T>

@@ -46,6 +46,7 @@ struct FileEntry {
     std::string sha256;
     std::int64_t size = 0;  // bytes
     std::string role;
+    std::vector<std::string> parts;  // SHA-256 of each 64 MiB of a larger file, so that all cores can compare it; empty: none
 };
 
 template <class T>
