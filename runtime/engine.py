@@ -70,8 +70,8 @@ class SanaEngine:
         backend: "tensorrt", "onnxruntime", or "auto" (TensorRT where there is a GPU that the bundle has engines for).
         verify: first compare the SHA-256 of every file that this backend and the tokenizer open; `Bundle.verify` compares all. A
             Bundle that is open already is taken as it is. num_threads: of ONNX Runtime; all that this process may use unless given.
-        cuda_graphs: with TensorRT, all of a picture's steps and its decoding are one launch, from the second picture of a size on.
-            Without, Python queues each kernel, which takes it longer than a GPU of today needs to run it.
+        cuda_graphs: with TensorRT, all of a picture's steps and its decoding are one launch, from the second picture of a size on,
+            and a text is one. Without, Python queues each kernel, which takes it longer than a GPU of today needs to run it.
         low_memory: the text encoder is unloaded after use, and loaded for the next text; on a GPU the others make room for it.
         kernel_cache: with TensorRT for RTX, the folder where kernels that it compiled are kept for the next start; True means
             `kernels` in $SANA_CACHE_DIR or ~/.cache/sana, False none. It changes how long the first picture of a size takes.
