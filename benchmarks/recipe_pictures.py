@@ -38,6 +38,7 @@ SOURCES = (
     "benchmarks/half_products.py",
     "benchmarks/peer_recipes.py",
     "benchmarks/recipe_pictures.py",
+    "benchmarks/text_weights.py",
 )
 
 

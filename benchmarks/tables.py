@@ -47,7 +47,7 @@ WORDS = {  # figure: what it is, in the order of the table
     "cpp_tiny_start_s": "sana-tiny in C++ and in Python (peer), 512 px: from opening the bundle to the first picture, TensorRT",
     "cpp_tiny_picture_ms": "… a further picture of 20 steps",
     "cpp_tiny_peak_mb": "… peak memory of the host",
-    "host_per_step_ms": "… what a step costs beyond the GPU's time",
+    "host_per_step_ms": "… what a step costs beyond the GPU's time and the launch",
     "launches_per_picture": "… graph launches a picture",
     "kernels_per_step": "… kernels a step",
     "quant_int8_scene_points_lost": "sana-tiny in INT8: scene score lost, of 100 points",

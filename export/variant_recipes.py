@@ -1,6 +1,6 @@
 """Recipes of the published variants, by structure: their weights are not read, and nothing here was measured on them.
 
-    python -m export.variant_recipes measure --model models/sana-tiny --steps 4 --num-runs 2    # writes TABLE
+    python -m export.variant_recipes measure --model models/sana-tiny --steps 4 --num-runs 1    # writes TABLE
     python -m export.variant_recipes write                                # configs/quantization/VARIANT/FORMAT.yaml
 
 What a group of layers costs is taken from a small trained model of the same architecture (export/sensitivity.py): of the group of

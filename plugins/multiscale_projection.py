@@ -6,7 +6,7 @@ Its meaning is `multiscale_projection_truth` in sana_ref/conv_ops.py:
 
 cuDNN's depth-wise convolution of half precision does not keep up with memory, and product, transpositions and concatenation around
 it are passes over the widest tensor of a block. Here a program walks down a strip of four columns, four rows at a time; a thread
-has two channels of all sixteen pixels, so that each of the 64 pixels around them is loaded and made fp32 once for up to 20 taps.
+has two channels of all sixteen pixels, so that each of the 64 pixels around them is loaded and made fp32 once for up to 16 taps.
 The sixteen are then a product's columns, on tensor cores.
 
 Precision: sums in fp32; what goes into the product is rounded to x's type, as it is between two layers.

@@ -155,8 +155,8 @@ def make_schedule(
         flow_shift=float(flow_shift),
         spacing=str(spacing) if custom is None else tuple(custom.tolist()),
         timestep_scale=float(timestep_scale),
-        max_timestep=max_timestep,
-        intermediate_timestep=intermediate_timestep,
+        max_timestep=None if max_timestep is None else float(max_timestep),
+        intermediate_timestep=None if intermediate_timestep is None else float(intermediate_timestep),
     )
     if scheduler == "scm":
         if custom is None and spacing != "linear":

@@ -78,6 +78,7 @@ class TensorRTSession:
             name: np.dtype(np.uint16 if name in self._bfloat16 else trt.nptype(dtype)) for name, dtype in dtypes.items()
         }
         self._shapes: dict[str, Shape] = {}
+        self._settled = False  # whether the context has run with those shapes
         self._needed = 0  # bytes of the arena, for those shapes
         self._memory = (0, 0)  # address and size of the arena that the context was told of
         self._slots: dict[str, Slot] = {}
@@ -108,7 +109,7 @@ class TensorRTSession:
         if missing := [name for name in self.inputs if name not in wanted]:
             raise BundleError(f"{self._path}: the engine wants {', '.join(missing)}; got {', '.join(shapes)}. Rebuild the bundle.")
         if wanted != self._shapes:
-            self._shapes = {}
+            self._shapes, self._settled = {}, False
             for name, shape in wanted.items():
                 self._check_range(name, shape)
                 if not self._context.set_input_shape(name, shape):
@@ -141,6 +142,7 @@ class TensorRTSession:
                 raise SanaError(f"{self._path}: TensorRT refused the address of {name!r}.")
         if not self._context.execute_async_v3(self._cuda.stream):
             raise SanaError(f"{self._path}: TensorRT could not run the engine.{self._why()}")
+        self._settled = True
 
     def output_size(self, name: str, shape: Shape) -> int:
         """bytes"""
@@ -149,8 +151,8 @@ class TensorRTSession:
     def run(self, inputs: Mapping[str, NDArray[Any]], loops: Loops | None = None) -> Arrays:
         """Arrays in, arrays out, and wait. Inputs that the engine does not have are left out. float32 for every type of float.
 
-        loops: from the second time on with these shapes it is one launch of a CUDA graph, which is kept there. They must be cleared
-        before the session is closed or its buffers freed.
+        loops: from the second time on with these shapes, one after the other, it is one launch of a CUDA graph, which is kept
+        there. They must be cleared before the session is closed or its buffers freed.
         """
         self._cuda.make_current()
         shapes = self.prepare({name: array.shape for name, array in inputs.items()})
@@ -159,12 +161,10 @@ class TensorRTSession:
             addresses[name] = self._slot(name).write(self.device_array(name, inputs[name]))
         for name, shape in shapes.items():
             addresses[name] = self._slot(name).reserve(self.output_size(name, shape))
-        memory = (*addresses.values(), self._arena.address, self._arena.size)
-        loop = (
-            None
-            if loops is None
-            else loops.get((self._path, tuple(self._shapes.items()), memory), lambda _: self.launch(addresses))
-        )
+        loop = None
+        if loops is not None and self._settled:
+            key = (*self._shapes.items(), *addresses.items(), self._arena.address, self._arena.size)  # of one engine
+            loop = loops.get(key, lambda _: self.launch(addresses))
         if loop is None:
             self.launch(addresses)
         else:

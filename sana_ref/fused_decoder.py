@@ -104,7 +104,8 @@ def one_projection(head_dim: int, kernel_sizes: Sequence[int]) -> bool:
 
 def _with_scales(attention: MultiscaleLinearAttention, qkv: Tensor) -> Tensor:
     """(B, h, w, 3C) -> (B, h, w, 3C (1 + scales))."""
-    projects = [project for project in attention.to_qkv_multiscale if isinstance(project, MultiscaleProjection)]
+    projects = list(attention.to_qkv_multiscale)
+    assert all(isinstance(project, MultiscaleProjection) for project in projects)
     if one_projection(attention.head_dim, [project.proj_in.kernel_size[0] for project in projects]):
         near, mix = (conv.weight.flatten(1) for conv in (projects[0].proj_in, projects[0].proj_out))
         return conv_ops.multiscale_projection(qkv, near.t(), mix)

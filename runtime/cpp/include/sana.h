@@ -27,7 +27,7 @@ typedef struct sana_engine_options {
     const char* backend;             /* "auto", "tensorrt" or "onnxruntime" */
     int verify;                      /* 1: compare the SHA-256 of every file that is opened */
     int num_threads;                 /* 0: all that this process may use */
-    int low_memory;                  /* 1: the text encoder is unloaded after use */
+    int low_memory;                  /* 1: the text encoder is unloaded after use, the others while it is there */
     const char* onnxruntime_library; /* NULL: $SANA_ONNXRUNTIME, or what the build found */
     int cuda_graphs;                 /* 1: with TensorRT, a picture is one launch, from the second one of a size on */
     const char* tensorrt_library;    /* NULL: $SANA_TENSORRT, or what the build or the system finds */

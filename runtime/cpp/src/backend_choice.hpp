@@ -9,8 +9,8 @@
 namespace sana {
 
 // One that was named is used or its error raised; "auto" says what it took and for what reason. Raises RequestError for a word that
-// names none, or for "tensorrt" in a library that was built without its headers; and where Python does, NoGpuError,
-// ArchitectureError or TensorRTVersionError.
+// names none; for "tensorrt" NoGpuError, ArchitectureError or, also from a library that was built without its headers,
+// TensorRTVersionError.
 EngineParts::Chosen choose_backend(const Bundle& bundle, const EngineOptions& options);
 
 std::string built_with();  // what of TensorRT this library has, in words

@@ -153,7 +153,7 @@ void KernelCache::write(const std::string& key, std::string_view content) const 
         fs::rename(made, file);
         remove_oldest(file);
     } catch (const fs::filesystem_error& error) {
-        warn(folder_ + " cannot be written, so the next start compiles kernels again: " + error.what());
+        if (!unwritable_.exchange(true)) warn(folder_ + " cannot be written, so the next start compiles kernels again: " + error.what());
     }
 }
 

@@ -3,6 +3,7 @@
 // What one process compiles, in Python or in C++, the next one loads. A file is 32 bytes of SHA-256 and then what TensorRT wrote.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -17,7 +18,7 @@ constexpr std::uint64_t kMaxKernelTotal = 4ULL << 30;    // bytes of all files; 
 std::string usual_kernel_folder();  // `kernels` in $SANA_CACHE_DIR or ~/.cache/sana; "" where there is no home
 
 // A folder of compiled kernels. Any number of processes may use one; of two that write one file, the last one's stays. Nothing
-// raises for what is on the disk: `warn` is told once, and kernels are compiled again.
+// raises for what is on the disk: `warn` is told, of a folder that cannot be written once, and kernels are compiled again.
 class KernelCache {
   public:
     struct Machine {
@@ -41,6 +42,7 @@ class KernelCache {
     std::string folder_;
     Machine machine_;
     Warn warn_;
+    mutable std::atomic<bool> unwritable_ = false;  // it was said
 };
 
 }  // namespace sana

@@ -210,12 +210,10 @@ bool contains_plugin(std::string text) {
 const Library& library(const std::string& path) {
     static std::mutex lock;
     static Library* opened = nullptr;
-    static std::string opened_path;
     const std::lock_guard held(lock);
     if (opened == nullptr) {
         opened = new Library(opened_tensorrt(path));
-        opened_path = path;
-    } else if (!path.empty() && path != opened_path) {
+    } else if (!path.empty() && path != opened->path) {
         throw Failure(ErrorKind::kSana,
                       "TensorRT: this process has loaded " + repr(opened->path) + " already; got " + repr(path) + ". Use one.");
     }
@@ -224,9 +222,12 @@ const Library& library(const std::string& path) {
 
 void load_plugins(const Library& library, const std::string& wanted) {
     static std::mutex lock;
-    static bool loaded = false;
+    static std::string loaded;  // from where
     const std::lock_guard held(lock);
-    if (loaded) return;
+    if (!loaded.empty()) {
+        if (wanted.empty() || wanted == loaded) return;
+        throw Failure(ErrorKind::kSana, "plugins: this process has loaded " + repr(loaded) + " already; got " + repr(wanted) + ". Use one.");
+    }
     const std::string named = wanted.empty() ? environment("SANA_PLUGINS") : wanted;
     const std::string path = named.empty() ? joined(own_folder(), "libsana_plugins.so") : named;
     struct stat info{};
@@ -234,7 +235,7 @@ void load_plugins(const Library& library, const std::string& wanted) {
     clear_errors();
     nvinfer1::IPluginRegistry* registry = there ? library.plugin_registry() : nullptr;
     if (registry != nullptr && registry->loadLibrary(path.c_str()) != nullptr) {
-        loaded = true;
+        loaded = path;
         return;
     }
     std::string reason = there ? why() : " There is no such file.";

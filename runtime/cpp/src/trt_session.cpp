@@ -133,6 +133,7 @@ Shapes TrtSession::prepare(const Shapes& shapes) {
     }
     if (wanted != shapes_) {
         shapes_.clear();
+        settled_ = false;
         for (const auto& [name, shape] : wanted) {
             check_range(name, shape);
             if (!context_->setInputShape(name.c_str(), dims_of_shape(shape))) {
@@ -181,6 +182,7 @@ void TrtSession::launch(const Addresses& addresses) {
     }
     if (!context_->enqueueV3(static_cast<cudaStream_t>(cuda_.stream())))
         throw Failure(ErrorKind::kSana, path_ + ": TensorRT could not run the engine." + trt::why());
+    settled_ = true;
 }
 
 std::size_t TrtSession::output_size(const std::string& name, const Shape& shape) const {
@@ -195,7 +197,7 @@ Outputs TrtSession::run(const Inputs& inputs, Loops* loops) {
     for (const std::string& name : inputs_) addresses[name] = upload(name, *inputs.at(name));
     for (const auto& [name, shape] : made) addresses[name] = slot(name).reserve(output_size(name, shape));
     void* loop = nullptr;
-    if (loops != nullptr) {  // of one engine, so names are in the same order
+    if (loops != nullptr && settled_) {  // of one engine, so names are in the same order
         Loops::Key key = {static_cast<std::int64_t>(arena_.address()), static_cast<std::int64_t>(arena_.size())};
         for (const auto& [name, shape] : shapes_) key.insert(key.end(), shape.begin(), shape.end());
         for (const auto& [name, address] : addresses) key.push_back(static_cast<std::int64_t>(address));

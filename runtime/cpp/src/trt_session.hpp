@@ -58,8 +58,8 @@ class TrtSession : public Session {
 
     // Tensors in, tensors out, and wait. Floats are float32 here, whatever the engine gives.
     Outputs run(const Inputs& inputs) override { return run(inputs, nullptr); }
-    // loops: from the second time on with these shapes it is one launch of a CUDA graph, which is kept there. They must be cleared
-    // before the session goes or its buffers are freed.
+    // loops: from the second time on with these shapes, one after the other, it is one launch of a CUDA graph, which is kept there.
+    // They must be cleared before the session goes or its buffers are freed.
     Outputs run(const Inputs& inputs, Loops* loops);
 
     void free_buffers() noexcept;  // what run() holds for inputs and outputs
@@ -81,6 +81,7 @@ class TrtSession : public Session {
     std::unique_ptr<Kernels> kernels_;                  // nullptr: none are kept
     std::unique_ptr<nvinfer1::IExecutionContext> context_;
     Shapes shapes_;
+    bool settled_ = false;  // whether the context has run with those shapes
     std::size_t needed_ = 0;               // bytes of the arena, for those shapes
     Address arena_address_ = 0;            // of which the context was told
     std::size_t arena_size_ = 0;

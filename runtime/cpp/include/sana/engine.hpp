@@ -27,10 +27,11 @@ struct EngineOptions {
     std::string backend = "auto";     // or tensorrt, onnxruntime
     bool verify = true;               // compare the SHA-256 of every file that the backend opens
     int num_threads = 0;              // of ONNX Runtime; 0: all that this process may use
-    bool low_memory = false;          // the text encoder is unloaded after use, and loaded for the next text
+    // The text encoder is unloaded after use, and loaded for the next text; on a GPU the others make room for it.
+    bool low_memory = false;
     std::string onnxruntime_library;  // libonnxruntime.so; "": $SANA_ONNXRUNTIME, or what the build found
     // Of TensorRT:
-    bool cuda_graphs = true;       // all of a picture's steps are one launch, from the second picture of a size on
+    bool cuda_graphs = true;       // all of a picture's steps are one launch, from the second of a size on, and a text is one
     std::string tensorrt_library;  // libtensorrt_rtx.so or libnvinfer.so; "": $SANA_TENSORRT, or what the build or the system finds
     std::string plugins_library;   // libsana_plugins.so; "": $SANA_PLUGINS, or the one beside this library
     // The folder where kernels that TensorRT for RTX compiled are kept for the next start, of Python too; "": none; left out:
@@ -38,9 +39,9 @@ struct EngineOptions {
     std::optional<std::string> kernel_cache;
 };
 
-// After each step, counted from 1 over all pictures of the request. latents: (B, C, h, w) of the
-// B pictures that are drawn in one go, valid during the call. Returning false
-// cancels the request, whose result is then an error of the kind kCancelled; the engine stays usable. Must not throw.
+// After each step, counted from 1 over all pictures of the request. latents: (B, C, h, w) of the B pictures that are drawn in one go,
+// valid during the call. Returning false cancels the request, whose result is then an error of the kind kCancelled; the engine stays
+// usable. Must not throw.
 using OnStep = std::function<bool(int step, int total, std::span<const float> latents)>;
 
 struct Request {
