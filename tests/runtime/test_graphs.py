@@ -36,11 +36,25 @@ def test_the_second_picture_of_a_size_is_one_launch(opened, cuda):
         wanted = {prompt: plain.generate(prompt, **REQUEST)[0].tobytes() for prompt in ("a red apple", "an owl")}
     with opened(cuda_graphs=True) as engine:
         assert engine.generate("a red apple", **REQUEST)[0].tobytes() == wanted["a red apple"]
-        assert launches(cuda) == [1]  # of the negative prompt, the second text
+        assert launches(cuda) == []
         for number, prompt in enumerate(["an owl", "a red apple", "an owl"], 1):
             assert engine.generate(prompt, **REQUEST)[0].tobytes() == wanted[prompt]
-            assert launches(cuda) == [1, number]
+            assert launches(cuda) == [number]
             assert len(engine.last_timings[0].steps_s) == REQUEST["steps"]
+    assert all(graph.destroyed for graph in cuda.graphs)
+
+
+def test_a_text_is_one_launch_from_the_third_on(opened, cuda):
+    """The first picture has the arena grow, so the second text is the first with these addresses."""
+    prompts, request = (
+        ["a red apple", "an owl", "two red apples", "a blue owl"],
+        REQUEST | {"guidance": 1.0, "negative_prompts": ""},
+    )
+    with opened(cuda_graphs=False) as plain:
+        wanted = [plain.generate(prompt, **request)[0].tobytes() for prompt in prompts]
+    with opened(cuda_graphs=True) as engine:
+        assert [engine.generate(prompt, **request)[0].tobytes() for prompt in prompts] == wanted
+        assert launches(cuda) == [3, 2]  # of pictures, and of texts
     assert all(graph.destroyed for graph in cuda.graphs)
 
 
@@ -62,7 +76,7 @@ def test_whoever_looks_at_the_steps_gets_them_one_by_one(opened, cuda):
             seen = []
             engine.generate("an owl", **REQUEST, on_step=lambda step, total, latents, seen=seen: seen.append((step, total)))
             assert seen == [(step, 4) for step in range(1, 5)]
-    assert launches(cuda) == [1]  # of the negative prompt, the second text
+    assert cuda.graphs == []
 
 
 def test_progress_is_counted_while_a_graph_runs(opened, cuda, monkeypatch):
@@ -78,7 +92,7 @@ def test_progress_is_counted_while_a_graph_runs(opened, cuda, monkeypatch):
             ticks.clear()
             engine.generate("an owl", **REQUEST)
             assert len(ticks) == REQUEST["steps"]
-        assert launches(cuda) == [1, 1]
+        assert launches(cuda) == [1]
         assert ticks[0] is False, "the first step was counted while there was work left"
 
 
