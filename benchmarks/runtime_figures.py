@@ -7,8 +7,8 @@
   a kernel cache (the second of two). The note has the first one, which compiles it, and where the time goes.
 - peak_<name>_<px>px_{fp16,low_memory}_gb: most GPU memory in use while pictures are drawn, beyond what was in use before; the
   second of two processes, which finds its kernels compiled. The note has the first.
-- host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU and the graph's launch: pictures of N
-  and of N / 2 steps.
+- host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU and the time until the graph's first
+  work begins there: pictures of N and of N / 2 steps.
 - launches_per_picture: graph launches, and engine launches beside them, for a text that is known; the note says it for a new one.
 - kernels_per_step: kernel nodes in a CUDA graph of one denoiser step.
 - decode_<px>px_<precision>_peak_gb, with --decoder: most GPU memory in use while the decoder alone is loaded and runs.
@@ -37,6 +37,7 @@ from engines.errors import RequestError, SanaError
 from engines.gpu import device_info
 from runtime import SanaEngine
 from runtime.cuda import Cuda
+from runtime.graphs import Loop
 from runtime.trt_session import TensorRTSession
 
 ROUNDS = 7
@@ -108,28 +109,31 @@ def child(mode: str, options: argparse.Namespace) -> dict[str, float]:
 def host_per_step(engine: SanaEngine, options: argparse.Namespace) -> float:
     """ms"""
     beyond: list[float] = []
-    launch = Cuda.launch_graph
-    launched = 0.0
+    launch = Loop.launch
+    latency_s: list[Callable[[], float]] = []
 
-    def timed(cuda: Cuda, graph: Any) -> None:
-        nonlocal launched
-        began = time.perf_counter()
-        launch(cuda, graph)
-        launched += time.perf_counter() - began
+    def watched(loop: Loop) -> None:
+        """How long the GPU, which idles, waits for the graph's first work. The call itself goes on while the GPU is at work."""
+        cuda, marks = loop._cuda, loop.marks
+        before = cuda.mark()
+        launch(loop)
+        latency_s.append(lambda: cuda.seconds(before, marks._events[0]))
 
-    Cuda.launch_graph = timed  # type: ignore[assignment, method-assign]
+    Loop.launch = watched  # type: ignore[assignment, method-assign]
     try:
         for steps in (options.steps // 2, options.steps):
             rows = []
             for number in range(ROUNDS + 2):
-                began, launched = time.perf_counter(), 0.0
+                latency_s.clear()
+                began = time.perf_counter()
                 engine.generate(PROMPT, steps=steps, width=options.side, height=options.side)
                 wall = time.perf_counter() - began
                 if number >= 2:
-                    rows.append(wall - launched - sum(timings.total_s - timings.text_s for timings in engine.last_timings))
+                    on_gpu = sum(timings.total_s - timings.text_s for timings in engine.last_timings)
+                    rows.append(wall - on_gpu - sum(latency() for latency in latency_s))
             beyond.append(statistics.median(rows))
     finally:
-        Cuda.launch_graph = launch  # type: ignore[method-assign]
+        Loop.launch = launch  # type: ignore[method-assign]
     return 1000 * (beyond[1] - beyond[0]) / (options.steps - options.steps // 2)
 
 

@@ -71,8 +71,9 @@ GOLDEN_NAME = "golden.safetensors"
 _PYTORCH, _PARITY, _QUALITY, _LOG, _PLAN = "pytorch.json", "parity.json", "quality.json", "tensorrt.log", "plan.safetensors"
 _MEMORY = "memory.json"  # what an engine needs on the GPU, as engines/tensorrt.py reports it
 _ROLES, _WEIGHTS = "roles.json", "weights.json"  # what quantized weights lost, by role; that and what the outputs lost
-# Products of narrow weights have 8 MB of scratch each. On several streams TensorRT 1.7 lets none share it, and Gemma-2-2B's arena
-# is 3 GB; on one it is 0.2 GB, as with 16-bit weights.
+# A bundle's engines run one after another in a CUDA graph, where each branch that a second stream makes has memory of its own; and
+# products of narrow weights have 8 MB of scratch each, which TensorRT 1.7 lets none share on several streams: Gemma-2-2B's arena is
+# 3 GB then, and 0.2 GB on one.
 _ONE_STREAM = 0
 _FRUGAL_BYTES = 1 << 30  # weights above this are widened one by one when a portable graph is checked
 
@@ -204,7 +205,7 @@ class Runner:
                     expected_plugins=expected,
                     register_plugins=shell.register,
                     log=log.append,
-                    aux_streams=None if component.weights is None else _ONE_STREAM,
+                    aux_streams=_ONE_STREAM,
                 )
             for each in (FP8_DATA_NAME, FOLDED_NAME):
                 (folder / each).unlink(missing_ok=True)
