@@ -34,6 +34,7 @@ from engines.errors import BuildError, SanaError
 from engines.spec import COMPONENTS, PX_PER_LATENT, ComponentName, Precision, ShapeRange, Target, component_precision
 from engines.store import Store
 from export.components import Component, Profile, components, profiles, with_weights
+from export.plans import usual_decoder
 from export.progress import Progress
 from export.recipe import Recipe, load_recipe
 from export.stages import Runner
@@ -41,6 +42,7 @@ from export.weight_only import text_weights
 from runtime.prompt import PromptTokenizer
 from sana_ref.checkpoint import Checkpoint, load
 from sana_ref.quantization import LayerPlan, QuantizationPlan, groups_of
+from sana_ref.quantized_convs import conv_groups, conv_plan
 from sana_ref.variants import GEMMA_2_2B, VARIANTS
 
 __all__ = ["Memory", "extrapolated", "main", "total", "transfers"]
@@ -118,7 +120,11 @@ def _build(checkpoint: Checkpoint, recipe: Recipe | None, store: Store, target: 
     """blocks: of the transformer whose keys and values are counted."""
     runner = Runner(checkpoint=checkpoint, store=store, progress=Progress())
     kind = Precision.FP16 if recipe is None or recipe.format == "none" else Precision(recipe.format)
-    everything = components(checkpoint, component_precision(kind))
+    decoder = usual_decoder(kind, (target,))
+    everything = components(checkpoint, component_precision(kind) | {"decoder": decoder})
+    if decoder is Precision.FP8:
+        plan = conv_plan(dict.fromkeys(conv_groups(name for name, _ in everything["decoder"].module.named_parameters()), 1.0))
+        everything["decoder"] = replace(everything["decoder"], plan=plan, in_engine=True)
     if recipe is not None:
         everything["denoiser"] = replace(everything["denoiser"], plan=_plan(everything["denoiser"], recipe))
         everything = with_weights(everything, text_weights(recipe))

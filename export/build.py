@@ -133,7 +133,7 @@ def _of_components(request: BuildRequest, decoder: Precision) -> Iterator[str]:
         yield "fp16 is the denoiser's alone: Gemma-2 and DC-AE overflow in it, so text encoder and decoder are bf16"
     if decoder is Precision.FP8:
         yield "decoder: fp8 is the 3x3 convolutions of its residual blocks, in engines alone; the rest of it is bf16"
-    elif precision is Precision.FP8 and request.decoder_precision is None:
+    elif precision in (Precision.FP8, Precision.NVFP4) and request.decoder_precision is None:
         yield "decoder: bf16, because FP8 convolutions are kernels of engines, and none is built"
     elif precision in QUANTIZED:
         yield "decoder: bf16"

@@ -5,7 +5,7 @@ at a time where that runs, which is in ONNX Runtime; TensorRT's scales are fixed
 activations in the inputs that parity is checked with. That is enough to build and to check, and less than a calibration is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -23,7 +23,7 @@ from sana_ref.quantize_ops import BLOCK
 from sana_ref.quantized import MARGIN, InputRanges, check_plan, static_scale, uniform_plan
 from sana_ref.quantized_convs import ConvRanges, conv_plan
 
-__all__ = ["check_request", "decoder_plan", "decoder_precision", "denoiser_plan", "for_cublas", "is_cublas"]
+__all__ = ["check_request", "decoder_plan", "decoder_precision", "denoiser_plan", "for_cublas", "is_cublas", "usual_decoder"]
 
 _FORMATS: dict[Precision, Format] = {Precision.INT8: "int8", Precision.FP8: "fp8", Precision.NVFP4: "nvfp4"}
 
@@ -98,16 +98,20 @@ def denoiser_plan(
     return plan
 
 
+def usual_decoder(precision: Precision, targets: Sequence[Target]) -> Precision:
+    """The decoder's in a build that asks for none: FP8 where the denoiser is FP8 or NVFP4 and every target has it."""
+    fits = precision in (Precision.FP8, Precision.NVFP4) and bool(targets) and set(targets) <= set(FP8_TARGETS)
+    return Precision.FP8 if fits else component_precision(precision)["decoder"]
+
+
 def decoder_precision(request: BuildRequest) -> Precision:
-    """FP8 if it is asked for; or if nothing is, where the denoiser is FP8 and every target has it. Else as the build's precision.
+    """The one that is asked for, or the usual one.
 
     Raises SpecError for another than the build's precision that is not FP8, and for FP8 where it cannot be.
     """
     usual, asked = component_precision(request.precision)["decoder"], request.decoder_precision
-    lacking = [target for target in request.targets if target not in FP8_TARGETS]
     if asked is None:
-        fits = request.precision is Precision.FP8 and bool(request.targets) and not lacking
-        return Precision.FP8 if fits else usual
+        return usual_decoder(request.precision, request.targets)
     if asked is usual:
         return usual
     if asked is not Precision.FP8 or usual is not Precision.BF16:
@@ -115,6 +119,7 @@ def decoder_precision(request: BuildRequest) -> Precision:
             f"decoder-precision: got {asked} with --precision {request.precision}; expected {usual}"
             f"{' or fp8' if usual is Precision.BF16 else ''}. Leave it out, or take another --precision."
         )
+    lacking = [target for target in request.targets if target not in FP8_TARGETS]
     if lacking or not request.targets:
         raise SpecError(
             f"decoder-precision: got fp8 for {', '.join(lacking) or 'onnx'}; expected some of {', '.join(FP8_TARGETS)}: "

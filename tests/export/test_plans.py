@@ -62,14 +62,16 @@ def test_requests_that_can(tmp_path):
         (Precision.FP16, (Target.SM90,), None, "bf16"),
         (Precision.FP16, (Target.SM90,), "fp8", "fp8"),
         (Precision.INT8, (Target.SM89,), "fp8", "fp8"),
-        (Precision.NVFP4, (Target.SM120,), None, "bf16"),
+        (Precision.NVFP4, (Target.SM120,), None, "fp8"),
+        (Precision.NVFP4, (Target.SM120,), "bf16", "bf16"),
+        (Precision.NVFP4, (), None, "bf16"),
         (Precision.INT8, (Target.SM80, Target.SM89), None, "bf16"),
         (Precision.FP32, (Target.SM89,), None, "fp32"),
         (Precision.FP32, (), "fp32", "fp32"),
     ],
 )
 def test_the_decoders_precision(tmp_path, precision, targets, asked, found):
-    """FP8 with the denoiser's, where every target has it; or where it is asked for."""
+    """FP8 beside FP8 and NVFP4, where every target has it; or where it is asked for."""
     asked = None if asked is None else Precision(asked)
     wanted = request(tmp_path / "out", precision=precision, targets=targets, decoder_precision=asked)
     check_request(wanted)
