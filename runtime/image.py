@@ -46,12 +46,11 @@ def _to_levels(decoded: NDArray[np.float32], pixels: NDArray[np.uint8], number: 
     part = decoded[number, :, start : start + STRIPE_ROWS]
     if not (np.isfinite(part.max()) and np.isfinite(part.min())):
         return False
-    levels = part * np.float32(0.5)
-    levels += np.float32(0.5)
-    np.clip(levels, 0, 1, out=levels)
-    levels *= np.float32(255)
+    levels = np.clip(part, -1, 1)
+    levels += np.float32(1)
+    levels *= np.float32(127.5)  # to the bit what (x / 2 + 1/2) * 255 is: halving rounds nothing
     np.rint(levels, out=levels)
-    for channel, plane in enumerate(levels):
+    for channel, plane in enumerate(levels.astype(np.uint8)):  # first, because to cast and to spread at once is slower
         pixels[number, start : start + STRIPE_ROWS, :, channel] = plane
     return True
 
