@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -290,7 +291,9 @@ def _count_on(on_step: OnStep, before: int, total: int) -> Callable[[int, NDArra
     return lambda step, latents: on_step(before + step, total, latents)
 
 
+@cache
 def _version() -> str:
+    """Kept, because finding and parsing the package's metadata takes half a millisecond."""
     try:
         return version("sana-deploy")
     except PackageNotFoundError:  # run from a folder that was never installed

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,8 @@ from PIL import Image
 from engines.disk import human_bytes
 from engines.errors import DiskFullError, RequestError, SanaError
 from runtime.picture_info import PictureInfo, parse_picture_info
-from runtime.png import MAX_THREADS, STRIPE_ROWS, encode_png
+from runtime.png import STRIPE_ROWS, encode_png
+from runtime.together import each
 
 __all__ = ["INFO_KEY", "png_bytes", "read_picture", "read_picture_info", "save_png", "to_images"]
 
@@ -32,9 +32,7 @@ def to_images(decoded: NDArray[np.float32]) -> list[Image.Image]:
     pixels = np.empty((batch, height, width, 3), np.uint8)
     # By stripes that stay in a processor's cache, on several threads: pass by pass over all of it takes longer than a GPU's step.
     stripes = [(number, start) for number in range(batch) for start in range(0, height, STRIPE_ROWS)]
-    with ThreadPoolExecutor(min(MAX_THREADS, len(stripes), os.cpu_count() or 1)) as pool:
-        finite = all(pool.map(lambda stripe: _to_levels(decoded, pixels, *stripe), stripes))
-    if not finite:
+    if not all(each(lambda stripe: _to_levels(decoded, pixels, *stripe), stripes)):
         bad = int(np.size(decoded) - np.isfinite(decoded).sum())
         raise SanaError(
             f"decoder: got {bad} pixels that are not finite numbers; expected none. A precision is too narrow for this model: "
@@ -48,12 +46,11 @@ def _to_levels(decoded: NDArray[np.float32], pixels: NDArray[np.uint8], number: 
     part = decoded[number, :, start : start + STRIPE_ROWS]
     if not (np.isfinite(part.max()) and np.isfinite(part.min())):
         return False
-    levels = part * np.float32(0.5)
-    levels += np.float32(0.5)
-    np.clip(levels, 0, 1, out=levels)
-    levels *= np.float32(255)
+    levels = np.clip(part, -1, 1)
+    levels += np.float32(1)
+    levels *= np.float32(127.5)  # to the bit what (x / 2 + 1/2) * 255 is: halving rounds nothing
     np.rint(levels, out=levels)
-    for channel, plane in enumerate(levels):
+    for channel, plane in enumerate(levels.astype(np.uint8)):  # first, because to cast and to spread at once is slower
         pixels[number, start : start + STRIPE_ROWS, :, channel] = plane
     return True
 

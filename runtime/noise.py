@@ -45,17 +45,14 @@ def philox4x32(counter: U32, key: Sequence[int] | U32) -> U32:
 
     counter: (N, 4) uint32, or (4,). key: two 32-bit words. Returns four random words for each counter, in the counter's shape.
     """
-    words = np.asarray(counter, np.uint32).astype(np.uint64)
-    c0, c1, c2, c3 = (words[..., i] for i in range(4))
+    c0, c1, c2, c3 = np.array(np.asarray(counter, np.uint32).T, np.uint64, order="C")  # each in one piece of memory, and ours
     k0, k1 = (int(k) for k in key)
     for _ in range(_ROUNDS):
-        product_0, product_1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # 32 x 32 bits fit in 64
-        c0, c1, c2, c3 = (
-            (product_1 >> _WORD) ^ c1 ^ np.uint64(k0),
-            product_1 & _LOW,
-            (product_0 >> _WORD) ^ c3 ^ np.uint64(k1),
-            product_0 & _LOW,
-        )
+        c0 *= _MULTIPLIERS[0]  # 32 x 32 bits fit in 64
+        c2 *= _MULTIPLIERS[1]
+        c1 ^= (c2 >> _WORD) ^ np.uint64(k0)
+        c3 ^= (c0 >> _WORD) ^ np.uint64(k1)
+        c0, c1, c2, c3 = c1, c2 & _LOW, c3, c0 & _LOW
         k0, k1 = (k0 + _WEYL[0]) & 0xFFFFFFFF, (k1 + _WEYL[1]) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
 
@@ -63,7 +60,8 @@ def philox4x32(counter: U32, key: Sequence[int] | U32) -> U32:
 def _horner(z: F64, ascending: Sequence[float]) -> F64:
     total = np.full_like(z, ascending[-1])
     for coefficient in reversed(ascending[:-1]):
-        total = total * z + coefficient  # NumPy rounds the product and the sum apart
+        total *= z  # in place: half of the time goes into new arrays
+        total += coefficient  # NumPy rounds the product and the sum apart
     return total
 
 
@@ -71,8 +69,8 @@ def _log(u: F64) -> F64:
     """ln(u) for u in (0, 1), of at most 33 significant bits. Relative error below 1e-15."""
     mantissa, exponent = np.frexp(u)  # exact; mantissa in [0.5, 1)
     small = mantissa < _SQRT_HALF
-    mantissa = np.where(small, mantissa * 2.0, mantissa)  # now in [sqrt(1/2), sqrt(2))
-    exponent = np.where(small, exponent - 1, exponent)
+    mantissa *= 1.0 + small  # 1 or 2, exact; now in [sqrt(1/2), sqrt(2))
+    exponent -= small
     s = (mantissa - 1.0) / (mantissa + 1.0)
     z = s * s
     return exponent * _LN_2 + s * (2.0 + z * _horner(z, _LOG))
@@ -80,14 +78,16 @@ def _log(u: F64) -> F64:
 
 def _cos_sin(turn: U32) -> tuple[F64, F64]:
     """Cosine and sine of turn / 2**32 of a full turn. Absolute error below 2e-16."""
-    quadrant = ((turn.astype(np.int64) + (1 << 29)) >> 30) & 3  # the nearest multiple of a quarter turn
-    rest = (turn - (quadrant << 30).astype(np.uint32)).view(np.int32)  # -2**29 to 2**29 - 1
-    a = rest.astype(np.float64) * _RADIANS  # at most pi / 4 either way
+    quadrant = (turn + np.uint32(1 << 29)) >> np.uint32(30)  # the nearest multiple of a quarter turn; four of them wrap to 0
+    rest = (turn - (quadrant << np.uint32(30))).view(np.int32)  # -2**29 to 2**29 - 1
+    a = rest * _RADIANS  # at most pi / 4 either way
     z = a * a
     sin, cos = a + a * (z * _horner(z, _SIN)), 1.0 + z * _horner(z, _COS)
     turned = (quadrant & 1) == 1
     cos, sin = np.where(turned, sin, cos), np.where(turned, cos, sin)
-    return np.where((quadrant == 1) | (quadrant == 2), -cos, cos), np.where(quadrant >= 2, -sin, sin)
+    cos *= 1.0 - 2.0 * ((quadrant == 1) | (quadrant == 2))  # 1 or -1, exact; flips the sign of zero too
+    sin *= 1.0 - 2.0 * (quadrant >= 2)
+    return cos, sin
 
 
 def check_seed(seed: object) -> int:

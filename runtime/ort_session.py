@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,9 @@ from numpy.typing import NDArray
 
 from engines.errors import BundleError, SanaError
 from runtime.session import Arrays
+from runtime.together import default_threads
 
-__all__ = ["OrtSession", "cpu_name", "default_threads"]
+__all__ = ["OrtSession", "cpu_name"]
 
 
 class OrtSession:
@@ -61,16 +61,6 @@ class OrtSession:
 
     def close(self) -> None:
         self._session = None
-
-
-def default_threads() -> int:
-    """As many as this process may keep busy: task sets and containers hide cores that os.cpu_count() counts."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()  # a container's, in microseconds
-        return max(1, min(cores, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup, or a quota of "max"
-        return cores
 
 
 def cpu_name() -> str:

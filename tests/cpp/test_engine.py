@@ -38,7 +38,7 @@ def test_same_pictures(cpp, bundle, tmp_path):
     cases: list[dict[str, object]] = [
         {},
         {"seed": 7, "steps": 3, "width": 96, "height": 32},
-        {"seed": 2**64 - 4, "guidance": 1.0, "scheduler": "flow_dpm_solver", "steps": 9, "width": 128},
+        {"seed": 2**64 - 4, "guidance": 1.0, "scheduler": "flow_dpm_solver", "steps": 9, "width": 128, "height": 128},
         {"guidance": 7.25, "negative_prompts": "a dog"},
     ]
     same_pictures(cpp, bundle, tmp_path, cases)

@@ -1,5 +1,6 @@
 """For tests of the runtime on a GPU that is not there. A file's own fixture of the same name goes first."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,11 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def cuda() -> FakeCuda:
     return FakeCuda()
+
+
+@pytest.fixture
+def ctrl_c():
+    """A background job inherits that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

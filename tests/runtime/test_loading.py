@@ -5,7 +5,6 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fake_tensorrt import FakeCuda, fake_backend
@@ -15,7 +14,6 @@ from engines.bundle import Bundle
 from engines.errors import SanaError
 from engines.spec import COMPONENTS
 from runtime import SanaEngine
-from runtime.together import together
 from runtime.trt_session import TensorRTSession
 
 REQUEST = {"seed": 3, "steps": 2, "width": 32, "height": 32}
@@ -92,14 +90,6 @@ def test_the_first_error_comes_out_when_all_are_done_and_nothing_stays(opened, c
     assert not cuda.allocations
 
 
-@pytest.fixture
-def ctrl_c():
-    """A background job inherits that it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_waits_for_what_loads(opened, ctrl_c) -> None:
     done = []
 
@@ -114,23 +104,3 @@ def test_ctrl_c_waits_for_what_loads(opened, ctrl_c) -> None:
             engine.generate("a cat", **REQUEST)
         assert sorted(done) == sorted(COMPONENTS)
         assert engine._backend._sessions == {}
-
-
-def test_together_keeps_results_by_their_keys() -> None:
-    assert together({}, discard=print) == {}
-    work = {n: functools.partial(lambda n: (time.sleep(0.02 * (3 - n)), n)[1], n) for n in range(3)}
-    assert together(work, discard=print) == {0: 0, 1: 1, 2: 2}
-
-
-def test_ctrl_c_while_threads_are_made_starts_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    submit, done = ThreadPoolExecutor.submit, []
-
-    def interrupted(self, *arguments):
-        if len(self._threads) == 2:
-            raise KeyboardInterrupt
-        return submit(self, *arguments)
-
-    monkeypatch.setattr(ThreadPoolExecutor, "submit", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        together({n: functools.partial(done.append, n) for n in range(4)}, discard=done.append)
-    assert done == []

@@ -1,6 +1,8 @@
 """PNG files written in stripes: any reader sees the same pixels and text, and the bytes do not depend on the machine."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -36,8 +38,25 @@ def test_pillow_reads_the_same(height: int, width: int, channels: int, seed: int
 def test_bytes_do_not_depend_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 9, (5 * STRIPE_ROWS + 1, 32, 3), np.uint8)
     once = encode_png(pixels, {})
-    monkeypatch.setattr(runtime.png, "MAX_THREADS", 1)
+    monkeypatch.setattr(runtime.png, "each", lambda work, items: [work(item) for item in items])
     assert encode_png(pixels, {}) == once
+
+
+def test_zlib_inflates_the_chunks_as_one_stream() -> None:
+    """Pillow does not look at the stream's checksum, which is put together from the stripes'; zlib does."""
+    pixels = np.full((3 * STRIPE_ROWS + 1, 300, 3), 255, np.uint8)  # whose sums pass 2**16
+    data, at, kinds, stream = encode_png(pixels, {"sana": "a"}), 8, [], b""
+    while at < len(data):
+        size, kind = struct.unpack_from(">I4s", data, at)
+        body = data[at + 8 : at + 8 + size]
+        assert struct.unpack_from(">I", data, at + 8 + size) == (zlib.crc32(kind + body),)
+        kinds.append(kind)
+        stream += body if kind == b"IDAT" else b""
+        at += size + 12
+    assert kinds == [b"IHDR", b"iTXt", *[b"IDAT"] * 6, b"IEND"]
+    rows = np.frombuffer(zlib.decompress(stream), np.uint8).reshape(len(pixels), -1)
+    assert np.all(rows[:, 0] == 2)
+    assert np.array_equal(np.cumsum(rows[:, 1:], axis=0, dtype=np.uint8), pixels.reshape(len(pixels), -1))
 
 
 def test_a_flat_picture_is_small() -> None:

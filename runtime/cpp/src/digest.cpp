@@ -3,14 +3,13 @@
 #include <openssl/evp.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdio>
-#include <exception>
 #include <limits>
 #include <memory>
 #include <mutex>
 #include <thread>
 
+#include "each.hpp"
 #include "failure.hpp"
 
 namespace sana {
@@ -91,33 +90,13 @@ std::vector<Span> parts_of(const std::string& path, std::int64_t size) {
 std::vector<std::string> spans_sha256(const std::vector<Span>& spans, const std::string& bundle,
                                       const std::function<void(std::size_t)>& progress) {
     std::vector<std::string> digests(spans.size());
-    std::vector<std::exception_ptr> errors(spans.size());
-    std::atomic<std::size_t> next = 0;
-    std::atomic<bool> stopped = false;
     std::mutex lock;
     const auto advance = [&](std::size_t bytes) {
         const std::lock_guard held(lock);
         if (progress) progress(bytes);
     };
-    const auto work = [&] {
-        for (std::size_t i = next++; i < spans.size() && !stopped; i = next++) {
-            try {
-                digests[i] = span_sha256(spans[i], bundle, advance);
-            } catch (...) {
-                errors[i] = std::current_exception();
-                stopped = true;
-            }
-        }
-    };
-    {
-        const unsigned cores = std::clamp(std::thread::hardware_concurrency(), kMinThreads, kMaxThreads);
-        std::vector<std::jthread> threads;
-        for (std::size_t i = 1; i < std::min<std::size_t>(cores, spans.size()); ++i) threads.emplace_back(work);
-        work();
-    }
-    for (const std::exception_ptr& error : errors) {
-        if (error) std::rethrow_exception(error);
-    }
+    each(spans.size(), std::clamp(std::thread::hardware_concurrency(), kMinThreads, kMaxThreads),
+         [&](std::size_t i) { digests[i] = span_sha256(spans[i], bundle, advance); });
     return digests;
 }
 

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "backend_choice.hpp"
+#include "each.hpp"
 #include "engine_parts.hpp"
 #include "failure.hpp"
 #include "picture_info.hpp"
@@ -19,6 +20,7 @@ namespace sana {
 namespace {
 
 constexpr const char* kTokenizer = "tokenizer/tokenizer.json";
+constexpr std::size_t kBlock = 1 << 16;  // pixels that a thread makes at a time
 
 // Clamped, scaled to 0..255 and rounded half to even, in float32, as runtime.image.to_images does it.
 std::vector<std::uint8_t> to_pixels(std::span<const float> values) {
@@ -31,12 +33,15 @@ std::vector<std::uint8_t> to_pixels(std::span<const float> values) {
     }
     const std::size_t plane = values.size() / 3;
     std::vector<std::uint8_t> out(values.size());
-    for (std::size_t channel = 0; channel < 3; ++channel) {
-        for (std::size_t i = 0; i < plane; ++i) {
-            const float level = std::clamp(values[channel * plane + i] * 0.5f + 0.5f, 0.0f, 1.0f) * 255.0f;
-            out[i * 3 + channel] = static_cast<std::uint8_t>(std::nearbyint(level));
+    each((plane + kBlock - 1) / kBlock, picture_threads(), [&](std::size_t block) {
+        const std::size_t end = std::min((block + 1) * kBlock, plane);
+        for (std::size_t channel = 0; channel < 3; ++channel) {
+            for (std::size_t i = block * kBlock; i < end; ++i) {
+                const float level = std::clamp(values[channel * plane + i] * 0.5f + 0.5f, 0.0f, 1.0f) * 255.0f;
+                out[i * 3 + channel] = static_cast<std::uint8_t>(std::nearbyint(level));
+            }
         }
-    }
+    });
     return out;
 }
 

@@ -12,6 +12,7 @@
 #include <memory>
 #include <random>
 
+#include "each.hpp"
 #include "failure.hpp"
 #include "python_text.hpp"
 #include "sana/engine.hpp"
@@ -40,41 +41,59 @@ void put_chunk(Bytes& out, std::string_view kind, const Bytes& body) {
 }
 
 // One stripe of rows as a part of a raw deflate stream that ends at a byte.
-void deflate_onto(Bytes& out, Bytes& filtered, bool last) {
+Bytes deflated(Bytes& filtered, bool last) {
     z_stream stream{};
     if (deflateInit2(&stream, kLevel, Z_DEFLATED, -MAX_WBITS, 8, kStrategy) != Z_OK) throw std::bad_alloc();
     const std::unique_ptr<z_stream, int (*)(z_stream*)> ended(&stream,
                                                               deflateEnd);  // also if there is no memory for what comes out
-    const std::size_t at = out.size();
-    out.resize(at + deflateBound(&stream, static_cast<uLong>(filtered.size())) + 16);  // and an empty block
+    Bytes out(deflateBound(&stream, static_cast<uLong>(filtered.size())) + 16);  // and an empty block
     stream.next_in = filtered.data();
     stream.avail_in = static_cast<uInt>(filtered.size());
-    stream.next_out = out.data() + at;
-    stream.avail_out = static_cast<uInt>(out.size() - at);
+    stream.next_out = out.data();
+    stream.avail_out = static_cast<uInt>(out.size());
     deflate(&stream, Z_NO_FLUSH);
     deflate(&stream, last ? Z_FINISH : Z_FULL_FLUSH);
-    out.resize(at + stream.total_out);
+    out.resize(stream.total_out);
+    return out;
 }
 
-Bytes compressed(const Image& image) {
+struct Stripe {
+    Bytes chunk;
+    uLong checksum = 0;    // of the filtered bytes
+    std::size_t size = 0;  // filtered bytes
+};
+
+Stripe stripe_from(const Image& image, int start) {
     const std::size_t row = static_cast<std::size_t>(image.width) * 3;
-    Bytes out = {0x78, 0x01};
-    uLong checksum = 1;
-    for (int start = 0; start < image.height; start += kStripeRows) {
-        const int end = std::min(start + kStripeRows, image.height);
-        Bytes filtered;
-        filtered.reserve((row + 1) * static_cast<std::size_t>(end - start));
-        for (int y = start; y < end; ++y) {
-            filtered.push_back(kUp);
-            const std::uint8_t* here = image.pixels.data() + static_cast<std::size_t>(y) * row;
-            for (std::size_t i = 0; i < row; ++i)
-                filtered.push_back(static_cast<std::uint8_t>(here[i] - (y > 0 ? *(here + i - row) : 0)));
-        }
-        checksum = adler32_z(checksum, filtered.data(), filtered.size());
-        deflate_onto(out, filtered, end == image.height);
+    const int end = std::min(start + kStripeRows, image.height);
+    Bytes filtered((row + 1) * static_cast<std::size_t>(end - start));
+    auto to = filtered.begin();
+    for (int y = start; y < end; ++y) {
+        const std::uint8_t* here = image.pixels.data() + static_cast<std::size_t>(y) * row;
+        *to++ = kUp;
+        to = y == 0 ? std::copy(here, here + row, to)
+                    : std::transform(here, here + row, here - row, to,
+                                     [](std::uint8_t a, std::uint8_t b) { return static_cast<std::uint8_t>(a - b); });
     }
-    put_32(out, static_cast<std::uint32_t>(checksum));
+    Stripe out{{}, adler32_z(1, filtered.data(), filtered.size()), filtered.size()};
+    put_chunk(out.chunk, "IDAT", deflated(filtered, end == image.height));
     return out;
+}
+
+// The pixels as IDAT chunks: zlib's header, one for each stripe, and zlib's checksum.
+void put_pixels(Bytes& out, const Image& image) {
+    std::vector<Stripe> stripes(static_cast<std::size_t>((image.height + kStripeRows - 1) / kStripeRows));
+    each(stripes.size(), picture_threads(),
+         [&](std::size_t i) { stripes[i] = stripe_from(image, static_cast<int>(i) * kStripeRows); });
+    put_chunk(out, "IDAT", {0x78, 0x01});
+    uLong checksum = 1;
+    for (const Stripe& stripe : stripes) {
+        checksum = adler32_combine(checksum, stripe.checksum, static_cast<z_off_t>(stripe.size));
+        out.insert(out.end(), stripe.chunk.begin(), stripe.chunk.end());
+    }
+    Bytes last;
+    put_32(last, static_cast<std::uint32_t>(checksum));
+    put_chunk(out, "IDAT", last);
 }
 
 std::string write_whole(const Bytes& data, const std::filesystem::path& path) {
@@ -121,7 +140,7 @@ std::vector<std::uint8_t> png_bytes(const Image& image) {
         put(text, image.info);
         put_chunk(out, "iTXt", text);
     }
-    put_chunk(out, "IDAT", compressed(image));
+    put_pixels(out, image);
     put_chunk(out, "IEND", {});
     return out;
 }
