@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import torch
-from tiny_build import RANGES, runner, tiny
+from tiny_build import RANGES, runner, shared, tiny
 
 from engines.spec import Precision, component_precision
 from export.cases import Arrays
 from export.components import Component, components
-from export.onnx_export import export_module
+from export.onnx_export import export_module, with_function_bodies
 from export.plans import for_cublas
+from export.qdq_nodes import quantize_graph
 from export.reference import loaded, run_module
 from export.references import denoiser_inputs
+from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
+from export.widen import widened
 from sana_ref.checkpoint import load
 from sana_ref.quantization import QuantizationPlan, groups_of
 from sana_ref.quantized import MARGIN, InputRanges, QuantizedLinears, static_scale, uniform_plan
@@ -69,6 +74,20 @@ def plan(name: str) -> QuantizationPlan:
         made.tensors[f"{group}.low_rank_down"] = (torch.randn(3, depth, generator=generator) * 0.02).half()
         made.tensors[f"{group}.low_rank_up"] = torch.randn(columns, 3, generator=generator).half()
     return made
+
+
+@functools.cache
+def graphs(name: str) -> Path:
+    """The folder of the typed and the portable graph."""
+    folder = shared() / "qdq" / name.replace(" ", "_")
+    folder.mkdir(parents=True)
+    model = exported().clone()
+    load = quantize_graph(model, plan(name), runner().loader(denoiser()), torch.float16)
+    write_weights(model, load, folder / DATA_NAME)
+    for file, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
+        ir.save(with_function_bodies(graph), folder / file)
+        onnx.checker.check_model(str(folder / file), full_check=True)
+    return folder
 
 
 def simulated(

@@ -1,43 +1,24 @@
 """Quantised graphs: what is in them, and that ONNX Runtime computes what the simulation does."""
 
-import functools
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
-from quantized_denoiser import cases, denoiser, exported, plan, simulated
-from tiny_build import runner, shared
+from quantized_denoiser import cases, denoiser, exported, graphs, plan, simulated
+from tiny_build import runner
 
 from engines.errors import SpecError
 from engines.golden import Golden
 from engines.parity_report import measure
-from export.onnx_export import with_function_bodies
 from export.parity import run_onnxruntime
 from export.qdq_nodes import quantize_graph
-from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
-from export.widen import widened
+from export.weights import PORTABLE_NAME, TYPED_NAME
 from sana_ref.quantization import QuantizationPlan, groups_of
 
 PLANS = ("int8", "fp8", "nvfp4", "int8 a token", "fp8 a token")
 OUT = "transformer_blocks.0.attn1.to_out.0"
-
-
-@functools.cache
-def graphs(name: str) -> Path:
-    """The folder of both graphs."""
-    folder = shared() / "qdq" / name.replace(" ", "_")
-    folder.mkdir(parents=True)
-    model = exported().clone()
-    load = quantize_graph(model, plan(name), runner().loader(denoiser()), torch.float16)
-    write_weights(model, load, folder / DATA_NAME)
-    for file, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
-        ir.save(with_function_bodies(graph), folder / file)
-        onnx.checker.check_model(str(folder / file), full_check=True)
-    return folder
 
 
 @pytest.mark.parametrize("name", PLANS)
