@@ -136,6 +136,9 @@ def make(kind: str, targets: tuple[Target, ...], folder: Path) -> None:
         inputs |= {f"{case}-{side}": each for case, each in found.items()}
     in_engine = kind == "fp8" and targets == (Target.SM90,)
     chosen = plan(CUBLAS if in_engine else kind)
+    if kind != "nvfp4":  # low-rank branches are beside 4-bit weights alone (export/quantization_plan.py)
+        kept = {name: tensor for name, tensor in chosen.tensors.items() if name.endswith(".smooth")}
+        chosen = chosen.model_copy(update={"tensors": kept})
     exact, own = (simulated(chosen, dtype, inputs) for dtype in (torch.float32, torch.float16))
     plain = simulated(QuantizationPlan(layers={}), torch.float32, inputs)
     save_golden(folder / _GOLDEN, {case: Golden(inputs=dict(each), outputs=exact[case]) for case, each in inputs.items()})
