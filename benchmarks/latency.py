@@ -9,7 +9,8 @@
 Correctness first, by the bundle's own golden inputs; and where engines run beside a checkpoint, at every size: their error against
 PyTorch in fp32 may be at most twice that of PyTorch at their precision. If it is more, nothing is timed and the exit code is 1.
 Each peer is held to the same. Then every component, and pictures from prompt to PNG, by turns with a GEMM and the peers
-(latency_timing.py). Each run is appended to benchmarks/history. --record appends figures to benchmarks/results/figures.jsonl.
+(latency_timing.py). Each run is appended to benchmarks/history. --record appends figures to benchmarks/results/figures.jsonl; of an
+fp16 bundle and a quantised one of the same model (--bundle A B) also step_ratio_FORMAT, a step's time of fp16's.
 """
 
 from __future__ import annotations
@@ -137,7 +138,13 @@ def _measured(options: argparse.Namespace) -> int:
     if options.record and options.model is None:
         raise RequestError("--record: expected --model as well: figures say how exact they are.")
     run_name = new_run()
-    return max(Session(options, bundle, run_name)() for bundle in options.bundle)
+    sessions = [Session(options, bundle, run_name) for bundle in options.bundle]
+    code = max(session() for session in sessions)
+    if options.record and not code and (checkpoint := sessions[0].checkpoint) is not None:
+        from benchmarks.latency_figures import record_step_ratios
+
+        record_step_ratios(checkpoint, [found for session in sessions for found in session.records], note=options.note)
+    return code
 
 
 def prepare_torch(gpu: bool, num_threads: int) -> None:

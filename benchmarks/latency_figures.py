@@ -18,7 +18,7 @@ from benchmarks.latency_floor import Floor, decoder_floor, denoiser_floor
 from benchmarks.latency_history import Record
 from benchmarks.latency_work import PROMPT
 from engines.gpu import device_info
-from engines.spec import COMPONENTS
+from engines.spec import COMPONENTS, QUANTIZED, Precision
 from runtime.image import save_png
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from runtime import SanaEngine
     from sana_ref.checkpoint import Checkpoint
 
-__all__ = ["record_figures"]
+__all__ = ["record_figures", "record_step_ratios"]
 
 
 def picture_times(engine: SanaEngine, width: int, height: int, steps: int, pictures: int) -> dict[str, Any]:
@@ -58,7 +58,10 @@ def size_name(checkpoint: Checkpoint) -> str:
     return "tiny" if count < 100e6 else f"{round(count / 1e8) * 100}m"
 
 
-def floor_of(checkpoint: Checkpoint, found: Record) -> Floor:
+def floor_of(checkpoint: Checkpoint, found: Record) -> Floor | None:
+    """None: of NVFP4 there is none."""
+    if found.precision == Precision.NVFP4:
+        return None
     size = {"width": found.width, "height": found.height}
     if found.component == "decoder":
         return decoder_floor(checkpoint.vae_config, batch=found.batch, precision=found.precision, **size)
@@ -85,7 +88,7 @@ def record_figures(
     """
     from engines import tensorrt
 
-    size, unsupported = size_name(checkpoint), UNSUPPORTED if device_info().capability == (9, 0) else ""
+    size, unsupported = size_name(checkpoint), _unsupported()
     versions = {"tensorrt": f"{tensorrt.flavor()} {tensorrt.version()}"}
     first = next((found for found in records if found.component != "text_encoder"), records[0])
     px = f"{first.width}px" if first.width == first.height else f"{first.width}x{first.height}px"
@@ -111,14 +114,14 @@ def record_figures(
                 continue
             ratio = errors[component]["engine"].rms / errors[component]["pytorch"].rms
             floor = floor_of(checkpoint, found[component])
-            words = f"floor: products {floor.products_ms:.2f} ms, traffic {floor.traffic_ms:.2f}"
+            words = "" if floor is None else f"floor: products {floor.products_ms:.2f} ms, traffic {floor.traffic_ms:.2f}"
             keep(
                 f"{names[component]}_{found[component].precision}_ms",
                 times[f"{stage}_ms"],
                 f"rms error {ratio:.2f} x PyTorch's",
                 words,
                 "" if draws else "by itself, in one CUDA graph",
-                peer=_peers(found[component]) | {"floor": round(floor.ms, 4)},
+                peer=_peers(found[component]) | ({} if floor is None else {"floor": round(floor.ms, 4)}),
             )
         if size == "tiny" and draws:
             keep("tiny_picture_gpu_ms", times["wall_ms"], f"{steps} steps, {px}, prompt to PNG")
@@ -136,6 +139,41 @@ def record_figures(
             words = f"{text.width} tokens" if text.width else "with the instruction"
             keep(name, text.device.p50, words, f"p90 {text.device.p90:.2f} ms", peer=_peers(text))
     return True
+
+
+def record_step_ratios(checkpoint: Checkpoint, records: Sequence[Record], *, note: str) -> None:
+    """Append step_ratio_FORMAT, of Sana-1.6B, or step_ratio_SIZE_FORMAT: of each quantised denoiser among the records of a run its
+    time by that of the fp16 one of the same model and size, each by itself in one CUDA graph.
+
+    Of one picture, at the first size that both were measured at.
+    """
+    size = size_name(checkpoint)
+    name = "step_ratio" if size == "1600m" else f"step_ratio_{size}"
+    steps = [each for each in records if (each.component, each.batch) == ("denoiser", 1)]
+    plain = {_same(each): each for each in reversed(steps) if each.precision == Precision.FP16}
+    done = set()
+    for each in steps:
+        beside = plain.get(_same(each))
+        if each.precision not in QUANTIZED or beside is None or (each.model, each.precision) in done:
+            continue
+        done.add((each.model, each.precision))
+        times = f"{each.device.p50:.2f} ms of {beside.device.p50:.2f}"
+        words = (f"{each.model}, {each.width} x {each.height} px, batch 1", times, note, _unsupported())
+        record(
+            f"{name}_{each.precision}",
+            each.device.p50 / beside.device.p50,
+            "ratio",
+            note="; ".join(filter(None, words)),
+            extra_versions={name: each.versions[name] for name in ("tensorrt",) if name in each.versions},
+        )
+
+
+def _same(found: Record) -> tuple[object, ...]:
+    return found.run, found.model, found.backend, found.width, found.height, found.machine
+
+
+def _unsupported() -> str:
+    return UNSUPPORTED if device_info().capability == (9, 0) else ""
 
 
 def _peers(found: Record) -> dict[str, float]:

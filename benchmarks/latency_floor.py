@@ -3,7 +3,8 @@
 Of a denoiser step: the products of all blocks, each with weights of its own, in one CUDA graph through PyTorch, plus what lies
 between them, if every tensor between two products were read and written once. Of a decode: its FLOPs at the rate of the fastest
 GEMM, those of FP8 convolutions at that of an FP8 one. All are measured in the run that compares with them. FP8 products have a
-scale a row, as ours.
+scale a row, as ours; INT8 products give int32, which is all that PyTorch has, and more to write than fp16. NVFP4 has no floor: its
+products need a GPU of SM 120, where this was not tried.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = ["Floor", "Product", "decoder_floor", "decoder_flops", "denoiser_floor
 
 BIG_GEMM = (8192, 8192, 8192)
 HALF = 2  # bytes
+LEAST_INT8_ROWS = 32  # torch._int_mm takes more than 16
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def traffic_bytes(config: SanaTransformerConfig, rows: int) -> int:
 
 
 def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, texts: int, precision: str) -> Floor:
-    """texts: pictures times texts a picture. precision: "fp16", "bf16" or "fp8". Needs a GPU."""
+    """texts: pictures times texts a picture. precision: "fp16", "bf16", "int8" or "fp8". Needs a GPU."""
     rows = texts * (width // PX_PER_LATENT // config.patch_size) * (height // PX_PER_LATENT // config.patch_size)
     calls = [_call(product, precision) for _ in range(config.num_layers) for product in products(config, rows)]
     traffic = config.num_layers * traffic_bytes(config, rows) / copy_rate(gpu=True)
@@ -78,6 +80,10 @@ def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, te
 
 
 def _call(product: Product, precision: str) -> Callable[[], object]:
+    if precision == "int8":
+        rows = max(product.rows, LEAST_INT8_ROWS)
+        numbers, weights = _int8(rows, product.depth), _int8(product.columns, product.depth)
+        return lambda: torch._int_mm(numbers, weights.t())
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.bfloat16}[precision]
     x = torch.randn(product.rows, product.depth, device="cuda", dtype=dtype)
     w = torch.randn(product.columns, product.depth, device="cuda", dtype=dtype)
@@ -87,6 +93,10 @@ def _call(product: Product, precision: str) -> Callable[[], object]:
     x_bits, w_bits = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
     x_scale, w_scale = torch.ones(product.rows, 1, device="cuda"), torch.ones(1, product.columns, device="cuda")
     return lambda: torch._scaled_mm(x_bits, w_bits.t(), x_scale, w_scale, bias=bias, out_dtype=dtype, use_fast_accum=True)
+
+
+def _int8(rows: int, columns: int) -> Tensor:
+    return torch.randint(-127, 128, (rows, columns), device="cuda", dtype=torch.int8)
 
 
 def decoder_flops(config: AutoencoderDCConfig, *, width: int, height: int, batch: int) -> int:

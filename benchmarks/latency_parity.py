@@ -15,14 +15,15 @@ from torch import Tensor
 
 from apps.cli.inspect import read_report
 from apps.cli.verify import measure_component
+from benchmarks.latency_plan import bundle_plan
 from benchmarks.latency_work import Arrays
+from engines.bundle import Bundle
 from engines.errors import MissingFileError
 from engines.parity_report import Bound, ErrorStats, bound_from, check, check_size, measure
-from engines.spec import ComponentName, Precision
+from engines.spec import QUANTIZED, ComponentName, Precision
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import DecoderForExport, TextEncoderForExport
-from sana_ref.quantization import groups_of
-from sana_ref.quantized import QuantizedLinears, uniform_plan
+from sana_ref.quantized import QuantizedLinears
 from sana_ref.quantized_convs import ConvRanges, QuantizedConvs, conv_plan
 from sana_ref.step import DenoiserStep
 
@@ -31,13 +32,14 @@ if TYPE_CHECKING:
 
 __all__ = ["dtype_of", "engine_errors", "golden_complaints", "network_output", "peer_error", "wider"]
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float16}
+_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES |= dict.fromkeys(map(str, (Precision.FP16, *QUANTIZED)), torch.float16)
 FP32_CLOSE = 1e-5  # relative; how closely sana_ref and diffusers agree in fp32, by tests/parity
 MAIN_OUTPUT: Mapping[str, str] = {"text_encoder": "prompt_embeds", "denoiser": "next_latents", "decoder": "images"}
 
 
 def dtype_of(component: str, precision: str) -> torch.dtype:
-    """Of PyTorch beside it; for fp8 also of peers, who have nothing narrower. The decoder overflows in fp16."""
+    """Of PyTorch beside it; for int8, fp8 and nvfp4 also of peers, who have nothing narrower. The decoder overflows in fp16."""
     return torch.bfloat16 if (component, precision) == ("decoder", "fp8") else _DTYPES[precision]
 
 
@@ -59,21 +61,22 @@ def _release(device: str) -> None:
 
 @torch.inference_mode()
 def _graph_output(
-    component: ComponentName, checkpoint: Checkpoint, inputs: Arrays, dtype: torch.dtype, device: str, *, fp8: bool = False
+    component: ComponentName, checkpoint: Checkpoint, inputs: Arrays, dtype: torch.dtype, device: str, like: Bundle | None = None
 ) -> Tensor:
     """What the reference makes of a component's inputs: the first output of the bundle's graph.
 
-    fp8: with the denoiser's linear layers in it, or the convolutions of the decoder's residual blocks, whose scales are made as a
-    build makes them, from these inputs.
+    like: with the roundings of this bundle's layers. A decoder's in FP8 are of its residual blocks' convolutions, whose scales are
+    made as a build makes them, from these inputs.
     """
     x = _tensors(inputs, device, dtype)
     if component == "denoiser":
         step = DenoiserStep(checkpoint.transformer(dtype, device))
         x |= {name: x[name].to(dtype) for name in ("text_keys", "text_values")}
-        plan = uniform_plan("fp8", groups_of(name for name, _ in step.transformer.named_parameters()))
-        with QuantizedLinears(step.transformer, plan) if fp8 else nullcontext():
+        names = [name for name, _ in step.transformer.named_parameters()]
+        plan = None if like is None else bundle_plan(like, names, device)
+        with nullcontext() if plan is None else QuantizedLinears(step.transformer, plan):
             return step(*(x[name] for name in step.input_names))[0]
-    if component == "decoder" and fp8:
+    if component == "decoder" and like is not None and like.manifest.precision[component] == Precision.FP8:
         decoder = DecoderForExport(checkpoint.vae(dtype, device))
         with ConvRanges(decoder) as ranges:
             decoder(x["latents"])
@@ -114,14 +117,13 @@ def _array(x: Tensor) -> np.ndarray:
 def engine_errors(
     engine: SanaEngine, component: ComponentName, checkpoint: Checkpoint, inputs: Arrays, device: str = "cuda"
 ) -> dict[str, ErrorStats]:
-    """ "engine" and "pytorch", which has the component's precision; both against a wider PyTorch."""
+    """ "engine" and "pytorch", which has the component's precision and roundings; both against a wider PyTorch."""
     with engine.session(component) as session:
         got = session.run(inputs)[MAIN_OUTPUT[component]]
-    precision = engine.manifest.precision[component]
-    dtype = dtype_of(component, precision)
+    dtype = dtype_of(component, engine.manifest.precision[component])
     exact = _array(_graph_output(component, checkpoint, inputs, wider(dtype), device))
     _release(device)
-    same = _array(_graph_output(component, checkpoint, inputs, dtype, device, fp8=precision == Precision.FP8))
+    same = _array(_graph_output(component, checkpoint, inputs, dtype, device, like=engine.bundle))
     _release(device)
     return {"engine": measure(got, exact), "pytorch": measure(same, exact)}
 

@@ -106,6 +106,7 @@ class Session:
     def __init__(self, options: argparse.Namespace, bundle: Path, run: str) -> None:
         self.options, self.bundle, self.run = options, bundle, run
         self.history, self.limits = History(options.history), Limits(percent=options.percent, floor_ms=options.floor_ms)
+        self.records: list[Record] = []  # what was measured
         self.checkpoint: Checkpoint | None = None
         if options.model is not None:
             from sana_ref.checkpoint import load
@@ -131,7 +132,8 @@ class Session:
             for work in works(self.options, engine):
                 records.append((work, measure(engine, work, bench, self.plan, self.checkpoint)))
                 print(row(records[-1][1]), flush=True)
-            if self.options.record and not self.record(engine, [found for _, found in records], errors):
+            self.records = [found for _, found in records]
+            if self.options.record and not self.record(engine, self.records, errors):
                 return 1
         kept, slower = self.check(records, bench) if self.options.check else ([found for _, found in records], [])
         if not self.options.no_history:

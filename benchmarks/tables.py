@@ -32,6 +32,8 @@ WORDS = {  # figure: what it is, in the order of the table
     "step_1600m_4096px_fp8_ms": "… 4096 px, in FP8",
     "step_600m_1024px_fp16_ms": "Sana-0.6B, the same, 1024 px",
     "step_600m_1024px_fp8_ms": "… in FP8",
+    "step_ratio_fp8": "Sana-1.6B, one denoiser step in FP8, of fp16's time in the same run",
+    "step_ratio_int8": "… in INT8",
     "decode_1024px_bf16_ms": "DC-AE decode, 1024 px, bf16",
     "decode_1024px_fp8_ms": "… in FP8",
     "decode_4096px_bf16_ms": "DC-AE decode, 4096 px, no tiles, bf16",

@@ -8,7 +8,6 @@ it loads one, and in fp32, while they are rounded here.
 from pathlib import Path
 
 import onnx
-import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
@@ -92,6 +91,8 @@ def _value(model: onnx.ModelProto, name: str, nodes: list[onnx.NodeProto], folde
         [helper.make_tensor_value_info("result", TensorProto.FLOAT, None)],
         [tensor for tensor in model.graph.initializer if tensor.name in leaves],
     )
+    import onnxruntime  # only here: few graphs have such weights, and a machine that compiles engines may be without
+
     versions = [each for each in model.opset_import if each.domain == ""]
     path = folder / "weights.onnx"
     path.write_bytes(helper.make_model(part, opset_imports=versions, ir_version=model.ir_version).SerializeToString())

@@ -24,6 +24,7 @@ ENGINE_CODE = (
     "plugins/*.py",
     "engines/tensorrt.py",
     "engines/tensorrt_library.py",
+    "export/engine_graph.py",
     "export/folding.py",
     "export/fp8_constants.py",
     "export/fp8_conv_nodes.py",

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +29,11 @@ from engines.spec import AHEAD_OF_TIME_TARGETS, Target
 from engines.store import Store
 from engines.weight_report import WeightReport, parse_weights
 from export.cases import Arrays
-from export.compile_processes import compile_ahead
 from export.components import Component, Profile
+from export.engine_graph import EXTRA_DATA, write_engine_graph
 from export.fingerprint import code, versions
-from export.folding import FOLDED_NAME, fold_weights
-from export.fp8_constants import DATA_NAME as FP8_DATA_NAME
-from export.fp8_conv_nodes import use_fp8_convs
-from export.fp8_nodes import use_fp8
-from export.linear_nodes import use_linear_plugins, wants_linear_plugins
 from export.onnx_export import export_module, with_function_bodies
 from export.parity import bounds, measured, run_onnxruntime, run_tensorrt, summary
-from export.plugin_nodes import add_cubins
 from export.progress import Progress, Stage
 from export.qdq_nodes import quantize_graph
 from export.quality import build_quality
@@ -50,7 +43,7 @@ from export.weight_only import WeightsSeen, output_errors
 from export.weight_only_nodes import dequantized, pack_graph
 from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
 from export.widen import widened
-from plugins import linear, shell
+from plugins import shell
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.quantization import QuantizationPlan, load_plan, plan_digest, save_plan
 
@@ -185,18 +178,9 @@ class Runner:
         name = "-".join(targets) + ".engine"
 
         def make(folder: Path, stage: Stage) -> None:
-            model = onnx.load(graphs.folder / TYPED_NAME, load_external_data=False)
-            expected = Counter(component.spec.plugins)
-            expected[linear.OP] += use_linear_plugins(model) if wants_linear_plugins(targets, tensorrt.flavor()) else 0
             log: list[str] = []
             with _beside(graphs.folder / DATA_NAME, folder), (folder / name).open("wb") as file:
-                fold_weights(model, folder)
-                if component.in_engine:
-                    expected.update(_use_fp8(component, model, folder))
-                onnx.save(model, folder / TYPED_NAME)
-                compile_ahead(folder / TYPED_NAME, targets)
-                add_cubins(model, targets)
-                onnx.save(model, folder / TYPED_NAME)
+                expected = write_engine_graph(component, graphs.folder / TYPED_NAME, folder, targets)
                 report = tensorrt.build_engine_file(
                     folder / TYPED_NAME,
                     file,
@@ -207,7 +191,7 @@ class Runner:
                     log=log.append,
                     aux_streams=_ONE_STREAM,
                 )
-            for each in (FP8_DATA_NAME, FOLDED_NAME):
+            for each in EXTRA_DATA:
                 (folder / each).unlink(missing_ok=True)
             (folder / _LOG).write_text("".join(f"{line}\n" for line in log), encoding="utf-8")
             (folder / _MEMORY).write_text(json.dumps(report.memory), encoding="utf-8")
@@ -358,15 +342,6 @@ class Runner:
             "versions": versions(),
         }
         return self._run("quality", content, make)
-
-
-def _use_fp8(component: Component, model: onnx.ModelProto, folder: Path) -> dict[str, int]:
-    """How many more nodes of each op there are."""
-    assert component.plan is not None
-    if component.name == "decoder":
-        return use_fp8_convs(model, folder, component.plan)
-    added = use_fp8(model, folder, component.plan)
-    return added | {linear.OP: -added[linear.FP8]}
 
 
 def _digest(plan: QuantizationPlan | None) -> str | None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engines.spec import ComponentName
     from engines.weight_report import WeightReport
 
-__all__ = ["DESCRIPTION", "GPUS", "HELP", "NAME", "add_arguments", "read_report", "run"]
+__all__ = ["DESCRIPTION", "GPUS", "HELP", "NAME", "add_arguments", "read_quantization", "read_report", "run"]
 
 NAME = "inspect"
 HELP = "say what is in a bundle"

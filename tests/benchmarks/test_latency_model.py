@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from latency_records import record
 from tiny_build import quiet, request, tiny
 
 from benchmarks import figures, latency, latency_figures, latency_session
-from benchmarks.latency_figures import record_figures
+from benchmarks.latency_figures import record_figures, record_step_ratios
 from benchmarks.latency_floor import Floor
 from benchmarks.latency_history import History
 from benchmarks.latency_parity import engine_errors, golden_complaints
@@ -142,6 +144,68 @@ def test_a_bundle_that_draws_nothing_is_timed_by_itself(recorded: Path, monkeypa
     assert "by itself, in one CUDA graph" in line["note"]
 
 
+def model_of(parameters: int) -> Any:
+    return SimpleNamespace(sources={"transformer": SimpleNamespace(shapes={"weight": (parameters,)})})
+
+
+@pytest.mark.parametrize(("parameters", "name"), [(1_600_000_000, "step_ratio"), (30_000_000, "step_ratio_tiny")])
+def test_a_quantised_step_by_fp16_s(recorded: Path, monkeypatch: pytest.MonkeyPatch, parameters: int, name: str) -> None:
+    """Whichever bundle came first; the first size, one picture, and nothing of another model or run."""
+    monkeypatch.setattr("benchmarks.latency_figures.device_info", lambda: SimpleNamespace(capability=(9, 0)))
+    versions = {"python": "3.11", "tensorrt": "rtx 1.6.1"}
+    found = [
+        record(ratio=6.0, precision="fp8", versions=versions),
+        record(ratio=30.0, precision="fp8", width=1024),
+        record(ratio=7.0, precision="int8", batch=2),
+        record(ratio=8.0, precision="int8", versions=versions),
+        record(ratio=10.0),
+        record(ratio=40.0, width=1024),
+        record(ratio=20.0, batch=2),
+        record(ratio=50.0, component="decoder"),
+        record(ratio=1.0, precision="nvfp4", model="another"),
+        record(ratio=1.0, precision="nvfp4", run="1" * 12),
+    ]
+    record_step_ratios(model_of(parameters), found, note="random weights")
+    lines = [json.loads(line) for line in recorded.read_text().splitlines()]
+    assert [(line["figure"], line["value"], line["unit"]) for line in lines] == [
+        (f"{name}_fp8", 0.6, "ratio"),
+        (f"{name}_int8", 0.8, "ratio"),
+    ]
+    note = "sana-tiny, 512 x 512 px, batch 1; 12.00 ms of 20.00; random weights; TensorRT for RTX on compute capability 9.0"
+    assert lines[0]["note"].startswith(note)
+    assert lines[0]["versions"]["tensorrt"] == "rtx 1.6.1"
+
+
+def test_no_ratio_without_both(recorded: Path) -> None:
+    record_step_ratios(model_of(30_000_000), [record(), record(component="decoder", precision="fp8")], note="")
+    assert not recorded.exists()
+
+
+def test_two_bundles_of_one_call(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--record hands on what both sessions measured, unless one of them failed."""
+    given: list[list[str]] = []
+
+    class Planted:
+        def __init__(self, options: argparse.Namespace, bundle: Path, run: str) -> None:
+            self.checkpoint, self.records, self.bundle = model_of(30_000_000), [record(precision=bundle.name)], bundle
+
+        def __call__(self) -> int:
+            return int(self.bundle.name == "int8")
+
+    monkeypatch.setattr(latency_session, "Session", Planted)
+    monkeypatch.setattr(latency_session, "has_gpu", lambda: False)
+    monkeypatch.setattr(latency, "prepare_torch", lambda gpu, threads: None)
+    monkeypatch.setattr(latency_figures, "record_step_ratios", lambda _, found, note: given.append([r.precision for r in found]))
+    common = ["--model", "x", "--peers", "none", "--record", "--bundle"]
+    assert latency.main([*common, "fp16", "fp8"]) == 0
+    assert latency.main([*common, "fp16", "int8"]) == 1
+    assert given == [["fp16", "fp8"]]
+
+
+def test_nvfp4_has_no_floor() -> None:
+    assert latency_figures.floor_of(model_of(1), record(precision="nvfp4")) is None
+
+
 @pytest.mark.slow
 def test_the_golden_inputs_of_a_decoder_alone(tmp_path: Path) -> None:
     bundle = build(request(tmp_path / "bundle", components=("decoder",)), quiet()).bundle
@@ -169,7 +233,7 @@ def test_an_fp8_decoder_is_held_to_the_simulation() -> None:
                 return {"images": decoder(torch.from_numpy(given["latents"])).numpy()}
 
         session, manifest = nullcontext(SimpleNamespace(run=run)), SimpleNamespace(precision={"decoder": precision})
-        fake = SimpleNamespace(session=lambda _: session, manifest=manifest)
+        fake = SimpleNamespace(session=lambda _: session, manifest=manifest, bundle=SimpleNamespace(manifest=manifest))
         return engine_errors(fake, "decoder", checkpoint, inputs, device="cpu")  # type: ignore[arg-type]
 
     for factor, fits in ((0.7, True), (2**14, False)):

@@ -1,103 +1,24 @@
 """Quantised graphs: what is in them, and that ONNX Runtime computes what the simulation does."""
 
-import functools
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 import torch
-from tiny_build import RANGES, runner, shared, tiny
+from quantized_denoiser import cases, denoiser, exported, graphs, plan, simulated
+from tiny_build import runner
 
 from engines.errors import SpecError
 from engines.golden import Golden
 from engines.parity_report import measure
-from engines.spec import Precision, component_precision
-from export.components import Component, components
-from export.onnx_export import export_module, with_function_bodies
 from export.parity import run_onnxruntime
 from export.qdq_nodes import quantize_graph
-from export.reference import loaded, run_module
-from export.references import denoiser_inputs
-from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
-from export.widen import widened
-from sana_ref.checkpoint import load
+from export.weights import PORTABLE_NAME, TYPED_NAME
 from sana_ref.quantization import QuantizationPlan, groups_of
-from sana_ref.quantized import InputRanges, QuantizedLinears, static_scale, uniform_plan
 
 PLANS = ("int8", "fp8", "nvfp4", "int8 a token", "fp8 a token")
 OUT = "transformer_blocks.0.attn1.to_out.0"
-
-
-@functools.cache
-def everything():
-    return components(load(tiny()), component_precision(Precision.INT8))
-
-
-def denoiser() -> Component:
-    return everything()["denoiser"]
-
-
-@functools.cache
-def cases():
-    return denoiser_inputs(runner(), everything(), RANGES)[0]()
-
-
-@functools.cache
-def exported() -> ir.Model:
-    return export_module(denoiser().module, denoiser().spec)
-
-
-@functools.cache
-def plan(name: str) -> QuantizationPlan:
-    """Half of the groups with smoothing and a low-rank branch."""
-    kind, a_token = name.split()[0], " " in name
-    module = loaded(denoiser().module, runner().loader(denoiser()), torch.float16)
-    with InputRanges(module.transformer) as found:
-        for inputs in cases().values():
-            run_module(module, denoiser(), inputs)
-    parameters = dict(module.named_parameters())
-    groups = groups_of(parameters)
-    scales = {group: static_scale(kind, 1.5 * largest) for group, largest in found.largest().items()}
-    made = uniform_plan(kind, groups, None if a_token else scales)
-    generator = torch.Generator().manual_seed(0)
-    for group in list(groups)[::2]:
-        columns, depth = sum(parameters[name].shape[0] for name in groups[group]), parameters[groups[group][0]].shape[1]
-        made.tensors[f"{group}.smooth"] = torch.rand(depth, generator=generator) + 0.7
-        made.tensors[f"{group}.low_rank_down"] = (torch.randn(3, depth, generator=generator) * 0.02).half()
-        made.tensors[f"{group}.low_rank_up"] = torch.randn(columns, 3, generator=generator).half()
-    return made
-
-
-@functools.cache
-def graphs(name: str) -> Path:
-    """The folder of both graphs."""
-    folder = shared() / "qdq" / name.replace(" ", "_")
-    folder.mkdir(parents=True)
-    model = exported().clone()
-    load = quantize_graph(model, plan(name), runner().loader(denoiser()), torch.float16)
-    write_weights(model, load, folder / DATA_NAME)
-    for file, graph in ((TYPED_NAME, model), (PORTABLE_NAME, widened(model))):
-        ir.save(with_function_bodies(graph), folder / file)
-        onnx.checker.check_model(str(folder / file), full_check=True)
-    return folder
-
-
-def simulated(name: str, dtype: torch.dtype) -> dict[str, dict[str, np.ndarray]]:
-    """The stored weights' products as planned, all else in `dtype`."""
-    module = loaded(denoiser().module, runner().loader(denoiser()), torch.float16).to(dtype)
-    found = {}
-    for case, inputs in cases().items():
-        arguments = [
-            torch.from_numpy(np.ascontiguousarray(inputs[tensor.name])).to(dtype if tensor.dtype == "float16" else torch.float32)
-            for tensor in denoiser().spec.inputs
-        ]
-        with torch.inference_mode(), QuantizedLinears(module.transformer, plan(name)):
-            results = module(*arguments)
-        found[case] = {t.name: result.numpy() for t, result in zip(denoiser().spec.outputs, results, strict=True)}
-    return found
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -106,8 +27,8 @@ def test_onnxruntime_computes_the_simulation(name):
 
     A number that is rounded to the wrong neighbour costs a thousand times as much, so none is.
     """
-    exact = simulated(name, torch.float64)
-    same = simulated(name, torch.float32)
+    exact = simulated(plan(name), torch.float64)
+    same = simulated(plan(name), torch.float32)
     golden = {
         case: Golden(inputs={name: array.astype(np.float32) for name, array in inputs.items()}, outputs={})
         for case, inputs in cases().items()

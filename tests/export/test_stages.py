@@ -90,7 +90,7 @@ def test_a_plugin_that_is_not_registered_fails_the_build(monkeypatch):
     part = component("denoiser", Precision.FP16)
     graphs = run.export(part)
     profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
-    monkeypatch.setattr("export.stages.add_cubins", lambda model, targets: 0)  # nodes without the attributes of a plugin
+    monkeypatch.setattr("export.engine_graph.add_cubins", lambda model, targets: 0)  # nodes without the attributes of a plugin
     with pytest.raises(
         PluginMissingError,
         match="none; expected 1 CrossAttention, 1 GatedDepthwiseConv, 1 GatedModulatedNorm, 1 LinearAttentionApply, ",
