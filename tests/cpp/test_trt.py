@@ -310,7 +310,9 @@ def test_a_start_does_what_it_can_at_the_same_time(sana, expected) -> None:
     slow = sana("a cat", *REQUEST, "--count", 2, "--timings", FAKE_CUDA_SLOW="0.5", FAKE_TENSORRT_SLOW="decoder")
     assert [read_picture(path)[0].tobytes() for path in slow.pictures] == expected[:2]
     found = [part for part in parts(slow.error) if not re.match(r"engine of (?!decoder)", part)]
-    start = ["TensorRT's library mapped", "GPU found", "files compared", "CUDA's context made", "tokenizer read", "opened", "asked"]
+    found.remove("tokenizer read")  # before or after the library is mapped
+    assert parts(slow.error).index("tokenizer read") < parts(slow.error).index("GPU found")
+    start = ["TensorRT's library mapped", "GPU found", "files compared", "CUDA's context made", "opened", "asked"]
     first = ["text encoded", "engine of decoder loaded", "shapes set", "work queued", "pixels read", "kernels kept", "drawn"]
     assert found == [*start, *first, "asked", "drawn"]
     memory = re.findall(
@@ -395,7 +397,7 @@ def test_the_benchmark(cpp, bundle, environment, monkeypatch) -> None:
         assert 0 < each.picture_s
         assert len(each.pictures) == 3
         assert tuple(each.resident) == cpp_runtime.WHEN
-        assert all(10 < resident.total_mb <= each.peak_mb + 1 for resident in each.resident.values())
+        assert all(1 < resident.total_mb <= each.peak_mb + 1 for resident in each.resident.values()), each
     order = ["GPU found", "CUDA's context made", "opened", "text encoded", "pixels read", "drawn"]
     assert sorted(ours.parts[part] for part in order) == [ours.parts[part] for part in order]
     assert ours.parts["drawn"] == ours.start_s, "that of the first picture"

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <future>
 #include <memory>
 #include <mutex>
 
@@ -46,12 +47,18 @@ std::vector<std::uint8_t> to_pixels(std::span<const float> values) {
 
 struct Engine::State {
     State(Bundle opened, const EngineParts::Choose& choose, bool verify)
-        : bundle(std::move(opened)),
+        : bundle(std::move(opened)), reading(std::async(std::launch::async, [this, verify] { return read_tokenizer(verify); })),
           chosen(verified(choose, verify)),
           device(chosen.backend->device),
           max_batch(chosen.backend->max_batch),
-          tokenizer(bundle.file(kTokenizer), bundle.manifest.prompt) {
+          tokenizer(reading.get()) {}
+
+    // Gemma's takes a second, and so is read while the rest is opened. What is wrong with it is raised after what is wrong with that.
+    PromptTokenizer read_tokenizer(bool verify) const {
+        if (verify) bundle.verify({kTokenizer});  // no parser sees what was changed
+        PromptTokenizer out(bundle.file(kTokenizer), bundle.manifest.prompt);
         timings::tell_part("tokenizer read");
+        return out;
     }
 
     // What draws, once the tokenizer and what it opens of the bundle are known to be right.
@@ -161,6 +168,7 @@ struct Engine::State {
     }
 
     Bundle bundle;
+    std::future<PromptTokenizer> reading;
     EngineParts::Chosen chosen;  // its backend goes when the engine is closed
     std::string device;
     std::size_t max_batch;  // of the backend, which may be gone
