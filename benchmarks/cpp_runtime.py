@@ -8,15 +8,19 @@ Python, that counts nowhere, fills. Medians:
 - cpp_<name>_start_s: from opening the bundle, which verifies it, to the first picture. The note has what reading the engines alone
   takes: their files' bytes from the page cache.
 - cpp_<name>_picture_ms: of a picture of a size and text that were drawn twice before, so that it is one CUDA graph.
-- cpp_<name>_peak_mb: most host memory that was resident in the process, mapped files included.
+- cpp_<name>_peak_mb: most host memory that was resident in the process, mapped files included. The note has what was resident when
+  the bundle was opened: the program, the libraries of CUDA and TensorRT with what the linker wrote into them, and CUDA's context,
+  but no engine and no picture. No program that draws with these has less.
 
-The Python runtime's are the peers. The pixels of both must be the same, picture by picture; else nothing is recorded.
+Printed beside them: when each part of the C++ program's start was over, and what was resident in each process, of its own and of
+mapped files. The Python runtime's are the peers. The pixels of both must be the same, picture by picture; else nothing is recorded.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import statistics
@@ -48,14 +52,36 @@ bundle, kernels, out, prompt, count, steps, side = sys.argv[1:]
 began = time.perf_counter()
 def tell(what):
     print(f"sana: {what} after {time.perf_counter() - began:.6f} s", file=sys.stderr)
+def tell_memory(when):
+    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines() if line.endswith(" kB"))
+    mb = {words[0]: int(words[1]) * 1024 / 1e6 for words in lines}
+    text = f"{mb['RssAnon:']:.1f} MB of its own, {mb['RssFile:']:.1f} MB of mapped files; the most until now {mb['VmHWM:']:.1f} MB"
+    print(f"sana: memory, {when}: {text}", file=sys.stderr)
 with SanaEngine(bundle, backend="tensorrt", progress=False, kernel_cache=Path(kernels)) as engine:
     tell("opened")
+    tell_memory("opened")
     for seed in range(int(count)):
         tell("asked")
         (picture,) = engine.generate(prompt, seed=seed, steps=int(steps), width=int(side), height=int(side))
         tell("drawn")
+        if seed == 0:
+            tell_memory("first picture")
         print(save_png(picture, Path(out) / f"{seed}.png"))
+    tell_memory("end")
 """
+WHEN = ("opened", "first picture", "end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resident:
+    """Host memory of a process. MB are 1e6 bytes."""
+
+    own_mb: float  # anonymous: heaps, stacks, and pages of libraries that the linker wrote to
+    files_mb: float  # of mapped files: libraries, mostly
+
+    @property
+    def total_mb(self) -> float:
+        return self.own_mb + self.files_mb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +92,8 @@ class Run:
     start_s: float
     picture_s: float
     peak_mb: float  # MB are 1e6 bytes
+    parts: dict[str, float]  # of the start: seconds until each was over, in order
+    resident: dict[str, Resident]  # by WHEN
     pictures: tuple[bytes, ...]
 
 
@@ -81,9 +109,14 @@ def run(command: Sequence[str], out: Path, count: int) -> Run:
     code, _, peak_kib, said = json.loads(done.stdout)
     if code:
         raise SanaError(f"{command[0]}: ended with {code}. It said: {said}")
-    times = [(what, float(seconds)) for what, seconds in re.findall(r"sana: (opened|asked|drawn) after (\S+) s", said)]
+    parts = [(what, float(seconds)) for what, seconds in re.findall(r"sana: (.+) after (\S+) s\n", said)]
+    times = [(what, seconds) for what, seconds in parts if what in ("opened", "asked", "drawn")]
     if [what for what, _ in times] != ["opened", *["asked", "drawn"] * count]:
         raise SanaError(f"{command[0]}: got the times {times}; expected those of opening and of {count} pictures. It said: {said}")
+    found_memory = re.findall(r"sana: memory, (.+): (\S+) MB of its own, (\S+) MB of mapped files", said)
+    resident = {when: Resident(own_mb=float(own), files_mb=float(files)) for when, own, files in found_memory}
+    if tuple(resident) != WHEN:
+        raise SanaError(f"{command[0]}: got its memory at {tuple(resident)}; expected {WHEN}. It said: {said}")
     drawn = [b - a for (_, a), (_, b) in pairwise(times[1:])][::2]
     found = sorted(out.glob("*.png"), key=lambda path: int(path.stem.rsplit("-", 1)[-1]))
     return Run(
@@ -91,6 +124,8 @@ def run(command: Sequence[str], out: Path, count: int) -> Run:
         start_s=times[2][1],
         picture_s=statistics.median(drawn[2:]),
         peak_mb=peak_kib * 1024 / 1e6,
+        parts=dict(reversed(parts)),  # of each name the first
+        resident=resident,
         pictures=tuple(read_picture(path)[0].tobytes() for path in found),
     )
 
@@ -153,9 +188,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SanaError as error:
         print(error, file=sys.stderr)
         return 2
+    for what in sorted(found["cpp"][0].parts, key=found["cpp"][0].parts.__getitem__):
+        print(f"C++: {what} after {statistics.median(each.parts.get(what, math.nan) for each in found['cpp']):.3f} s")
+    for name, runs in found.items():
+        for when in WHEN:
+            own, files = (statistics.median(getattr(each.resident[when], part) for each in runs) for part in ("own_mb", "files_mb"))
+            print(f"{name}, {when}: {own:.0f} MB of its own and {files:.0f} MB of mapped files resident")
+    held = {name: statistics.median(each.resident["opened"].total_mb for each in runs) for name, runs in found.items()}
     opened = {name: statistics.median(each.open_s for each in runs) for name, runs in found.items()}
     note = f"{options.steps} steps, {options.side}px; the same pixels; reading the engines alone {read_s:.3f} s; "
-    note += f"opened and verified after {opened['cpp']:.3f} s, in Python {opened['python']:.3f} s"
+    note += (
+        f"opened and verified after {opened['cpp']:.3f} s, in Python {opened['python']:.3f} s; then, with the libraries and CUDA's "
+    )
+    note += f"context but no engine, {held['cpp']:.0f} MB were resident, in Python {held['python']:.0f} MB"
     note = "; ".join(filter(None, (note, options.note, UNSUPPORTED if device.capability == (9, 0) else "")))
     rows = (
         ("start_s", "start_s", "s", 1),

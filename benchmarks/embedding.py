@@ -53,7 +53,7 @@ began = time.perf_counter()
 done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 seconds = time.perf_counter() - began
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-print(json.dumps([done.returncode, seconds, peak, done.stderr.decode(errors="replace")[-2000:]]))
+print(json.dumps([done.returncode, seconds, peak, done.stderr.decode(errors="replace")[-8000:]]))
 """
 
 

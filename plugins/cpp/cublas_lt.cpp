@@ -106,6 +106,8 @@ void* handle(unsigned long long context_id) {
 
 }  // namespace
 
+void open_cublas_lt() { library(); }
+
 LtProduct::LtProduct(const std::string& type, bool bias, unsigned long long context_id)
     : type_(type_number(type)), out_type_(type == "fp8" ? type_number("fp16") : type_), scaled_(type == "fp8"), bias_(bias),
       lt_(handle(context_id)) {

@@ -19,6 +19,9 @@ struct CublasError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
+// Open the library, which takes its linker a tenth of a second, before the first product does. Raises CublasError.
+void open_cublas_lt();
+
 struct ProductAddresses {  // on the device; 0 for what there is not
     std::uint64_t x, weight, bias, out, x_scale, w_scale, workspace;
 };

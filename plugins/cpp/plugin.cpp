@@ -272,6 +272,16 @@ extern "C" __attribute__((visibility("default"))) void setLoggerFinder(nvinfer1:
     sana::plugins::logger_finder = finder;
 }
 
+// For libsana_runtime, which knows the ops of a bundle before their engines load: open the library that an op runs with. If that
+// fails, the op's nodes say why when they are made.
+extern "C" __attribute__((visibility("default"))) void sana_plugins_open_library_of(const char* op) {
+    if (std::strcmp(op, "Linear") != 0 && std::strcmp(op, "Fp8Linear") != 0) return;
+    try {
+        sana::plugins::open_cublas_lt();
+    } catch (const std::exception&) {
+    }
+}
+
 extern "C" __attribute__((visibility("default"))) nvinfer1::IPluginCreatorInterface* const* getCreators(std::int32_t& count) {
     using namespace sana::plugins;
     // Never destroyed: TensorRT keeps them until it is unloaded itself.

@@ -1,6 +1,8 @@
 // A libcuda.so.1 for the session of TensorRT: memory is the host's, and what is queued is done when somebody waits, and not before.
 // So a buffer that is written again too early, and a missing wait, give wrong numbers here as they would on a GPU. New memory is
-// full of NaN. FAKE_CUDA_SM: the architecture, "89"; FAKE_GPU_MEMORY: bytes; FAKE_GPU_LOG: a file that is told what happens.
+// full of NaN. FAKE_CUDA_SM: the architecture, "89"; FAKE_GPU_MEMORY: bytes; FAKE_GPU_LOG: a file that is told what happens;
+// FAKE_CUDA_SLOW: the seconds that cuInit and a context take; FAKE_CUDA_FAILS: cuDeviceGetCount or cuDevicePrimaryCtxRetain.
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +12,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define FAKE extern "C" __attribute__((visibility("default")))
@@ -50,6 +53,15 @@ void one() {
     work();
 }
 
+void be_slow() {
+    if (const char* slow = std::getenv("FAKE_CUDA_SLOW")) std::this_thread::sleep_for(std::chrono::duration<double>(std::atof(slow)));
+}
+
+int fails(const char* call) {
+    const char* named = std::getenv("FAKE_CUDA_FAILS");
+    return named != nullptr && std::strcmp(named, call) == 0 ? 719 : 0;
+}
+
 std::uint64_t aligned(std::size_t size) {
     void* out = std::aligned_alloc(256, (size + 255) / 256 * 256);
     std::memset(out, 0xFF, size);  // float32 of these bytes is NaN
@@ -69,13 +81,17 @@ FAKE void fake_gpu_log(const char* line) {
 }
 FAKE int fake_gpu_capturing() { return captured != nullptr; }
 
-FAKE int cuInit(unsigned) { return 0; }
-FAKE int cuDeviceGetCount(int* count) { return *count = 1, 0; }
+FAKE int cuInit(unsigned) { return be_slow(), 0; }
+FAKE int cuDeviceGetCount(int* count) { return *count = 1, fails("cuDeviceGetCount"); }
 FAKE int cuDeviceGet(int* device, int) { return *device = 0, 0; }
 FAKE int cuDriverGetVersion(int* version) { return *version = 13000, 0; }
 FAKE int cuDeviceGetName(char* name, int size, int) { return std::snprintf(name, static_cast<std::size_t>(size), "NVIDIA Fake"), 0; }
 FAKE int cuDeviceGetAttribute(int* value, int which, int) { return *value = std::getenv("FAKE_CUDA_SM")[which - 75] - '0', 0; }
-FAKE int cuDevicePrimaryCtxRetain(void** context, int) { return *context = reinterpret_cast<void*>(1), 0; }
+FAKE int cuDevicePrimaryCtxRetain(void** context, int) {
+    be_slow();
+    *context = reinterpret_cast<void*>(1);
+    return fails("cuDevicePrimaryCtxRetain");
+}
 FAKE int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 FAKE int cuCtxSetCurrent(void*) { return 0; }
 FAKE int cuStreamCreate(void** stream, unsigned) { return *stream = reinterpret_cast<void*>(7), 0; }

@@ -2,15 +2,18 @@
 //
 // TensorRT's classes are thin: each calls a table of virtual functions. What the runtime calls is put into its place of such a
 // table; all other places end the program. An engine's file is text: "graph PATH", "activations BYTES", then "in NAME TYPE RANK" and
-// "out NAME TYPE". FAKE_TENSORRT_FAILS: "load", "context", "run": what fails.
+// "out NAME TYPE". FAKE_TENSORRT_FAILS: "load", "context", "run": what fails; FAKE_TENSORRT_SLOW: a component whose engine takes half a
+// second to load, or not to.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
+#include <chrono>
 #include <cstring>
 #include <functional>
 #include <map>
 #include <set>
 #include <sstream>
+#include <thread>
 #include <typeinfo>
 #include <vector>
 
@@ -296,12 +299,14 @@ struct Runtime final : IRuntime {
                 lines >> io.name >> type >> io.rank;
                 io.type = type == "int64" ? DataType::kINT64 : DataType::kFLOAT;
             }
+            out.name = out.graph.substr(0, out.graph.rfind('/'));
+            out.name.erase(0, out.name.rfind('/') + 1);
+            if (const char* slow = std::getenv("FAKE_TENSORRT_SLOW"); slow != nullptr && out.name == slow)
+                std::this_thread::sleep_for(std::chrono::milliseconds(500));
             if (out.graph.empty() || fails("load")) {
                 self->logger->log(ILogger::Severity::kERROR, "the fake does not want this engine");
                 return nullptr;
             }
-            out.name = out.graph.substr(0, out.graph.rfind('/'));
-            out.name.erase(0, out.name.rfind('/') + 1);
             log("load " + out.name);
             return new Engine(std::move(out));
         });

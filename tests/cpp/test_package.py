@@ -106,3 +106,18 @@ def test_pkg_config(prefix, sources, drawn, tmp_path):
     done("cc", "-std=c99", "-Wall", "-Werror", sources / "example_c.c", "-o", tmp_path / "example_c", *flags)
     done("c++", "-std=c++20", "-Wall", "-Werror", sources / "example_cpp.cpp", "-o", tmp_path / "example_cpp", *flags)
     check_programs(tmp_path, drawn, tmp_path, LD_LIBRARY_PATH=str(pc.parents[1]))
+
+
+def test_headers_of_tensorrt_that_are_not_there(tmp_path):
+    """Where a folder was named that has none, that is an error; where none was, it is said, and what needs them is left out."""
+    source = ["cmake", "-S", ROOT / "runtime" / "cpp", "-B"]
+    named = run(*source, tmp_path / "named", f"-DSANA_TENSORRT_ROOT={tmp_path}")
+    assert named.returncode != 0
+    said = " ".join(named.stderr.split())
+    assert (
+        f"TensorRT: got {tmp_path}, which has no include/NvInferRuntime.h; expected the folder of a TensorRT or TensorRT for RTX"
+        in said
+    )
+    hidden = f"-DCMAKE_IGNORE_PATH={';'.join(str(path.parent) for path in Path('/usr').glob('include/**/NvInferRuntime.h'))}"
+    without = done(*source, tmp_path / "without", "-DSANA_TENSORRT_ROOT=", hidden)
+    assert "TensorRT headers: none found, so what needs them is left out. Set TENSORRT_ROOT" in without

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -211,3 +212,20 @@ def test_which_is_used(monkeypatch, tmp_path):
     assert native.library_path() is None
     (tmp_path / "libsana_plugins.so").touch()
     assert native.library_path() == tmp_path / "libsana_plugins.so"
+
+
+def test_a_library_that_an_op_runs_with_can_be_opened_before(plugins, tmp_path):
+    """As libsana_runtime does while CUDA's context is made; what is no cuBLASLt is said by the node that needs it, not here."""
+    other = tmp_path / "other.so"
+    shutil.copy(plugins / "fake" / "libcuda.so.1", other)
+    program = f"""
+import ctypes
+from pathlib import Path
+library = ctypes.CDLL({str(plugins / "libsana_plugins.so")!r})
+for op in (b"Conv3x3", b"Linear", b"Linear"):
+    library.sana_plugins_open_library_of(op)
+    print({str(other)!r} in Path("/proc/self/maps").read_text())
+"""
+    environment = os.environ | {"SANA_CUBLASLT": str(other)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.split() == ["False", "True", "True"]

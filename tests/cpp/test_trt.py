@@ -299,6 +299,51 @@ def test_what_fails_says_why(sana, what, message) -> None:
     assert message in drawn.error
 
 
+def parts(error: str) -> list[str]:
+    """Of the start, in the order in which they were over."""
+    return re.findall(r"sana: (.+) after \d+\.\d{6} s\n", error)
+
+
+def test_a_start_does_what_it_can_at_the_same_time(sana, expected) -> None:
+    """The linker works while the driver looks for GPUs, files are compared while CUDA's context is made, and the text is encoded
+    while other engines load."""
+    slow = sana("a cat", *REQUEST, "--count", 2, "--timings", FAKE_CUDA_SLOW="0.5", FAKE_TENSORRT_SLOW="decoder")
+    assert [read_picture(path)[0].tobytes() for path in slow.pictures] == expected[:2]
+    found = [part for part in parts(slow.error) if not re.match(r"engine of (?!decoder)", part)]
+    found.remove("tokenizer read")  # before or after the library is mapped
+    assert parts(slow.error).index("tokenizer read") < parts(slow.error).index("GPU found")
+    start = ["TensorRT's library mapped", "GPU found", "files compared", "CUDA's context made", "opened", "asked"]
+    first = ["text encoded", "engine of decoder loaded", "shapes set", "work queued", "pixels read", "kernels kept", "drawn"]
+    assert found == [*start, *first, "asked", "drawn"]
+    memory = re.findall(
+        r"sana: memory, (.+): (\d+\.\d) MB of its own, (\d+\.\d) MB of mapped files; the most until now (\d+\.\d) MB", slow.error
+    )
+    assert [when for when, *_ in memory] == ["opened", "first picture", "end"]
+    for _, own, files, most in memory:
+        assert 1 < float(own) + float(files) <= float(most) + 1
+    assert parts(sana("a cat", *REQUEST).error) == []
+
+
+def test_of_several_errors_the_first_is_python_s(sana, bundle, tmp_path) -> None:
+    """Whichever thread is slow: of engines that fail that of the first component, and the GPU before a file that was changed."""
+    for slow in ("text_encoder", "decoder"):
+        failed = sana("a cat", *REQUEST, FAKE_TENSORRT_FAILS="load", FAKE_TENSORRT_SLOW=slow)
+        assert failed.code == 2
+        assert f"{bundle}/text_encoder/sm89.engine: got an engine that TensorRT" in failed.error
+    changed = tmp_path / "changed"
+    shutil.copytree(bundle, changed)
+    engine = changed / "decoder" / "sm89.engine"
+    engine.write_bytes(engine.read_bytes()[:-1] + b"?")
+    named = ["a cat", *REQUEST, "--backend", "tensorrt"]
+    refused = sana(*named, of=changed, FAKE_CUDA_SLOW="0.2")
+    assert "decoder/sm89.engine was changed: got SHA-256" in refused.error
+    assert refused.pictures == []
+    assert refused.count("load") == 0
+    assert "cuDeviceGetCount: got CUDA_ERROR_OF_SOME_KIND" in sana(*named, of=changed, FAKE_CUDA_FAILS="cuDeviceGetCount").error
+    context = sana(*named, of=changed, FAKE_CUDA_FAILS="cuDevicePrimaryCtxRetain").error
+    assert "CUDA, cuDevicePrimaryCtxRetain: some kind." in context
+
+
 def test_a_tensorrt_that_is_not_there_or_too_old(sana, tmp_path) -> None:
     missing = sana("a cat", "--backend", "tensorrt", SANA_TENSORRT=str(tmp_path / "none.so"))
     assert "error: got no TensorRT (" in missing.error
@@ -351,7 +396,11 @@ def test_the_benchmark(cpp, bundle, environment, monkeypatch) -> None:
         assert 0 < each.open_s < each.start_s
         assert 0 < each.picture_s
         assert len(each.pictures) == 3
-    assert 10 < min(ours.peak_mb, theirs.peak_mb)
+        assert tuple(each.resident) == cpp_runtime.WHEN
+        assert all(1 < resident.total_mb <= each.peak_mb + 1 for resident in each.resident.values()), each
+    order = ["GPU found", "CUDA's context made", "opened", "text encoded", "pixels read", "drawn"]
+    assert sorted(ours.parts[part] for part in order) == [ours.parts[part] for part in order]
+    assert ours.parts["drawn"] == ours.start_s, "that of the first picture"
     monkeypatch.setattr(cpp_runtime, "PYTHON", cpp_runtime.PYTHON.replace("seed=seed", "seed=seed + 1"))
     with pytest.raises(ParityError, match="got 2 different sets of pictures"):
         cpp_runtime.compare(bundle, cpp / "sana", **sizes)

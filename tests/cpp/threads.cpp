@@ -68,7 +68,7 @@ class FakeSession : public Session {
 Engine engine_of(const std::string& folder) {
     return EngineParts::made(
         Bundle::open(folder),
-        [](const Bundle& bundle) {
+        [](const Bundle& bundle, const EngineParts::Files&) {
             const auto open = [&bundle](const std::string& name) { return std::make_unique<FakeSession>(name, bundle.manifest); };
             return EngineParts::Chosen{"onnxruntime", "it is a test", std::make_unique<OrtBackend>(bundle, open, false)};
         },

@@ -1,12 +1,11 @@
 // `sana generate BUNDLE PROMPT…`: draws pictures and prints where they are. As apps/cli/generate.py.
 #include <algorithm>
-#include <chrono>
-#include <cstdio>
 #include <filesystem>
 #include <iostream>
 
 #include "command.hpp"
 #include "python_text.hpp"
+#include "timings.hpp"
 #include "unicode.hpp"
 
 namespace sana::program {
@@ -69,25 +68,25 @@ int generate(const std::vector<std::string>& given) {
     std::vector<std::string> paths;
     for (std::size_t i = 0; i < prompts.size(); ++i)
         paths.push_back(picture_path(arguments.out, prompts[i], arguments.request.seeds[0] + i, prompts.size()));
-    const auto began = std::chrono::steady_clock::now();
-    const auto tell = [&](const char* what) {  // as benchmarks/cpp_runtime.py reads it
-        const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - began;
-        if (arguments.timings) std::fprintf(stderr, "sana: %s after %.6f s\n", what, passed.count());
-    };
+    if (arguments.timings) timings::begin();  // benchmarks/cpp_runtime.py reads what they say
     Engine engine = valued(Engine::open(arguments.words[0], arguments.options));
-    tell("opened");
+    timings::tell("opened");
+    timings::tell_memory("opened");
     std::cerr << "sana: backend: " << engine.backend() << " on " << engine.device() << ", because " << engine.backend_reason()
               << "\n";
     const std::uint64_t first = arguments.request.seeds[0];
     for (std::size_t i = 0; i < prompts.size(); ++i) {  // one at a time, so that each is there as soon as it is drawn
         arguments.request.prompts = {prompts[i]};
         arguments.request.seeds = {first + i};
-        tell("asked");
+        timings::tell("asked");
         const Pictures pictures = valued(engine.generate(arguments.request));
-        tell("drawn");
+        timings::tell("drawn");
+        if (i == 0) timings::tell_memory("first picture");
+        timings::start_is_over();
         for (const std::string& warning : pictures.warnings) std::cerr << "sana: warning: " << warning << "\n";
         std::cout << valued(save_png(pictures.images[0], paths[i])) << std::endl;
     }
+    timings::tell_memory("end");
     return 0;
 }
 

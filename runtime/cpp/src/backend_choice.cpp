@@ -20,9 +20,10 @@ EngineParts::Chosen on_cpu(const Bundle& bundle, const EngineOptions& options, s
     return {"onnxruntime", std::move(reason), std::make_unique<OrtBackend>(bundle, std::move(sessions), options.low_memory)};
 }
 
-std::unique_ptr<Backend> on_gpu(const Bundle& bundle, [[maybe_unused]] const EngineOptions& options) {
+std::unique_ptr<Backend> on_gpu(const Bundle& bundle, [[maybe_unused]] const EngineOptions& options,
+                                [[maybe_unused]] const EngineParts::Files& files) {
 #if SANA_TENSORRT
-    return open_tensorrt(bundle, options);
+    return open_tensorrt(bundle, options, files);
 #else
     require_engines(bundle, device_info().sm());
     throw Failure(ErrorKind::kTensorRTVersion,
@@ -66,17 +67,17 @@ std::string built_with() {
 #endif
 }
 
-EngineParts::Chosen choose_backend(const Bundle& bundle, const EngineOptions& options) {
+EngineParts::Chosen choose_backend(const Bundle& bundle, const EngineOptions& options, const EngineParts::Files& files) {
     static const std::vector<std::string> words = {"auto", "tensorrt", "onnxruntime"};
     const std::string& wanted = options.backend;
     if (std::find(words.begin(), words.end(), wanted) == words.end()) {
         throw Failure(ErrorKind::kRequest, "backend: got " + repr(wanted) + "; " + nearest(wanted, words) + ".");
     }
     if (wanted == "onnxruntime") return on_cpu(bundle, options, "it was asked for");
-    if (wanted == "tensorrt") return {"tensorrt", "it was asked for", on_gpu(bundle, options)};
+    if (wanted == "tensorrt") return {"tensorrt", "it was asked for", on_gpu(bundle, options, files)};
     if (bundle.manifest.targets.empty()) return on_cpu(bundle, options, "the bundle has portable graphs only");
     try {
-        return {"tensorrt", "the bundle has engines for this GPU", on_gpu(bundle, options)};
+        return {"tensorrt", "the bundle has engines for this GPU", on_gpu(bundle, options, files)};
     } catch (const Failure& failure) {
         const ErrorKind kind = failure.error().kind;
         if (kind == ErrorKind::kNoGpu) return on_cpu(bundle, options, "TensorRT has nothing to run on: " + failure.error().message);

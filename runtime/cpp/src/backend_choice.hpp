@@ -11,7 +11,7 @@ namespace sana {
 // One that was named is used or its error raised; "auto" says what it took and for what reason. Raises RequestError for a word that
 // names none; for "tensorrt" NoGpuError, ArchitectureError or, also from a library that was built without its headers,
 // TensorRTVersionError.
-EngineParts::Chosen choose_backend(const Bundle& bundle, const EngineOptions& options);
+EngineParts::Chosen choose_backend(const Bundle& bundle, const EngineOptions& options, const EngineParts::Files& files);
 
 std::string built_with();  // what of TensorRT this library has, in words
 

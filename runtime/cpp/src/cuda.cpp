@@ -93,6 +93,8 @@ void cuda_ok(int status, const char* call) {
 
 }  // namespace
 
+void Cuda::find_functions() { cuda(); }
+
 Cuda::Cuda() {
     SANA_CUDA(cuInit, 0U);
     SANA_CUDA(cuDeviceGet, &device_, 0);

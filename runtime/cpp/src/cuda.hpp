@@ -23,6 +23,7 @@ class Cuda {
     // After device_info(), which says what is wrong where there is no GPU. Raises SanaError for the rest, as all that follow.
     Cuda();
     ~Cuda();
+    static void find_functions();  // all of the driver's that are used. Raises NoGpuError; no later call needs the linker
     Cuda(const Cuda&) = delete;
 
     void make_current() const;  // CUDA's current context belongs to the thread: each thread calls this before it works

@@ -15,7 +15,7 @@
 namespace sana {
 namespace {
 
-constexpr std::size_t kBlockBytes = 1 << 20;           // large enough that hashing dominates the calls; each thread has one
+constexpr std::size_t kBlockBytes = 1 << 17;           // hashing dominates the calls, and threads leave no large heaps behind
 constexpr unsigned kMinThreads = 4, kMaxThreads = 32;  // some may wait for a disk; past 32 they wait for memory
 
 class Sha256 {

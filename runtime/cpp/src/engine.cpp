@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <future>
 #include <memory>
 #include <mutex>
 
@@ -15,6 +16,8 @@
 #include "queue.hpp"
 #include "request.hpp"
 #include "schedule_file.hpp"
+#include "timings.hpp"
+#include "verification.hpp"
 
 namespace sana {
 namespace {
@@ -49,19 +52,32 @@ std::vector<std::uint8_t> to_pixels(std::span<const float> values) {
 
 struct Engine::State {
     State(Bundle opened, const EngineParts::Choose& choose, bool verify)
-        : bundle(std::move(opened)),
-          chosen(choose(bundle)),
+        : bundle(std::move(opened)), reading(std::async(std::launch::async, [this, verify] { return read_tokenizer(verify); })),
+          chosen(verified(choose, verify)),
           device(chosen.backend->device),
           max_batch(chosen.backend->max_batch),
-          tokenizer(verified(verify), bundle.manifest.prompt) {}
+          tokenizer(reading.get()) {}
 
-    std::string verified(bool verify) const {  // the tokenizer's path, once what is opened of the bundle is known to be right
-        if (verify) {
-            std::vector<std::string> names = chosen.backend->files();
-            names.insert(names.begin(), kTokenizer);
-            bundle.verify(names);
-        }
-        return bundle.file(kTokenizer);
+    // Gemma's takes a second, and so is read while the rest is opened. What is wrong with it is raised after what is wrong with that.
+    PromptTokenizer read_tokenizer(bool verify) const {
+        if (verify) bundle.verify({kTokenizer});  // no parser sees what was changed
+        PromptTokenizer out(bundle.file(kTokenizer), bundle.manifest.prompt);
+        timings::tell_part("tokenizer read");
+        return out;
+    }
+
+    // What draws, once the tokenizer and what it opens of the bundle are known to be right.
+    EngineParts::Chosen verified(const EngineParts::Choose& choose, bool verify) const {
+        Verification verification(bundle);
+        const auto with_tokenizer = [](std::vector<std::string> files) {
+            files.insert(files.begin(), kTokenizer);
+            return files;
+        };
+        EngineParts::Chosen out = choose(bundle, [&](const std::vector<std::string>& files) {
+            if (verify) verification.begin(with_tokenizer(files));
+        });
+        if (verify) verification.finish(with_tokenizer(out.backend->files()));
+        return out;
     }
 
     Pictures generate(const Request& request) {
@@ -157,6 +173,7 @@ struct Engine::State {
     }
 
     Bundle bundle;
+    std::future<PromptTokenizer> reading;
     EngineParts::Chosen chosen;  // its backend goes when the engine is closed
     std::string device;
     std::size_t max_batch;  // of the backend, which may be gone
@@ -188,7 +205,9 @@ void Engine::close() {
 
 Result<Engine> Engine::open(const std::string& bundle, const EngineOptions& options) {
     return guard([&] {
-        const auto choose = [&](const Bundle& opened) { return choose_backend(opened, options); };
+        const auto choose = [&](const Bundle& opened, const EngineParts::Files& files) {
+            return choose_backend(opened, options, files);
+        };
         return EngineParts::made(Bundle::open(bundle, false), choose, options.verify);
     });
 }

@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "backend.hpp"
 #include "bundle.hpp"
@@ -16,7 +17,10 @@ struct EngineParts {
         std::string name, reason;  // of what draws
         std::unique_ptr<Backend> backend;
     };
-    using Choose = std::function<Chosen(const Bundle&)>;  // the bundle stays where it is as long as the engine lives
+    // To be told, as early as it is known and nothing else will be chosen, which of the bundle's files the backend opens: they are
+    // verified while the rest of it is made.
+    using Files = std::function<void(const std::vector<std::string>&)>;
+    using Choose = std::function<Chosen(const Bundle&, const Files&)>;  // the bundle stays where it is as long as the engine lives
 
     // verify: compare the SHA-256 of the tokenizer and of what the backend opens. Raises what they raise.
     static Engine made(Bundle bundle, const Choose& choose, bool verify);

@@ -11,6 +11,7 @@
 #include "failure.hpp"
 #include "python_text.hpp"
 #include "sana/engine.hpp"
+#include "timings.hpp"
 
 namespace sana {
 namespace {
@@ -41,16 +42,42 @@ void append_to(Loops::Key& key, const Shape& shape) {
     key.insert(key.end(), shape.begin(), shape.end());
 }
 
+std::vector<std::string> engine_names(const Bundle& bundle, const DeviceInfo& device) {  // in the order of components
+    std::vector<std::string> out;
+    for (const std::string& component : component_names()) out.push_back(*bundle.manifest.engine_name(component, device.sm()));
+    return out;
+}
+
 }  // namespace
 
-std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions& options) {
-    const DeviceInfo device = device_info();
+std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions& options, const EngineParts::Files& files) {
+    const DeviceInfo device = [&] {
+        // The driver takes as long to look for GPUs as the linker takes for TensorRT. What either has to complain of is found again
+        // below, each in its turn.
+        const auto initialize = reinterpret_cast<int (*)(unsigned)>(driver_function("cuInit"));
+        const std::jthread looking([initialize] { initialize(0); });
+        trt::map_library(options.tensorrt_library);
+        timings::tell_part("TensorRT's library mapped");
+        return device_info();
+    }();
+    timings::tell_part("GPU found");
     require_engines(bundle, device.sm());
     const trt::Library& library = trt::library(options.tensorrt_library);
     check_tensorrt(bundle, trt::kFlavor, library.version);
-    const auto& plugins = bundle.manifest.plugins;  // of each component
-    const bool any = std::any_of(plugins.begin(), plugins.end(), [](const auto& each) { return !each.second.empty(); });
-    if (any) trt::load_plugins(library, options.plugins_library);
+    files(engine_names(bundle, device));
+    std::vector<std::string> ops;
+    for (const auto& [component, plugins] : bundle.manifest.plugins) {
+        for (const auto& [op, version] : plugins) ops.push_back(op);
+    }
+    std::jthread linking;  // until the backend is made, which makes CUDA's context
+    if (!ops.empty()) {
+        const std::string plugins = trt::load_plugins(library, options.plugins_library);
+        Cuda::find_functions();  // else it would wait for the linker
+        linking = std::jthread([ops, plugins] {
+            trt::open_libraries_of(ops, plugins);
+            timings::tell_part("libraries of plugins mapped");
+        });
+    }
     return std::make_unique<TrtBackend>(bundle, device, library, options.kernel_cache.value_or(usual_kernel_folder()),
                                         TrtBackend::Options{options.cuda_graphs, options.low_memory});
 }
@@ -79,9 +106,10 @@ TrtBackend::TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt
           Outputs outputs = session(kEncoder).run({{"input_ids", &ids}, {"attention_mask", &mask}}, keeps ? &text_loops_ : nullptr);
           return taken(outputs, "prompt_embeds");
       }) {
-    for (const std::string& component : component_names()) {
-        const std::string& name = *bundle.manifest.engine_name(component, device.sm());
-        files_.push_back(name);
+    timings::tell_part("CUDA's context made");
+    files_ = engine_names(bundle, device);
+    for (std::size_t i = 0; i < files_.size(); ++i) {
+        const std::string &component = component_names()[i], &name = files_[i];
         paths_[component] = bundle.file(name);
         digests_[component] = bundle.manifest.file(name)->sha256;
     }
@@ -110,29 +138,69 @@ TrtSession& TrtBackend::session(const std::string& component) {
     return *sessions_.at(component);
 }
 
-// Those that are not there yet, at the same time. If one fails, none of them stays.
-void TrtBackend::load(const std::vector<std::string>& components) {
-    std::map<std::string, std::unique_ptr<TrtSession>> made;
-    for (const std::string& component : components) {
-        if (!sessions_.contains(component)) made[component] = nullptr;
-    }
+struct TrtBackend::Loading {
+    std::string component;
+    std::unique_ptr<TrtSession> session;
     std::exception_ptr error;
-    std::mutex lock;
-    const auto open = [&](const std::string& component, std::unique_ptr<TrtSession>& out) {
-        try {
-            cuda_.make_current();  // of this thread
-            out = std::make_unique<TrtSession>(paths_.at(component), library_, cuda_, arena_, kernels_, digests_.at(component));
-        } catch (...) {
-            const std::lock_guard held(lock);
-            if (error == nullptr) error = std::current_exception();
-        }
-    };
-    {
-        std::vector<std::jthread> threads;  // joined at the end of the block, also where one cannot be started
-        for (auto& [component, session] : made) threads.emplace_back([&] { open(component, session); });
+    std::jthread thread;  // the last member: it ends before the others
+};
+
+// Those that are not there yet, each in a thread of its own.
+std::vector<std::unique_ptr<TrtBackend::Loading>> TrtBackend::begin_to_load(const std::vector<std::string>& components) {
+    std::vector<std::unique_ptr<Loading>> out;
+    for (const std::string& component : components) {
+        if (sessions_.contains(component)) continue;
+        out.push_back(std::make_unique<Loading>());
+        out.back()->component = component;
+        out.back()->thread = std::jthread([this, each = out.back().get()] {
+            const std::string& name = each->component;
+            try {
+                cuda_.make_current();  // of this thread
+                each->session = std::make_unique<TrtSession>(paths_.at(name), library_, cuda_, arena_, kernels_, digests_.at(name));
+                timings::tell_part("engine of " + name + " loaded");
+            } catch (...) {
+                each->error = std::current_exception();
+            }
+        });
     }
+    return out;
+}
+
+// If one fails, none of them stays. The error of the first component that has one, as in Python.
+void TrtBackend::finish_to_load(std::vector<std::unique_ptr<Loading>> loading) {
+    for (const auto& each : loading) {
+        if (each->thread.joinable()) each->thread.join();
+    }
+    for (const auto& each : loading) {
+        if (each->error == nullptr) continue;
+        for (const auto& other : loading) sessions_.erase(other->component);
+        std::rethrow_exception(each->error);
+    }
+    for (const auto& each : loading) sessions_.try_emplace(each->component, std::move(each->session));
+}
+
+void TrtBackend::load(const std::vector<std::string>& components) { finish_to_load(begin_to_load(components)); }
+
+// A job's texts. Where engines are missing, the others load meanwhile.
+Tensor TrtBackend::embedded(const Job& job) {
+    if (options_.low_memory) return texts_.embed(job.texts);
+    auto loading = begin_to_load(component_names());
+    Tensor out;
+    std::exception_ptr error;
+    for (const auto& each : loading) {
+        if (each->component != kEncoder) continue;
+        each->thread.join();
+        if (each->error == nullptr) sessions_.emplace(kEncoder, std::move(each->session));
+    }
+    try {
+        if (sessions_.contains(kEncoder)) out = texts_.embed(job.texts);
+        timings::tell_part("text encoded");
+    } catch (...) {
+        error = std::current_exception();
+    }
+    finish_to_load(std::move(loading));  // what it has to say comes first, as where all load before
     if (error != nullptr) std::rethrow_exception(error);
-    sessions_.merge(made);
+    return out;
 }
 
 Tensor TrtBackend::draw(const CheckedRequest& request, const Job& job, const Watch& watch) {
@@ -143,7 +211,9 @@ Tensor TrtBackend::draw(const CheckedRequest& request, const Job& job, const Wat
     };
     try {
         Tensor drawn = draw_now(request, job, watch);
+        timings::tell_part("pixels read");
         for (const auto& [name, each] : sessions_) each->save_kernels();
+        timings::tell_part("kernels kept");
         settle();
         return drawn;
     } catch (const Failure& failure) {
@@ -158,8 +228,7 @@ Tensor TrtBackend::draw(const CheckedRequest& request, const Job& job, const Wat
 }
 
 Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const Watch& watch) {
-    if (!options_.low_memory) load(component_names());
-    const Tensor embeds = texts_.embed(job.texts);
+    const Tensor embeds = embedded(job);
     if (const auto encoder = sessions_.find(kEncoder); options_.low_memory && encoder != sessions_.end()) {
         encoder->second->save_kernels();
         sessions_.erase(encoder);
@@ -204,6 +273,7 @@ Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const
     for (const char* name : {"latents", "previous", "noise"}) shapes[name] = shape;
     shapes["coefficients"] = {static_cast<std::int64_t>(kCoefficients)};
     denoiser.prepare(shapes);
+    timings::tell_part("shapes set");
 
     // All of a picture's work after its text; steps that are done are counted for follow() where nobody waits for each.
     const auto queue = [&](bool stepwise) {
@@ -245,6 +315,7 @@ Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const
     }
     if (loop == nullptr) {
         queue(true);
+        timings::tell_part("work queued");
     } else {
         *static_cast<volatile float*>(steps_done_) = 0;
         cuda_.launch_graph(loop);

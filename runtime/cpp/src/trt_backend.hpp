@@ -11,6 +11,7 @@
 #include "backend.hpp"
 #include "bundle.hpp"
 #include "cuda.hpp"
+#include "engine_parts.hpp"
 #include "gpu.hpp"
 #include "loops.hpp"
 #include "text_cache.hpp"
@@ -20,13 +21,13 @@ namespace sana {
 
 struct EngineOptions;
 
-// The backend for the GPU that is here; the bundle must outlive it. Cheapest check first; nothing of TensorRT is opened before all
-// have passed, and no engine before the first picture. Raises NoGpuError, ArchitectureError if the bundle has no engine for this
-// GPU, TensorRTVersionError.
-std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions& options);
+// The backend for the GPU that is here; the bundle must outlive it. Nothing of TensorRT is opened where there is no NVIDIA driver,
+// and no engine before the first picture. files: told of the engines before CUDA's context is made. Raises NoGpuError,
+// ArchitectureError if the bundle has no engine for this GPU, TensorRTVersionError; of several errors the first in this order.
+std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions& options, const EngineParts::Files& files);
 
-// Engines load for the first picture, all at the same time, and stay. With low_memory the text encoder is never there at the same
-// time as the others: a new text takes their place, and they come back.
+// Engines load for the first picture, all at the same time, and stay; its text is encoded as soon as the text encoder is there. With
+// low_memory the text encoder is never there at the same time as the others: a new text takes their place, and they come back.
 class TrtBackend : public Backend {
   public:
     struct Options {
@@ -44,7 +45,11 @@ class TrtBackend : public Backend {
   private:
     Tensor draw_now(const CheckedRequest& request, const Job& job, const Watch& watch);
     TrtSession& session(const std::string& component);
+    struct Loading;
+    std::vector<std::unique_ptr<Loading>> begin_to_load(const std::vector<std::string>& components);
+    void finish_to_load(std::vector<std::unique_ptr<Loading>> loading);
     void load(const std::vector<std::string>& components);
+    Tensor embedded(const Job& job);
     DeviceBuffer& slot(const std::string& name);
     std::vector<Address> upload_noise(const CheckedRequest& request, const Job& job, std::size_t count);
     void follow(std::size_t num_steps, const Watch& watch);

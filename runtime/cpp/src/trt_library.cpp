@@ -103,16 +103,20 @@ void find_in(void* handle, const std::string& path, const char* name, Function& 
     }
 }
 
+// The first candidate that opens, and its path; else nullptr, and what the linker said of each.
+void* open_first(const std::string& wanted, std::string& path, std::string& tried) {
+    for (const std::string& each : library_candidates(wanted)) {
+        path = each;
+        if (void* handle = dlopen(each.c_str(), RTLD_NOW | RTLD_LOCAL)) return handle;
+        tried += (tried.empty() ? "" : "; ") + std::string(dlerror());
+    }
+    return nullptr;
+}
+
 Library opened_tensorrt(const std::string& wanted) {
     Library out;
     std::string tried;
-    void* handle = nullptr;
-    for (const std::string& each : library_candidates(wanted)) {
-        handle = dlopen(each.c_str(), RTLD_NOW | RTLD_LOCAL);
-        out.path = each;
-        if (handle != nullptr) break;
-        tried += (tried.empty() ? "" : "; ") + std::string(dlerror());
-    }
+    void* handle = open_first(wanted, out.path, tried);
     if (handle == nullptr) {
         throw Failure(ErrorKind::kTensorRTVersion,
                       "got no TensorRT (" + tried + "); expected " + kCore + ", which the Python package " + kWheel +
@@ -220,12 +224,17 @@ const Library& library(const std::string& path) {
     return *opened;
 }
 
-void load_plugins(const Library& library, const std::string& wanted) {
+void map_library(const std::string& path) {
+    std::string found, tried;
+    open_first(path, found, tried);  // never closed: the library stays
+}
+
+std::string load_plugins(const Library& library, const std::string& wanted) {
     static std::mutex lock;
     static std::string loaded;  // from where
     const std::lock_guard held(lock);
     if (!loaded.empty()) {
-        if (wanted.empty() || wanted == loaded) return;
+        if (wanted.empty() || wanted == loaded) return loaded;
         throw Failure(ErrorKind::kSana, "plugins: this process has loaded " + repr(loaded) + " already; got " + repr(wanted) + ". Use one.");
     }
     const std::string named = wanted.empty() ? environment("SANA_PLUGINS") : wanted;
@@ -236,7 +245,7 @@ void load_plugins(const Library& library, const std::string& wanted) {
     nvinfer1::IPluginRegistry* registry = there ? library.plugin_registry() : nullptr;
     if (registry != nullptr && registry->loadLibrary(path.c_str()) != nullptr) {
         loaded = path;
-        return;
+        return loaded;
     }
     std::string reason = there ? why() : " There is no such file.";
     if (there) {  // TensorRT does not say what the linker said
@@ -245,6 +254,15 @@ void load_plugins(const Library& library, const std::string& wanted) {
     }
     throw Failure(ErrorKind::kSana, path + ": TensorRT cannot load the plugins; expected the library that plugins/cpp builds. Build "
                                            "it again, or set SANA_PLUGINS to its path." + reason);
+}
+
+void open_libraries_of(const std::vector<std::string>& ops, const std::string& plugins) {
+    void* handle = dlopen(plugins.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
+    if (handle == nullptr) return;
+    if (const auto open = reinterpret_cast<void (*)(const char*)>(dlsym(handle, "sana_plugins_open_library_of"))) {
+        for (const std::string& op : ops) open(op.c_str());
+    }
+    dlclose(handle);  // TensorRT has one of its own
 }
 
 LoadedEngine load_engine(const Library& library, const std::string& path) {

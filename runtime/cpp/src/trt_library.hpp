@@ -9,6 +9,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace sana::trt {
 
@@ -30,9 +31,15 @@ struct Library {
 // Raises TensorRTVersionError if there is none, or one of another interface than the headers'.
 const Library& library(const std::string& path);
 
+// Have the linker open what library() will open, and say nothing if it cannot.
+void map_library(const std::string& path);
+
 // Have TensorRT load the plugins, once for the process. path: of libsana_plugins.so; "" for $SANA_PLUGINS, then beside this
-// library. Raises SanaError if TensorRT does not take them.
-void load_plugins(const Library& library, const std::string& path);
+// library. Returns from where they were loaded. Raises SanaError if TensorRT does not take them.
+std::string load_plugins(const Library& library, const std::string& path);
+
+// Have the plugins that were loaded from there open the libraries that these ops run with: cuBLASLt. Says nothing if that fails.
+void open_libraries_of(const std::vector<std::string>& ops, const std::string& plugins);
 
 struct LoadedEngine {
     std::unique_ptr<nvinfer1::IRuntime> runtime;  // outlives its engine
