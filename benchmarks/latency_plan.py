@@ -18,7 +18,7 @@ from torch import Tensor
 from apps.cli.inspect import read_quantization
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from engines.spec import Precision
+from engines.spec import QUANTIZED, Precision
 from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, group_of, groups_of
 
 __all__ = ["bundle_plan"]
@@ -30,7 +30,6 @@ _NUMBERS: dict[tuple[str, int], Format] = {
     ("weight_numbers_packed", TensorProto.UINT8): "nvfp4",
 }
 _READ = ("input_scale", "inverse_smooth", "low_rank_down", "low_rank_up", "weight_scale")
-_FORMATS: dict[Precision, Format] = {Precision.INT8: "int8", Precision.FP8: "fp8", Precision.NVFP4: "nvfp4"}
 
 
 def bundle_plan(bundle: Bundle, parameters: Iterable[str], device: str = "cpu") -> QuantizationPlan | None:
@@ -39,7 +38,7 @@ def bundle_plan(bundle: Bundle, parameters: Iterable[str], device: str = "cpu") 
     Raises BundleError for a graph without the scales that its format needs.
     """
     precision = bundle.manifest.precision["denoiser"]
-    if precision not in _FORMATS:
+    if precision not in QUANTIZED:
         return None
     found = _of_graph(bundle, device)
     if found.layers:

@@ -58,11 +58,11 @@ def repeated(x, first, corner_Q, n_Q, live_MQ, C: tl.constexpr, REPEATS: tl.cons
         words = (x + first).to(tl.pointer_type(word))
         words_MQ = tl.load(words + (m_M[:, None] * (C // 2) + n_Q[None, :]), mask=live_MQ, other=0)
         return (words_MQ >> (corner_Q // 2 * BITS).to(word)[None, :]).to(half).to(x.dtype.element_ty, bitcast=True)
-    elif REPEATS % 4 == 0:
-        from_Q = n_Q // (REPEATS // 4)  # the same, and shows that neighbours in y are neighbours in x
-        return tl.load(x + first + (m_M[:, None] * C + from_Q[None, :]), mask=live_MQ, other=0.0)
     else:
-        from_Q = (4 * n_Q + corner_Q) // REPEATS
+        if REPEATS % 4 == 0:
+            from_Q = n_Q // (REPEATS // 4)  # the same, and shows that neighbours in y are neighbours in x
+        else:
+            from_Q = (4 * n_Q + corner_Q) // REPEATS
         return tl.load(x + first + (m_M[:, None] * C + from_Q[None, :]), mask=live_MQ, other=0.0)
 
 
@@ -93,16 +93,15 @@ def kernel(
     # Bias and shortcut come first: behind the sum, whose registers are half of all, the shortcut's would not fit (SM 90).
     sums_MQ = tl.zeros((BLOCK_M, BLOCK_N), tl.float32) + row_of(bias, q_Q, 4 * N)
     if REPEATS:
-        # int64 as in `convolved`
-        shortcut_MQ = repeated(x, (picture.to(tl.int64) * height * width + start) * C, corner_Q, n_Q, live_MQ, C, REPEATS, BLOCK_M)
-        sums_MQ += shortcut_MQ.to(tl.float32)
+        first = (picture.to(tl.int64) * height * width + start) * C  # int64 as in `convolved`
+        sums_MQ += repeated(x, first, corner_Q, n_Q, live_MQ, C, REPEATS, BLOCK_M).to(tl.float32)
     sums_MQ = convolved(
         sums_MQ, x, weight, picture, start, q_Q, height, width, C, 4 * N, BLOCK_M, BLOCK_N, BLOCK_K, NEAREST, first_column // N
     )
     # From the first of the program's rows on 32 bits do: 128 pixels are at most 128 rows, and few of those if they are long.
-    first = start // width
-    y += (picture.to(tl.int64) * height + first) * (4 * N) * width
-    row_M, column_M = pixel_M // width - first, pixel_M % width
+    first_row = start // width
+    y += (picture.to(tl.int64) * height + first_row) * (4 * N) * width
+    row_M, column_M = pixel_M // width - first_row, pixel_M % width
     pixel_at_M, corner_at_Q = (row_M * 4 * width + 2 * column_M) * N, (corner_Q // 2 * 2 * width + corner_Q % 2) * N + n_Q
     tl.store(y + (pixel_at_M[:, None] + corner_at_Q[None, :]), sums_MQ.to(y.dtype.element_ty), mask=live_MQ)
 
