@@ -28,22 +28,23 @@ LONGEST = (
     "benchmarks/test_latency_peers.py",
     "benchmarks/test_latency.py",
 )
+# What these make takes seconds: kernels through an interpreter, programs in C++, a bundle, a trained model. Their tests are slow.
+SLOW_FIXTURES = frozenset({"interpreted", "cpp", "built", "finished"})
 SHARED_CACHE = "SANA_TESTS_CACHE"  # of exports: see tiny_build.cache
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # xdist's workers inherit it
+    if SHARED_CACHE not in os.environ:  # xdist's workers inherit it, and so does a run that a test starts
         os.environ[SHARED_CACHE] = tempfile.mkdtemp(prefix="sana-tests-cache-")
-
-
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        shutil.rmtree(os.environ.pop(SHARED_CACHE), ignore_errors=True)
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SHARED_CACHE), ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
+    for item in items:
+        if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

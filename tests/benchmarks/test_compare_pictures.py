@@ -65,6 +65,7 @@ def test_the_judge_counts_what_is_lost(bundles):
     assert found.points_lost.low >= 0  # paired: the second is never better
 
 
+@pytest.mark.slow
 def test_into_a_bundle_and_out_of_inspect(bundles, tmp_path, capsys, monkeypatch):
     second = bundles[1]
     before = Bundle.open(second)

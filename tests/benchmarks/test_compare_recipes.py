@@ -79,6 +79,7 @@ class Channels:
         return self.largest[group]
 
 
+@pytest.mark.slow
 def test_modelopt_has_the_ranges_that_it_is_shown(transformer):
     pytest.importorskip("modelopt", reason="needs the extra quantize")
     sides = {group: parts[0].flatten(1).shape[1] for group, parts in PeerLinears(transformer).parts.items()}
@@ -196,6 +197,7 @@ def test_what_cannot_be_asked(arguments, capsys):
     assert arguments[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_whole_run_measures_writes_and_records(tmp_path, monkeypatch, capsys):
     """Pictures are noise whose size says who drew them: fp16 next to fp32, ours farther from fp16, the peer farther still."""
     noise = {"fp32": 0, "fp16": 1, "sana int8": 8, "modelopt x": 32}

@@ -38,6 +38,7 @@ def bundle_of(folder: Path, precision: Precision, files: tuple[str, ...] = ()) -
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "fp8", "nvfp4", "int8 a token", "fp8 a token"])
 def test_the_graph_has_the_plan(name: str) -> None:
     """With smoothing and low-rank branches, whose inverse is stored: PyTorch computes the same with either, but for that."""
@@ -91,6 +92,7 @@ def test_peers_have_nothing_narrower() -> None:
     assert {dtype_of("denoiser", str(kind)) for kind in ("int8", "fp8", "nvfp4")} == {torch.float16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "factor"), [("int8", 8), ("nvfp4", 1 / 64)])
 def test_a_denoiser_is_held_to_its_own_plan(name: str, factor: float) -> None:
     """The simulation in fp32 stands for the engine. With scales that are too large it is beyond the bound, or, where blocks have

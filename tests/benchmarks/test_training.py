@@ -57,6 +57,7 @@ def measure(*settings: Settings, peer: bool = True, limit_s: float = float("inf"
     return training.measure(CONFIG, settings, side=4, device=device, steps=1, peer=peer, tokens=7, limit_s=limit_s)
 
 
+@pytest.mark.slow
 def test_the_benchmark_checks_and_times_both() -> None:
     candidates = list(training.combinations([2, 3], attentions=["op", "plain"]))
     found = measure(*candidates)

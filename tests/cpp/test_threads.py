@@ -17,6 +17,7 @@ def program(tmp_path_factory, request) -> Path:
     return cpp_build.build(folder / "thread", "sana_threads", sanitize="thread") / "sana_threads"
 
 
+@pytest.mark.slow
 def test_threads(program, tmp_path):
     done = subprocess.run([program, letters_bundle(tmp_path / "b")], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

@@ -53,6 +53,7 @@ def can_exchange(request, monkeypatch) -> bool:
     return request.param == "exchange"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [pytest.param("nothing", marks=pytest.mark.slow), "an old bundle"])
 def test_killed_at_every_step(tmp_path, contents, can_exchange, start, monkeypatch):
     out, kept = tmp_path / "bundle", tmp_path / "kept"

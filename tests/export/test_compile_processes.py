@@ -29,11 +29,13 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
+@pytest.mark.slow
 def test_each_architecture_has_its_kernel(tmp_path, cache):
     compile_ahead(graph(tmp_path / "graph.onnx", relu_linear_attention.OP), TARGETS)
     assert len([*cache.rglob("*.cubin")]) == len(TARGETS)
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_left_to_the_build(tmp_path, cache):
     compile_ahead(graph(tmp_path / "graph.onnx", "NoSuchOp"), TARGETS)
     assert not [*cache.rglob("*.cubin")]

@@ -113,6 +113,7 @@ def test_names_are_the_checkpoints_and_dimensions_have_names(exported):
     assert not any(re.search(r"\bs\d", name) for name in named)
 
 
+@pytest.mark.slow
 def test_bytes_are_the_same_every_time_and_hold_no_paths(exported, weights, tmp_path):
     dtype, folder = exported
     model = export_module(meta_toy(dtype), SPEC)

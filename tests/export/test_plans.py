@@ -124,6 +124,7 @@ def test_a_range_that_is_none(tmp_path):
             check_request(request(tmp_path / "out", precision=Precision.INT8, plan=broken))
 
 
+@pytest.mark.slow
 def test_a_build_without_a_calibration(tmp_path):
     """Scales come from the inputs of the parity check; what comes out is within twice the simulation's error."""
     progress = quiet()

@@ -98,6 +98,7 @@ def test_devices():
         of(precision="int8", device="cuda")
 
 
+@pytest.mark.slow
 def test_a_build_calibrates_and_its_bundle_says_so(tmp_path, capsys):
     words = ["--precision", "int8", *KEYS, "--calibration-prompts", str(prompts()), "--recipe-out", str(tmp_path / "used.yaml")]
     assert command(tmp_path / "b", *words) == 0

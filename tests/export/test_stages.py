@@ -84,6 +84,7 @@ def test_a_build_with_engines(tmp_path):
     assert Bundle.open(bundle.path).engine_path(part, "sm89") is None
 
 
+@pytest.mark.slow
 def test_a_plugin_that_is_not_registered_fails_the_build(monkeypatch):
     """Nothing else says so: TensorRT would inline the op's body and build an engine that is slower."""
     run = runner()

@@ -107,6 +107,7 @@ def test_a_build_by_a_file_follows_the_file(tmp_path):
     assert asked.of_variant("sana_600m_1024px") is asked
 
 
+@pytest.mark.slow
 def test_writing(tmp_path):
     assert variant_recipes.main(["write", "--table", str(TABLE), "--out", str(tmp_path)]) == 0
     assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.yaml")} == {f"{v}/{n}.yaml" for v, n in SHIPPED}

@@ -130,11 +130,13 @@ def test_kernel(outputs, case):
     check(outputs[case], case, case.inputs(), f"kernel {case}")
 
 
+@pytest.mark.slow
 def test_keys_that_are_skipped_change_no_bit(interpreted, outputs):
     for case, whole in interpreted("unskipped", [*cases(INTERPRETED)]).items():
         assert torch.equal(outputs[case], whole), case
 
 
+@pytest.mark.slow
 def test_skipped_keys_are_not_read(interpreted):
     """Those of a step that is behind the last live key: not even NaN reaches the result."""
     case = Case(5, 200, 16, (2,))
@@ -144,6 +146,7 @@ def test_skipped_keys_are_not_read(interpreted):
     check(got, case, case.inputs(), "poisoned padding")
 
 
+@pytest.mark.slow
 def test_planted_error_is_caught(interpreted):
     case = next(case for case in cases(["fp16"]) if case.block)
     (wrong,) = interpreted("wrong_block", [case]).values()

@@ -91,6 +91,7 @@ def interpreted(tmp_path_factory):
     return interpret(cases, tmp_path_factory.mktemp("interpreted"))
 
 
+@pytest.mark.slow
 def test_kernels_on_a_small_picture(tmp_path):
     case = (1, 2, 5, 6), "fp16"
     check(interpret([case], tmp_path)[case], inputs(*case), "kernels, small")

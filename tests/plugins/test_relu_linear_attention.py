@@ -178,6 +178,7 @@ def test_cubins_of_several_targets_share_one_description():
         assert launch.cubin(attributes["cubins"], target) == op.compile_cubin(int(target[2:]), "fp16", 32).code
 
 
+@pytest.mark.slow
 def test_same_bytes_in_another_process_without_a_cache(tmp_path):
     code = (
         "import hashlib; from plugins.relu_linear_attention import compile_cubins\n"

@@ -121,6 +121,7 @@ def test_replay_and_cancel(engine: SanaEngine) -> None:
     assert all(seconds > 0 for timings in engine.last_timings for seconds in (*timings.steps_s, timings.decode_s))
 
 
+@pytest.mark.slow
 def test_engines_of_a_fake_bundle_build_without_a_gpu(tmp_path: Path) -> None:
     bundle = build(tmp_path / "bundle", Target.SM89)
     assert all(bundle.require_engine(component, "sm89").stat().st_size > 1000 for component in COMPONENTS)

@@ -33,6 +33,7 @@ def run(code: str, *, blocked: set[str]) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_picture_without_pytorch(tmp_path: Path) -> None:
     bundle = write_fake_bundle(tmp_path / "fake")
     code = f"""

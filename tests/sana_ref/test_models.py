@@ -149,6 +149,7 @@ def test_export_leaves_sizes_free():
         torch.testing.assert_close(program.module()(*arguments), model(*arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [pytest.param(DC_AE, id="full", marks=pytest.mark.slow), pytest.param(DC_AE_LITE, id="lite")])
 @torch.no_grad()
 def test_decoder_export_leaves_sizes_free(config):

@@ -171,6 +171,7 @@ def test_text_needs_two_tokens():
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("sprint", "decoder")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["denoiser", "text_encoder", "text_projection", *SLOW])
 @torch.no_grad()
 def test_exported_graph_never_waits_for_the_host(kind):

@@ -112,6 +112,7 @@ def test_the_sizes_of_sana_tiny():
     assert full(pictures).shape == lite(pictures).shape == pictures.shape
 
 
+@pytest.mark.slow
 def test_unknown_keys_and_contradictions_are_named():
     for override, said in (
         ("objective.l2=1", "did you mean 'l1'"),
@@ -142,6 +143,7 @@ def test_the_losses_of_known_pictures_and_latents():
     assert float(twice["decorrelate"]) == pytest.approx(8, rel=0.05)  # 4^2, over two channels
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_validation_is_logged(settings):
     lines: list[str] = []
     few = ["pictures.num_scenes=4", "pictures.sizes=[[64, 64]]", "pictures.weights=[1.0]", "trainer.batch=2"]
@@ -167,6 +169,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_with_its_discriminator(settings)
     assert not changed(load_file(last / "ema.safetensors"), load_file(cut.trainer.folder / "gone" / "ema.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("train", "moving"),
     [
@@ -187,6 +190,7 @@ def test_what_is_not_trained_does_not_move(settings, tmp_path, train, moving):
     assert {name for name, p in start.named_parameters() if p.ndim > 1 and name in expected} <= moved
 
 
+@pytest.mark.slow
 def test_a_lite_decoder_keeps_the_encoder_that_it_is_given(settings, tmp_path):
     full = AutoencoderTask(architecture(settings().autoencoder)).autoencoder
     weights.save_vae(full, tmp_path / "full", scaling_factor=1.0, dtype=torch.float32)

@@ -74,6 +74,7 @@ def test_the_folder_is_one_of_diffusers_with_the_average_and_its_factor(finished
     assert any(not torch.equal(last[f"autoencoder.{name}"], tensor) for name, tensor in stored.items())
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_keeps_its_scaling_factor(finished, tmp_path):
     full = run.make_task(finished).autoencoder
     weights.save_vae(full, tmp_path / "full", scaling_factor=0.75, dtype=torch.float32)

@@ -35,6 +35,7 @@ def test_every_sample_once_a_pass(buckets, batch_size, seed, num_epochs):
         assert num_epochs * len(members) - taken < batch_size  # what waits for the next epoch
 
 
+@pytest.mark.slow
 @given(data_sets, sizes, seeds, st.integers(1, 4), st.integers(0, 50))
 def test_gpus_take_turns_in_one_line(buckets, batch_size, seed, world, start):
     order = Order(buckets, batch_size=batch_size, seed=seed)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import torch
 import train.autoencoder.fast_norm as fast_norm
@@ -31,6 +33,7 @@ for channels, sides in ((64, (7, 9)), (224, (3, 11)), (24, (1, 1))):
 """
 
 
+@pytest.mark.slow
 def test_the_kernels_equal_the_reference() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)

@@ -39,6 +39,7 @@ def test_every_weights_file_is_listed() -> None:
     assert {path.relative_to(MODEL).as_posix() for path in MODEL.rglob("*.safetensors")} == set(WEIGHT_FILES.values())
 
 
+@pytest.mark.slow
 def test_checkpoint_and_recogniser_load() -> None:
     import torch
 

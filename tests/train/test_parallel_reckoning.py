@@ -78,6 +78,7 @@ def test_a_sharded_state_is_a_share_of_it() -> None:
     assert two.parts["activations"] == ddp.parts["activations"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would_help() -> None:
     config = VARIANTS["sana_1_5_4800m_1024px"].transformer
     with pytest.raises(ValueError, match="activation checkpointing, adamw8bit, more GPUs"):

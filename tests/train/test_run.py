@@ -122,6 +122,7 @@ def test_a_cache_of_another_size_or_of_other_encoders(folder: Path, tmp_path: Pa
     assert "vae" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_weights_of_another_size_are_begun_with(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As the 2K and 4K experiments do with those of 1024 px: positions are no weights."""
     positions = ["model.transformer.interpolation_scale=2.0", "model.transformer.sample_size=32", "trainer.steps=1"]

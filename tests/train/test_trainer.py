@@ -215,6 +215,7 @@ def test_accumulation_is_the_batch_as_a_whole(tmp_path):
     assert scalars["loss"] == pytest.approx((first + second).item() / 2, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "module"), [("came", "came_pytorch"), ("adamw8bit", "bitsandbytes")])
 def test_optional_optimizers_resume_exactly(tmp_path, kind, module):
     pytest.importorskip(module)
@@ -226,6 +227,7 @@ def test_optional_optimizers_resume_exactly(tmp_path, kind, module):
     assert_same(one.model.state_dict(), other.model.state_dict())
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     losses = []
     trainer = make_trainer(
