@@ -78,7 +78,7 @@ def transfers(everything: Mapping[ComponentName, Component], shapes: Mapping[Com
     sizes: dict[str, int] = {}
     for name, component in everything.items():
         largest = {each: shape[2] for each, shape in shapes[name].items()}
-        for tensor in component.spec.inputs:
+        for tensor in component.graph_spec.inputs:
             sizes[tensor.name] = int(np.prod(largest[tensor.name])) * tensor.torch_dtype.itemsize
     batch, _, height, width = shapes["decoder"]["latents"][2]
     sizes["images"] = batch * 3 * height * width * PX_PER_LATENT**2 * torch.float32.itemsize
