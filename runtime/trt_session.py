@@ -189,11 +189,13 @@ class TensorRTSession:
 
     def looked_up(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
         """As the engine takes them: with rows of the table in place of token ids, if it has one."""
-        return inputs if self._table is None else self._table.looked_up(inputs)
+        return inputs if self._table is None else self._table.looked_up(inputs, bits=True)
 
     def device_array(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        """An input in the engine's own type; bfloat16 as its bits. Raises SanaError for anything but float32 and integers."""
+        """An input in the engine's own type; bfloat16 as its bits, and bits as they are. Raises SanaError for other types."""
         dtype = self._dtypes[name]
+        if name in self._bfloat16 and array.dtype == dtype:
+            return array
         expected = np.dtype(np.float32) if name in self._bfloat16 or dtype == np.float16 else dtype
         if array.dtype != expected:
             raise SanaError(f"{self._path}, input {name!r}: got {array.dtype}; expected {expected}.")

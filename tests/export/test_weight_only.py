@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_build import PARTS, RANGES, component, quiet, request, runner, said
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import TEXT_ENCODER, write_checkpoint
 from tiny_recipes import command
 
 from apps.cli.inspect import read_weights
@@ -289,7 +289,9 @@ def test_a_build_and_what_its_bundle_says(tmp_path, capsys):
     assert read_weights(bundle)["text_encoder"].table == "host"
     assert "embed_tokens" not in read_weights(bundle)["text_encoder"].roles  # nothing of it is lost
     assert sana(["inspect", str(tmp_path / "b")]) == 0
-    assert "Weights of the text encoder" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Weights of the text encoder" in shown
+    assert f"{TEXT_ENCODER.vocab_size} rows, on the host" in shown
 
 
 def test_a_checkpoint_with_a_row_that_is_not_finite(tmp_path):

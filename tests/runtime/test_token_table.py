@@ -44,6 +44,9 @@ def test_rows_are_the_files_numbers(tmp_path: Path, precision: Precision) -> Non
     got = rows.rows(ids)
     assert got.dtype == np.float32
     np.testing.assert_array_equal(got, table[ids].astype(np.float32))
+    bits = rows.rows(ids, bits=True)
+    assert bits.dtype == (np.uint16 if precision is Precision.BF16 else np.float32)
+    np.testing.assert_array_equal(bits.view(ml_dtypes.bfloat16) if bits.dtype == np.uint16 else bits, table[ids])
     assert rows.rows(ids[:, :0]).shape == (2, 0, 48)
 
 
