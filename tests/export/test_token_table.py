@@ -60,7 +60,7 @@ def test_the_graphs_take_rows():
         counts = [Counter(node.op_type for node in one.node)["Gather"] for one in (graph(name, on_host=False), made)]
         assert counts[0] - counts[1] == 1
     sizes = [(exported(on_host=each).folder / DATA_NAME).stat().st_size for each in (False, True)]
-    assert sizes[0] - sizes[1] >= 2 * TEXT_ENCODER.vocab_size * TEXT_ENCODER.hidden_size
+    assert sizes[0] - sizes[1] >= 2 * TEXT_ENCODER.vocab_size * TEXT_ENCODER.hidden_size - 4096  # it was aligned to a page
 
 
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP32])
