@@ -166,6 +166,7 @@ def queued(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Iterator[Callabl
     """What queues one run on the session's stream, with inputs that are on the device already, and does not wait."""
     cuda = session._cuda  # its stream is where events must be
     cuda.make_current()
+    inputs = session.looked_up(inputs)
     slots = {name: Slot(cuda) for name in (*session.inputs, *session.outputs)}
     try:
         shapes = session.prepare({name: inputs[name].shape for name in session.inputs})

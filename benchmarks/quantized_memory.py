@@ -6,7 +6,8 @@
     memory = weights of the four engines + the largest of their activations, which share an arena + inputs and outputs
 
 all for one picture of the model's size, at batch 1 with guidance. What TensorRT says an engine needs is in its build's log
-(engines/tensorrt.py). Left out is what no precision changes: the driver's context, code of kernels, and page-locked host memory.
+(engines/tensorrt.py). Left out is what no precision changes: the driver's context, code of kernels, and page-locked host memory. A
+table of tokens on the host is in no engine; its rows are an input. fp16 is as it is built by default, with the table in its engine.
 
 Blocks of a network are alike, so a large one is not built whole: engines with one and with two of its blocks give what a block adds
 and what all the rest takes, and the sum is exact for weights. Activations of a block are gone before the next one's: their
@@ -78,7 +79,7 @@ def transfers(everything: Mapping[ComponentName, Component], shapes: Mapping[Com
     sizes: dict[str, int] = {}
     for name, component in everything.items():
         largest = {each: shape[2] for each, shape in shapes[name].items()}
-        for tensor in component.spec.inputs:
+        for tensor in component.graph_spec.inputs:
             sizes[tensor.name] = int(np.prod(largest[tensor.name])) * tensor.torch_dtype.itemsize
     batch, _, height, width = shapes["decoder"]["latents"][2]
     sizes["images"] = batch * 3 * height * width * PX_PER_LATENT**2 * torch.float32.itemsize

@@ -3,8 +3,8 @@
     python benchmarks/text_weights.py --model models/sana-tiny --formats int8:int8,fp8:fp8,int4:int8 --pictures 4 \
         --out benchmarks/results/text_weights_sana_tiny.json
 
-A format is text encoder:text projection, `none` for 16 bits; int8/int4:int8 has the text encoder's table of tokens in int4. All
-else is the fp32 reference, so their cost alone is measured.
+A format is text encoder:text projection, `none` for 16 bits; int8/int4:int8 has the text encoder's table of tokens in int4, and
+int8/host:int8 in the component's 16 bits on the host. All else is the fp32 reference, so their cost alone is measured.
 Embeddings are of captions that training never saw; the pictures are of the first of them, with seeds from 0 on.
 """
 
@@ -29,14 +29,15 @@ from engines.spec import nearest
 from export.metrics.pictures import likeness
 from export.weight_only import Weights
 from sana_ref.checkpoint import load
+from sana_ref.components import TOKEN_TABLE
 from sana_ref.pipeline import SanaReference
 from sana_ref.text_projection import is_text_parameter
-from sana_ref.weight_only import WEIGHT_FORMATS, TextPart, WeightFormat, formats_of, pack_weight
+from sana_ref.weight_only import HOST, WEIGHT_FORMATS, TableFormat, TextPart, WeightFormat, formats_of, pack_weight
 
 __all__ = ["main", "parse_formats", "quantize"]
 
 
-def parse_formats(word: str) -> dict[TextPart, WeightFormat]:
+def parse_formats(word: str) -> dict[TextPart, TableFormat]:
     """Raises SpecError."""
     encoder, colon, projection = word.partition(":")
     encoder, slash, table = encoder.partition("/")
@@ -45,11 +46,12 @@ def parse_formats(word: str) -> dict[TextPart, WeightFormat]:
     asked: list[tuple[TextPart, str]] = [("text_encoder", encoder), ("text_projection", projection)]
     if slash:
         asked.insert(1, ("text_encoder_table", table))
-    found: dict[TextPart, WeightFormat] = {}
+    found: dict[TextPart, TableFormat] = {}
     for name, part in asked:
-        if part not in (*WEIGHT_FORMATS, "none"):
-            raise SpecError(f"formats: got {part!r} in {word!r}; {nearest(part, [*WEIGHT_FORMATS, 'none'])}.")
-        kind = next((each for each in WEIGHT_FORMATS if each == part), None)
+        valid = [*WEIGHT_FORMATS, HOST] if name == "text_encoder_table" else WEIGHT_FORMATS
+        if part not in (*valid, "none"):
+            raise SpecError(f"formats: got {part!r} in {word!r}; {nearest(part, [*valid, 'none'])}.")
+        kind = next((each for each in valid if each == part), None)
         if kind is not None:
             found[name] = kind
     return found
@@ -59,7 +61,12 @@ def quantize(reference: SanaReference, weights: Weights) -> None:
     """Give the reference, in place, the weights that a bundle of these formats computes with."""
     transformer = reference.text_projection.transformer
     encoder, table, projection = (weights.get(part) for part in get_args(TextPart))
+    assert encoder != HOST != projection
     of_text = {name: kind for name, kind in formats_of(transformer, projection).items() if is_text_parameter(name)}
+    if table == HOST:
+        stored = reference.text_encoder.get_parameter(TOKEN_TABLE)
+        with torch.no_grad():
+            stored.copy_(stored.bfloat16())  # as the file has it
     _quantize(reference.text_encoder, formats_of(reference.text_encoder, encoder, table), torch.bfloat16)
     _quantize(transformer, of_text, torch.float16)
 

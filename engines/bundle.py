@@ -24,7 +24,7 @@ from engines.errors import (
 )
 from engines.manifest import (
     MANIFEST_NAME,
-    SCHEMA_VERSION,
+    SCHEMA_VERSIONS,
     BundleInfo,
     FileEntry,
     FileRole,
@@ -39,6 +39,7 @@ from engines.onnx_locations import external_locations
 from engines.paths import inside
 from engines.spec import ComponentName
 from engines.strict import loads, read_bounded, validate_json
+from engines.token_table import TABLE_NAME, table_offset
 
 __all__ = [
     "Bundle",
@@ -59,12 +60,13 @@ TotalProgress = Callable[[int, int], None]  # bytes done, bytes in all
 def parse_manifest(data: bytes, *, source: str) -> Manifest:
     """Raises SchemaVersionError for another schema, ManifestError or UnsafePathError for anything else that is wrong."""
     document = loads(data, source=source)
-    version = document.get("schema_version", SCHEMA_VERSION) if isinstance(document, dict) else SCHEMA_VERSION
+    oldest, newest = SCHEMA_VERSIONS
+    version = document.get("schema_version", oldest) if isinstance(document, dict) else oldest
     if type(version) is not int or version < 1:  # True equals 1
-        raise ManifestError(f"{source}: schema_version: got {version!r}; expected {SCHEMA_VERSION}.")
-    if version != SCHEMA_VERSION:
-        remedy = "upgrade, or rebuild the bundle here" if version > SCHEMA_VERSION else "rebuild the bundle"
-        raise SchemaVersionError(f"{source}: got schema {version}, this program reads {SCHEMA_VERSION}: {remedy}.")
+        raise ManifestError(f"{source}: schema_version: got {version!r}; expected {oldest} or {newest}.")
+    if not oldest <= version <= newest:
+        remedy = "upgrade, or rebuild the bundle here" if version > newest else "rebuild the bundle"
+        raise SchemaVersionError(f"{source}: got schema {version}, this program reads {oldest} and {newest}: {remedy}.")
     return validate_json(Manifest, data, source=source)
 
 
@@ -100,6 +102,7 @@ class Bundle:
         with bundle._still_there():
             bundle._check_files()
             bundle._check_external_data()
+            bundle._check_token_table()
         if verify:
             bundle.verify(progress=progress)
         return bundle
@@ -206,6 +209,13 @@ class Bundle:
                     f"{self.path}: {name} was changed or cut off: got {size} bytes; expected {entry.size}. "
                     "Copy the file again, or rebuild."
                 )
+
+    def _check_token_table(self) -> None:
+        """It is mapped and looked up as it is, so its header has to say what the manifest does."""
+        m = self.manifest
+        if m.token_table_rows:
+            path, precision = self.file(TABLE_NAME), m.precision["text_encoder"]
+            table_offset(path, rows=m.token_table_rows, channels=m.caption_channels, precision=precision)
 
     def _check_external_data(self) -> None:
         """A graph may name weights in files of the manifest only: what is not digested is not read."""

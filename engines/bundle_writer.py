@@ -26,6 +26,7 @@ from engines.manifest import MANIFEST_NAME, BundleInfo, FileEntry, FileRole, Man
 from engines.paths import check_relative
 from engines.quantization_report import RECIPE_NAME
 from engines.spec import COMPONENTS
+from engines.token_table import TABLE_NAME
 from engines.weight_report import weights_name
 
 __all__ = ["BundleWriter", "write_bundle"]
@@ -131,6 +132,7 @@ def _role(name: str) -> FileRole:
     by_place: dict[str, FileRole] = {
         **dict.fromkeys(("parity.json", RECIPE_NAME, *map(weights_name, COMPONENTS)), "report"),
         **dict.fromkeys(("LICENSE", "LICENCE", "NOTICE"), "licence"),
+        TABLE_NAME: "weights",
     }
     if name in by_place:
         return by_place[name]

@@ -10,11 +10,12 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from engines.digest import num_parts
 from engines.paths import check_relative
 from engines.spec import COMPONENTS, QUANTIZED, ComponentName, Precision, ShapeRange, Target
+from engines.token_table import TABLE_NAME
 
 __all__ = [
     "MANIFEST_NAME",
     "MAX_FILES",
-    "SCHEMA_VERSION",
+    "SCHEMA_VERSIONS",
     "BundleInfo",
     "FileEntry",
     "FileRole",
@@ -27,7 +28,7 @@ __all__ = [
     "graph_name",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSIONS = (2, 3)  # 3 is of bundles with a table of tokens on the host, which programs of before would look for in the graph
 MANIFEST_NAME = "manifest.json"
 MAX_FILES = 10_000
 
@@ -103,7 +104,7 @@ class FileEntry(_Model):
 class BundleInfo(_Model):
     """All of the manifest but the list of files, which the writer makes itself."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[2, 3] = 2
     model: Annotated[str, Field(min_length=1, max_length=4096)]  # name or id of the checkpoint
     model_digest: Sha256  # of the checkpoint
     variant: Annotated[str, Field(min_length=1, max_length=256)]  # a name of sana_ref.variants, or "custom"
@@ -117,6 +118,7 @@ class BundleInfo(_Model):
     latents: LatentInfo
     guidance_embeds: bool  # the guidance scale is an input of the network (Sprint)
     caption_channels: int = Field(ge=1, le=1 << 20)  # channels of a prompt embedding
+    token_table_rows: int = Field(0, ge=0, le=1 << 30)  # of the table in TABLE_NAME; 0, not written: it is in graph and engines
     licence: Text  # of the weights
 
     @model_validator(mode="after")
@@ -133,7 +135,13 @@ class BundleInfo(_Model):
                 f"max_sequence_length: got {self.prompt.max_sequence_length} under prompt and "
                 f"{self.ranges.max_sequence_length} under ranges; expected the same"
             )
+        if self.token_table_rows and self.schema_version < 3:
+            raise ValueError(f"schema_version: got {self.schema_version} with token_table_rows; expected 3")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_table(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if key != "token_table_rows" or value}
 
 
 class Manifest(BundleInfo):
@@ -175,6 +183,13 @@ class Manifest(BundleInfo):
                 f"precision: got {text} for text_projection and {step} for denoiser; expected {between} for the first, since the "
                 "second reads what it wrote"
             )
+        if (self.token_table_rows > 0) != (TABLE_NAME in self.files):
+            raise ValueError(
+                f"token_table_rows: got {self.token_table_rows} and {'a' if TABLE_NAME in self.files else 'no'} file {TABLE_NAME}; "
+                "expected both or neither"
+            )
+        if self.token_table_rows and "text_encoder" not in self.components:
+            raise ValueError(f"token_table_rows: got {self.token_table_rows} without a text encoder; expected none")
         for component in self.components:
             missing = [sm for sm in self.targets if self.engine_name(component, sm) is None]
             if missing:

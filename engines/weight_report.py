@@ -53,7 +53,7 @@ class WeightReport(BaseModel):
 
     schema_version: Literal[1] = 1
     format: Literal["int4", "int8", "fp8"]
-    table: Literal["int4", "int8", "fp8"] | None = None  # of the table of tokens, where it has another
+    table: Literal["int4", "int8", "fp8", "host"] | None = None  # of the table of tokens, where it has another
     precision: Precision  # of activations and scales
     roles: Annotated[dict[Text, RoleReport], Field(min_length=1, max_length=1000)]
     outputs: Annotated[dict[Text, OutputError], Field(min_length=1, max_length=100)]
@@ -62,7 +62,7 @@ class WeightReport(BaseModel):
         """For people."""
         before, after = (sum(getattr(role, which) for role in self.roles.values()) for which in ("bytes_before", "bytes_after"))
         worst = max(self.roles, key=lambda name: self.roles[name].error)
-        table = "" if self.table is None else f", table {self.table}"
+        table = "" if self.table is None else ", table on the host" if self.table == "host" else f", table {self.table}"
         found = [
             f"weights {self.format}{table} under {self.precision}, {after / before:.3f} of their bytes; "
             f"most is lost of {worst}: {self.roles[worst].error:.2%}"

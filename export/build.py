@@ -33,6 +33,7 @@ from engines.spec import (
     component_precision,
 )
 from engines.store import Store
+from engines.token_table import TABLE_NAME
 from engines.weight_report import weights_name
 from export.components import Component, components, profiles, with_weights
 from export.fingerprint import code, versions
@@ -43,6 +44,7 @@ from export.reference import reference_dtype
 from export.references import make_references, schedule_info
 from export.request import BuildRequest, shape_range
 from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of, quality_of, weights_of
+from export.token_table import TABLE_FILE
 from export.weight_only import check_weights, for_targets
 from export.weights import DATA_NAME, PORTABLE_NAME
 from runtime.ort_session import cpu_name
@@ -191,7 +193,9 @@ def _bundle_info(
     parts: _Parts,
 ) -> BundleInfo:
     transformer = checkpoint.transformer_config
+    on_host = any(component.on_host for component in parts.components.values())
     return BundleInfo(
+        schema_version=3 if on_host else 2,
         model=checkpoint.name,
         model_digest=checkpoint.digest,
         variant=variant_of(transformer) or "custom",
@@ -211,6 +215,7 @@ def _bundle_info(
         latents=LatentInfo(channels=transformer.in_channels, scaling_factor=checkpoint.vae_config.scaling_factor),
         guidance_embeds=transformer.guidance_embeds,
         caption_channels=transformer.caption_channels,
+        token_table_rows=checkpoint.text_encoder_config.vocab_size if on_host else 0,
         licence=_licence(checkpoint),
     )
 
@@ -236,6 +241,8 @@ def _files(request: BuildRequest, checkpoint: Checkpoint, parts: _Parts) -> dict
         files[f"{name}/{DATA_NAME}"] = parts.graphs[name].folder / DATA_NAME
         files |= {f"{name}/{engine.name}": engine.path for engine in parts.engines[name]}
         files[golden_name(name)] = parts.references[name].folder / GOLDEN_NAME
+        if parts.components[name].on_host:
+            files[TABLE_NAME] = parts.graphs[name].folder / TABLE_FILE
     for licence in LICENCE_FILES:
         if (checkpoint.folder / licence).is_file():
             files[licence] = checkpoint.folder / licence

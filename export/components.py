@@ -29,8 +29,10 @@ from sana_ref.components import (
     DECODER_OUTPUTS,
     TEXT_ENCODER_INPUTS,
     TEXT_ENCODER_OUTPUTS,
+    TEXT_ROWS_INPUTS,
     DecoderForExport,
     TextEncoderForExport,
+    TextRowsForExport,
 )
 from sana_ref.fused_decoder import FusedDecoder, one_projection
 from sana_ref.quantization import QuantizationPlan
@@ -40,7 +42,7 @@ from sana_ref.text_projection import INPUTS as TEXT_PROJECTION_INPUTS
 from sana_ref.text_projection import OUTPUTS as TEXT_PROJECTION_OUTPUTS
 from sana_ref.text_projection import TextProjection, is_text_parameter
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, fuse
-from sana_ref.weight_only import TextPart, WeightFormat, formats_of
+from sana_ref.weight_only import HOST, TableFormat, TextPart, WeightFormat, formats_of
 
 __all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles", "with_weights"]
 
@@ -62,7 +64,8 @@ class Component:
     plan: how it is quantized. in_engine: by FP8 nodes that are put into the engine's graph when it is compiled
     (export/fp8_nodes.py, export/fp8_conv_nodes.py); the exported graphs are not quantized then.
     weights: the format of linear layers and tables alone, activations staying as they are (export/weight_only_nodes.py).
-    table: of the text encoder's table of tokens, if it has another.
+    table: of the text encoder's table of tokens, if it has another. On the host, it is in no graph: `module` and `spec`, which the
+    reference runs, take token ids then, and the graphs the table's rows.
     """
 
     name: ComponentName
@@ -75,7 +78,30 @@ class Component:
     plan: QuantizationPlan | None = None
     in_engine: bool = False
     weights: WeightFormat | None = None
-    table: WeightFormat | None = None
+    table: TableFormat | None = None
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the table of tokens is in a file of its own, and not in the graphs."""
+        return self.table == HOST
+
+    @property
+    def graph_module(self) -> nn.Module:
+        """What the graphs are exported from."""
+        if not self.on_host:
+            return self.module
+        assert isinstance(self.module, TextEncoderForExport)
+        return TextRowsForExport(self.module)
+
+    @property
+    def graph_spec(self) -> ExportSpec:
+        """Of the graphs."""
+        if not self.on_host:
+            return self.spec
+        rows, mask = TEXT_ROWS_INPUTS
+        dims = ("batch", "tokens", self.spec.outputs[0].dims[-1])
+        looked_up = TensorSpec(name=rows, dims=dims, dtype=str(self.dtype).removeprefix("torch."))
+        return replace(self.spec, inputs=(looked_up, next(each for each in self.spec.inputs if each.name == mask)))
 
     @property
     def graph_plan(self) -> QuantizationPlan | None:
@@ -269,7 +295,7 @@ def profiles(component: Component, ranges: ShapeRange, *, instructed_tokens: int
         )
     ]
     smallest, common, largest = sizes
-    return {t.name: (t.shape(smallest), t.shape(common), t.shape(largest)) for t in component.spec.inputs}
+    return {t.name: (t.shape(smallest), t.shape(common), t.shape(largest)) for t in component.graph_spec.inputs}
 
 
 def components(checkpoint: Checkpoint, precisions: Mapping[ComponentName, Precision]) -> dict[ComponentName, Component]:
@@ -284,7 +310,7 @@ def components(checkpoint: Checkpoint, precisions: Mapping[ComponentName, Precis
 
 
 def with_weights(
-    everything: Mapping[ComponentName, Component], weights: Mapping[TextPart, WeightFormat]
+    everything: Mapping[ComponentName, Component], weights: Mapping[TextPart, TableFormat]
 ) -> dict[ComponentName, Component]:
     """The same, with the text's components storing `weights` (export/weight_only.py)."""
     made = dict(everything)
@@ -292,5 +318,6 @@ def with_weights(
         if part == "text_encoder_table":
             made["text_encoder"] = replace(made["text_encoder"], table=kind)
         else:
+            assert kind != HOST  # of the table alone
             made[part] = replace(made[part], weights=kind)
     return made

@@ -22,7 +22,7 @@ from engines.spec import nearest
 from runtime.config import compose, names_in_group, validate
 from runtime.schedule import MAX_STEPS
 from sana_ref.quantization import Format
-from sana_ref.weight_only import WEIGHT_FORMATS, WeightFormat
+from sana_ref.weight_only import HOST, WEIGHT_FORMATS, TableFormat, WeightFormat
 
 __all__ = ["GROUP", "CalibrationSettings", "FormatRule", "Method", "Recipe", "load_recipe", "name_for"]
 
@@ -31,13 +31,17 @@ Method = Literal["absmax", "percentile", "mse"]
 Exponent = Annotated[float, Field(ge=0, le=1)]
 
 
-def _text_format(word: object) -> object:
-    if word is not None and word not in WEIGHT_FORMATS:
-        raise ValueError(f"got {word!r}; {nearest(str(word), [*WEIGHT_FORMATS, 'null'])}")
-    return word
+def _one_of(*words: str) -> BeforeValidator:
+    def check(word: object) -> object:
+        if word is not None and word not in words:
+            raise ValueError(f"got {word!r}; {nearest(str(word), [*words, 'null'])}")
+        return word
+
+    return BeforeValidator(check)
 
 
-TextFormat = Annotated[WeightFormat | None, BeforeValidator(_text_format)]
+TextFormat = Annotated[WeightFormat | None, _one_of(*WEIGHT_FORMATS)]
+TextTable = Annotated[TableFormat | None, _one_of(*WEIGHT_FORMATS, HOST)]
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -79,7 +83,7 @@ class Recipe(BaseModel):
     low_rank: int = Field(ge=0, le=1024)
     calibration: CalibrationSettings
     text_encoder: TextFormat = None  # of the denoiser alone, as recipes of before: null
-    text_encoder_table: TextFormat = None  # None: as text_encoder; not read where that is None
+    text_encoder_table: TextTable = None  # None: as text_encoder; but for host not read where that is None
     text_projection: TextFormat = None
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ EXPORT_CODE = (
     "export/onnx_export.py",
     "export/qdq_nodes.py",
     "export/scalars.py",
+    "export/token_table.py",
     "export/translation.py",
     "export/weight_only.py",
     "export/weight_only_nodes.py",
@@ -55,9 +56,12 @@ QUALITY_CODE = (
 )
 PARITY_CODE = (
     "export/parity.py",
+    "export/token_table.py",
     "engines/parity_report.py",
+    "engines/token_table.py",
     "plugins/shell.py",
     "runtime/bfloat16.py",
     "runtime/cuda.py",
+    "runtime/token_table.py",
     "runtime/trt_session.py",
 )

@@ -39,6 +39,7 @@ from export.qdq_nodes import quantize_graph
 from export.quality import build_quality
 from export.reference import PyTorchErrors, loaded, make_reference, reference_dtype, run_module
 from export.stage_code import ENGINE_CODE, EXPORT_CODE, PARITY_CODE, QUALITY_CODE, REFERENCE_CODE
+from export.token_table import with_rows, write_token_table
 from export.weight_only import WeightsSeen, output_errors
 from export.weight_only_nodes import dequantized, pack_graph
 from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
@@ -141,13 +142,15 @@ class Runner:
         """The folder of the portable graph, the typed graph, and the weights of both."""
 
         def make(folder: Path, stage: Stage) -> None:
-            model, load = export_module(component.module, component.spec), self.stored(component)
+            model, load = export_module(component.graph_module, component.graph_spec), self.stored(component)
             seen = WeightsSeen()
             if component.graph_plan is not None:
                 load = quantize_graph(model, component.graph_plan, load, component.dtype)
             if component.weights is not None:
                 load = pack_graph(model, load, component.packed, component.dtype, seen.add)
             size = write_weights(model, load, folder / DATA_NAME)
+            if component.on_host:
+                size += write_token_table(component, self.stored(component), folder)
             if component.weights is not None:
                 roles = {role: each.model_dump() for role, each in seen.roles().items()}
                 (folder / _ROLES).write_text(json.dumps(roles), encoding="utf-8")
@@ -156,7 +159,9 @@ class Runner:
                 onnx.checker.check_model(str(folder / name), full_check=True)  # also that the data file is where it says
             kind = str(component.precision)
             if component.weights is not None:
-                kind += f", weights {component.weights}" + ("" if component.table is None else f", table {component.table}")
+                kind += f", weights {component.weights}"
+            if component.table is not None:
+                kind += f", table {'on the ' if component.on_host else ''}{component.table}"
             stage.note(f"{kind}, {human_bytes(size)} of weights")
 
         content = {
@@ -300,11 +305,12 @@ class Runner:
             golden = golden_of(reference)
             parity = bounds(pytorch_of(reference), None if component.plan is None else golden)
             frugal = self._weights_bytes(component) > _FRUGAL_BYTES
-            portable = run_onnxruntime(graphs.folder / PORTABLE_NAME, golden, frugal=frugal)
+            cases = with_rows(component, graphs.folder, golden)
+            portable = run_onnxruntime(graphs.folder / PORTABLE_NAME, cases, frugal=frugal)
             for name, error in measured(component.name, "onnxruntime", portable, golden, parity).items():
                 parity[name] = parity[name].model_copy(update={"onnxruntime": error})
             if engine is not None:
-                compiled = run_tensorrt(engine.path, golden)
+                compiled = run_tensorrt(engine.path, cases)
                 for name, error in measured(component.name, "tensorrt", compiled, golden, parity).items():
                     parity[name] = parity[name].model_copy(update={"tensorrt": error})
             report = ComponentParity(precision=component.precision, outputs=parity)

@@ -1,9 +1,10 @@
 """Which weights of the text's components a build stores in 4 or 8 bits, and what that costs.
 
-    weights = text_weights(recipe)   # {"text_encoder": "int8", "text_encoder_table": "int4", "text_projection": "int8"}
+    weights = text_weights(recipe)   # {"text_encoder": "int8", "text_encoder_table": "host", "text_projection": "int8"}
     check_weights(weights, targets)
 
-On sm90 they stay as they are: cuBLASLt multiplies there (export/linear_nodes.py), and takes 16-bit weights.
+On sm90 they stay as they are: cuBLASLt multiplies there (export/linear_nodes.py), and takes 16-bit weights. A table on the host is
+one on every GPU: nothing multiplies with it.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ from engines.weight_report import OutputError, RoleReport
 from export.progress import Progress
 from export.recipe import Recipe
 from sana_ref.components import select_tokens
-from sana_ref.weight_only import PackedWeight, TextPart, WeightFormat, role_of
+from sana_ref.weight_only import HOST, PackedWeight, TableFormat, TextPart, role_of
 
 __all__ = ["Weights", "WeightsSeen", "check_weights", "for_targets", "output_errors", "text_weights"]
 
-Weights = Mapping[TextPart, WeightFormat]
+Weights = Mapping[TextPart, TableFormat]  # host: of the table alone
 Outputs = Mapping[str, NDArray[np.generic]]
 WITHOUT_FP8 = (Target.SM80, Target.SM86)
 
 
-def text_weights(recipe: Recipe) -> dict[TextPart, WeightFormat]:
+def text_weights(recipe: Recipe) -> dict[TextPart, TableFormat]:
     """Without what is left as it is, and without a table of its text encoder's format."""
-    asked: dict[TextPart, WeightFormat | None] = {
+    asked: dict[TextPart, TableFormat | None] = {
         "text_encoder": recipe.text_encoder,
         "text_encoder_table": None if recipe.text_encoder_table == recipe.text_encoder else recipe.text_encoder_table,
         "text_projection": recipe.text_projection,
     }
-    if recipe.text_encoder is None:
+    if recipe.text_encoder is None and recipe.text_encoder_table != HOST:
         del asked["text_encoder_table"]
     return {name: kind for name, kind in asked.items() if kind is not None}
 
@@ -56,12 +57,13 @@ def check_weights(weights: Weights, targets: tuple[Target, ...]) -> None:
 
 
 def for_targets(weights: Weights, targets: tuple[Target, ...], progress: Progress) -> Weights:
-    """`weights`; none where sm90 is a target, which is said."""
-    if not weights or Target.SM90 not in targets:
+    """`weights`; where sm90 is a target, of them only a table on the host, which is said."""
+    wide = {name: kind for name, kind in weights.items() if kind == HOST}
+    if len(wide) == len(weights) or Target.SM90 not in targets:
         return weights
-    named = " and ".join(f"{name.replace('_', ' ')} ({kind})" for name, kind in weights.items())
+    named = " and ".join(f"{name.replace('_', ' ')} ({kind})" for name, kind in weights.items() if name not in wide)
     progress.say(f"  {named}: weights stay 16-bit for sm90, where cuBLASLt multiplies and takes no others")
-    return {}
+    return wide
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.errors import CheckpointError
 
-__all__ = ["DATA_NAME", "PORTABLE_NAME", "TYPED_NAME", "parameter_names", "write_weights"]
+__all__ = ["DATA_NAME", "PORTABLE_NAME", "TYPED_NAME", "converted", "parameter_names", "write_weights"]
 
 DATA_NAME = "model.onnx.data"
 PORTABLE_NAME = "model.onnx"  # the portable graph, which goes into the bundle
@@ -59,7 +59,7 @@ def write_weights(model: ir.Model, load: Callable[[str], Tensor], path: Path) ->
                 tensor = load(name).contiguous()
                 assert tensor.dtype == _NARROW[value.dtype]
             else:
-                tensor = _converted(name, load(name), value.shape.numpy(), _TORCH[value.dtype])
+                tensor = converted(name, load(name), value.shape.numpy(), _TORCH[value.dtype])
             data = _as_bytes(tensor)
             alignment = _PAGE if len(data) >= _PAGE else _SMALL
             file.write(bytes(-file.tell() % alignment))
@@ -76,7 +76,8 @@ def write_weights(model: ir.Model, load: Callable[[str], Tensor], path: Path) ->
     return size
 
 
-def _converted(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def converted(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`tensor` in `dtype`, contiguous. Raises CheckpointError for another shape, and for numbers that are not finite in `dtype`."""
     if tuple(tensor.shape) != shape:
         raise CheckpointError(
             f"weight {name!r}: got shape {tuple(tensor.shape)}; the config asks for {shape}. Fix config.json or the weights."

@@ -9,9 +9,11 @@ import numpy as np
 
 from engines.bundle import Bundle
 from engines.spec import ComponentName
+from engines.token_table import TABLE_NAME
 from runtime.ort_session import OrtSession, cpu_name
 from runtime.session import BackendName, Drawn, Job, StepCallback, Timings
 from runtime.text_cache import TextCache
+from runtime.token_table import TokenTable
 
 __all__ = ["OrtBackend"]
 
@@ -31,12 +33,17 @@ class OrtBackend:
         )
 
     def files(self) -> tuple[str, ...]:
-        return tuple(name for component in self._bundle.manifest.components for name in self._bundle.portable_files(component))
+        manifest = self._bundle.manifest
+        graphs = tuple(name for component in manifest.components for name in self._bundle.portable_files(component))
+        return (*graphs, TABLE_NAME) if manifest.token_table_rows else graphs
 
     def session(self, component: ComponentName) -> OrtSession:
         if component not in self._sessions:
             self._sessions[component] = OrtSession(
-                self._bundle.onnx_path(component), num_threads=self._num_threads, release_memory=component != "denoiser"
+                self._bundle.onnx_path(component),
+                num_threads=self._num_threads,
+                release_memory=component != "denoiser",
+                table=TokenTable.of(self._bundle) if component == "text_encoder" else None,
             )
         return self._sessions[component]
 

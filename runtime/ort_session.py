@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from engines.errors import BundleError, SanaError
 from runtime.session import Arrays
 from runtime.together import default_threads
+from runtime.token_table import TokenTable
 
 __all__ = ["OrtSession", "cpu_name"]
 
@@ -20,10 +21,12 @@ class OrtSession:
     """One component.
 
     num_threads: for one operator. release_memory: give the working memory back after each run, for components that run once a
-    picture and would otherwise hold it while others work.
+    picture and would otherwise hold it while others work. table: of tokens, whose rows the graph takes in place of ids.
     """
 
-    def __init__(self, path: Path, *, num_threads: int | None = None, release_memory: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, num_threads: int | None = None, release_memory: bool = False, table: TokenTable | None = None
+    ) -> None:
         """Raises BundleError for a graph that ONNX Runtime does not take."""
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as state
@@ -36,7 +39,7 @@ class OrtSession:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.use_deterministic_compute = True
         options.log_severity_level = 3  # errors; warnings are about graph clean-up
-        self._path = path
+        self._path, self._table = path, table
         self._run_options = onnxruntime.RunOptions()
         if release_memory:
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -50,6 +53,8 @@ class OrtSession:
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> Arrays:
         """Inputs that the graph does not have are left out. Raises SanaError for one that is missing, and when the run fails."""
+        if self._table is not None:
+            inputs = self._table.looked_up(inputs)
         if missing := [name for name in self.inputs if name not in inputs]:
             raise SanaError(f"{self._path}: the graph wants {', '.join(missing)}; got {', '.join(inputs)}. Rebuild the bundle.")
         try:
@@ -60,7 +65,7 @@ class OrtSession:
         return dict(zip(self.outputs, values, strict=True))
 
     def close(self) -> None:
-        self._session = None
+        self._session = self._table = None
 
 
 def cpu_name() -> str:

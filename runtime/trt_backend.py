@@ -17,12 +17,14 @@ from numpy.typing import NDArray
 
 from engines.bundle import Bundle
 from engines.spec import COMPONENTS, ComponentName
+from engines.token_table import TABLE_NAME
 from runtime.cuda import ALIGNMENT, Cuda, GpuMemoryError, Marks, Slot
 from runtime.graphs import Loops
 from runtime.kernel_cache import KernelCache
 from runtime.session import BackendName, Drawn, Job, StepCallback, Timings
 from runtime.text_cache import TextCache
 from runtime.together import together
+from runtime.token_table import TokenTable
 from runtime.trt_session import Arena, TensorRT, TensorRTSession
 
 __all__ = ["TensorRTBackend", "open_tensorrt"]
@@ -91,10 +93,10 @@ class TensorRTBackend:
 
         Raises ArchitectureError if a component has no engine for it.
         """
-        self.device, self.max_batch = device, bundle.manifest.ranges.max_batch
+        self.device, self.max_batch, self._bundle = device, bundle.manifest.ranges.max_batch, bundle
         self._paths = {component: bundle.require_engine(component, sm) for component in COMPONENTS}
         names = {component: bundle.manifest.engine_name(component, sm) or "" for component in COMPONENTS}
-        self._files = tuple(names.values())
+        self._files = (*names.values(), *([TABLE_NAME] if bundle.manifest.token_table_rows else []))
         self._kernels = (
             {}
             if kernel_cache is None
@@ -147,6 +149,7 @@ class TensorRTBackend:
             cuda=self._cuda,
             arena=self._arena,
             kernels=self._kernels.get(component),
+            table=TokenTable.of(self._bundle) if component == "text_encoder" else None,
         )
         self.load_s[component] = time.perf_counter() - began
         return session

@@ -24,6 +24,7 @@ from runtime.cuda import ALIGNMENT, Cuda, Slot
 from runtime.graphs import Loops
 from runtime.kernel_cache import Kernels
 from runtime.session import Arrays
+from runtime.token_table import TokenTable
 
 __all__ = ["Arena", "TensorRT", "TensorRTSession"]
 
@@ -62,13 +63,24 @@ class TensorRT:
 class TensorRTSession:
     """One engine's file with its execution context. Loads it at once."""
 
-    def __init__(self, path: Path, *, tensorrt: TensorRT, cuda: Cuda, arena: Arena, kernels: Kernels | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        tensorrt: TensorRT,
+        cuda: Cuda,
+        arena: Arena,
+        kernels: Kernels | None = None,
+        table: TokenTable | None = None,
+    ) -> None:
         """kernels: those that were compiled for this engine before, and where new ones are kept; None keeps none.
+        table: of tokens, whose rows the engine takes in place of ids.
 
         CUDA's context must be current. Raises what engines.tensorrt.deserialize raises.
         """
         trt, engine = tensorrt.module, tensorrt.load(path)
         self._engine, self._tensorrt, self._cuda, self._arena, self._path = engine, tensorrt, cuda, arena, path
+        self._table = table
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         self.inputs = tuple(name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
         self.outputs = tuple(name for name in names if name not in self.inputs)
@@ -155,6 +167,7 @@ class TensorRTSession:
         there. They must be cleared before the session is closed or its buffers freed.
         """
         self._cuda.make_current()
+        inputs = self.looked_up(inputs)
         shapes = self.prepare({name: array.shape for name, array in inputs.items()})
         addresses = {}
         for name in self.inputs:
@@ -174,9 +187,15 @@ class TensorRTSession:
             slot.settled()
         return found
 
+    def looked_up(self, inputs: Mapping[str, NDArray[Any]]) -> Mapping[str, NDArray[Any]]:
+        """As the engine takes them: with rows of the table in place of token ids, if it has one."""
+        return inputs if self._table is None else self._table.looked_up(inputs, bits=True)
+
     def device_array(self, name: str, array: NDArray[Any]) -> NDArray[Any]:
-        """An input in the engine's own type; bfloat16 as its bits. Raises SanaError for anything but float32 and integers."""
+        """An input in the engine's own type; bfloat16 as its bits, and bits as they are. Raises SanaError for other types."""
         dtype = self._dtypes[name]
+        if name in self._bfloat16 and array.dtype == dtype:
+            return array
         expected = np.dtype(np.float32) if name in self._bfloat16 or dtype == np.float16 else dtype
         if array.dtype != expected:
             raise SanaError(f"{self._path}, input {name!r}: got {array.dtype}; expected {expected}.")
@@ -212,4 +231,4 @@ class TensorRTSession:
         self._context = None  # first: a context must not outlive its kernels and its engine
         if self._kernels is not None:
             self._kernels.close()
-        self._engine = None
+        self._engine = self._table = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -15,13 +17,18 @@ __all__ = [
     "DECODER_OUTPUTS",
     "TEXT_ENCODER_INPUTS",
     "TEXT_ENCODER_OUTPUTS",
+    "TEXT_ROWS_INPUTS",
+    "TOKEN_TABLE",
     "DecoderForExport",
     "TextEncoderForExport",
+    "TextRowsForExport",
     "select_tokens",
 ]
 
 TEXT_ENCODER_INPUTS = ("input_ids", "attention_mask")
 TEXT_ENCODER_OUTPUTS = ("prompt_embeds",)
+TEXT_ROWS_INPUTS = ("inputs_embeds", "attention_mask")
+TOKEN_TABLE = "encoder.embed_tokens.weight"  # the table of tokens in TextEncoderForExport
 DECODER_INPUTS = ("latents",)
 DECODER_OUTPUTS = ("images",)
 
@@ -46,6 +53,20 @@ class TextEncoderForExport(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """input_ids, attention_mask: (B, S) int64, S >= max_sequence_length = L -> prompt_embeds (B, L, C) fp32."""
         return select_tokens(self.encoder(input_ids, attention_mask), self.max_sequence_length).float()
+
+
+class TextRowsForExport(nn.Module):
+    """What is behind the look-up of a TextEncoderForExport: rows of its table to embeddings. It has no table."""
+
+    def __init__(self, whole: TextEncoderForExport) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(whole.encoder)
+        del self.encoder.embed_tokens
+        self.max_sequence_length = whole.max_sequence_length
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor) -> Tensor:
+        """inputs_embeds (B, S, C) in the type of the weights, attention_mask (B, S) int64 -> prompt_embeds (B, L, C) fp32."""
+        return select_tokens(self.encoder.encode_rows(inputs_embeds, attention_mask), self.max_sequence_length).float()
 
 
 class DecoderForExport(nn.Module):

@@ -179,12 +179,16 @@ class Gemma2Encoder(nn.Module):
         input_ids: (B, S) integers below vocab_size. attention_mask: (B, S), 1 for text and 0 for padding, which is on the right and
         never a whole row. States of padding are defined, and meaningless.
         """
+        return self.encode_rows(self.embed_tokens(input_ids), attention_mask)
+
+    def encode_rows(self, rows: Tensor, attention_mask: Tensor) -> Tensor:
+        """As forward, of the table's rows (B, S, hidden_size) of the tokens, in the type of the weights and as they are stored."""
         config = self.config
-        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        position = torch.arange(rows.shape[1], device=rows.device)
         back = position[:, None] - position[None]  # (S, S) how far the key lies behind the query
         visible = (back >= 0) & (attention_mask != 0)[:, None, None]  # (B, 1, S, S)
         cos, sin = rotations(position, config.head_dim, config.rope_theta)
-        x = self.embed_tokens(input_ids) * config.hidden_size**0.5
+        x = rows * config.hidden_size**0.5
         windows = [config.looks_back(i) for i in range(config.num_hidden_layers)]
         group = config.num_attention_heads // config.num_key_value_heads
         biases = {

@@ -23,10 +23,12 @@ from sana_ref.quantize_ops import FP8_MAX, INT8_MAX
 
 __all__ = [
     "BLOCK",
+    "HOST",
     "INT4_LEAST",
     "INT4_MAX",
     "WEIGHT_FORMATS",
     "PackedWeight",
+    "TableFormat",
     "TextPart",
     "WeightFormat",
     "block_of",
@@ -40,6 +42,8 @@ __all__ = [
 
 WeightFormat = Literal["int4", "int8", "fp8"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+HOST: Literal["host"] = "host"  # of a table of tokens: it stays 16-bit, and on the host, where its rows are looked up
+TableFormat = Literal["int4", "int8", "fp8", "host"]
 TextPart = Literal["text_encoder", "text_encoder_table", "text_projection"]  # what has a format of its own: the keys of a recipe
 INT4_LEAST, INT4_MAX = -8, 7
 BLOCK = 128
@@ -82,12 +86,13 @@ def quantizable(module: nn.Module) -> list[str]:
     return [name for name in found if name in there]
 
 
-def formats_of(module: nn.Module, kind: WeightFormat | None, table: WeightFormat | None = None) -> dict[str, WeightFormat]:
-    """Of each weight that `quantizable` has, in its order. table: of tables of tokens; None: as all else."""
+def formats_of(module: nn.Module, kind: WeightFormat | None, table: TableFormat | None = None) -> dict[str, WeightFormat]:
+    """Of each weight that `quantizable` has, in its order, but for tables on the host. table: of tables; None: as all else."""
     if kind is None:
         return {}
     tables = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, nn.Embedding)}
-    return {name: table if table is not None and name in tables else kind for name in quantizable(module)}
+    found = {name: table if table is not None and name in tables else kind for name in quantizable(module)}
+    return {name: each for name, each in found.items() if each != HOST}
 
 
 def role_of(parameter: str) -> str:

@@ -26,6 +26,7 @@ from runtime.trt_session import TensorRT
 POISON = 0xFF  # float32 of these bytes is NaN
 INT64_INPUTS = ("input_ids", "attention_mask")
 KEYS_VALUES = ("text_keys", "text_values")
+ROWS = "inputs_embeds"  # of a table on the host: bf16, as the text encoder
 
 
 @dataclass
@@ -230,6 +231,8 @@ class FakeEngine:
     def get_tensor_dtype(self, name: str) -> Any:
         if self.narrow is not None and name in KEYS_VALUES:
             return self.narrow
+        if name == ROWS:
+            return "bf16"
         return np.int64 if name in INT64_INPUTS else np.float32
 
     def to_device_type(self, name: str, array: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ With the default seed the numbers of a fake are within the bounds of its own par
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,13 @@ from onnx.external_data_helper import set_external_data
 
 from engines.bundle import Bundle, BundleInfo, LatentInfo, PromptInfo, ScheduleInfo, TensorRTInfo
 from engines.bundle_writer import write_bundle
+from engines.digest import file_sha256
 from engines.golden import Golden, golden_name, save_golden
 from engines.parity_report import ComponentParity, OutputParity, ParityReport, bound_from, measure
 from engines.spec import COMPONENTS, ComponentName, Precision, ShapeRange, Target, component_precision
+from engines.token_table import TABLE_NAME, TENSOR
 
+HOST_TABLE: dict[str, Any] = {"schema_version": 3, "token_table_rows": 64}  # fake_info's arguments of a table on the host
 LENGTH, CHANNELS, LATENT_CHANNELS, VOCABULARY = 8, 6, 4, 64  # tokens, of a prompt embedding, of the latents, words
 ONNX_TYPE = {Precision.FP32: TensorProto.FLOAT, Precision.FP16: TensorProto.FLOAT16, Precision.BF16: TensorProto.BFLOAT16}
 
@@ -104,6 +108,23 @@ GRAPHS: dict[ComponentName, tuple[str, dict[str, tuple[int, ...]]]] = {
         {"to_rgb": (3, LATENT_CHANNELS, 1, 1)},
     ),
 }
+ROWS_GRAPH = f"""(float[B, S, {CHANNELS}] inputs_embeds, int64[B, S] attention_mask)
+    => (float[B, {LENGTH}, {CHANNELS}] prompt_embeds) {{
+    length = Shape <start = 1, end = 2> (inputs_embeds)
+    one = Constant <value_ints = [1]> ()
+    tail = Constant <value_ints = [{LENGTH - 1}]> ()
+    first = Sub (length, tail)
+    start = Constant <value_ints = [0]> ()
+    head = Slice (inputs_embeds, start, one, one)
+    rest = Slice (inputs_embeds, first, length, one)
+    rows = Concat <axis = 1> (head, rest)
+    mask_head = Slice (attention_mask, start, one, one)
+    mask_tail = Slice (attention_mask, first, length, one)
+    mask = Concat <axis = 1> (mask_head, mask_tail)
+    keep = Cast <to = 1> (mask)
+    keep3 = Unsqueeze (keep, two)
+    prompt_embeds = Mul (rows, keep3)
+}}"""  # the text encoder's, where its table is on the host
 AXES = {  # shared constants
     "zero": [0],
     "two": [2],
@@ -121,8 +142,11 @@ def fake_weights(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def save_fake_graph(component: ComponentName, path: Path, *, precision: Precision, weights: dict[str, np.ndarray]) -> None:
-    """The graph of `component` at `path`, its weights beside it in <name>.data, stored at `precision` and cast to fp32 inside."""
-    text, shapes = GRAPHS[component]
+    """The graph of `component` at `path`, its weights beside it in <name>.data, stored at `precision` and cast to fp32 inside.
+
+    Of a text encoder without `weights`, the one that takes rows.
+    """
+    text, shapes = GRAPHS[component] if weights else (ROWS_GRAPH, {})
     model = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 20]> {component} {text}')
     used = {name for node in model.graph.node for name in node.input}
     for name, axes in AXES.items():
@@ -162,6 +186,13 @@ def fake_inputs(
         "text_values": rng.standard_normal(text).astype(np.float32),
         "prompt_mask": (np.arange(LENGTH) < LENGTH - 2).astype(np.float32) * np.ones((2, batch, 1), np.float32),
     }
+
+
+def save_fake_table(path: Path, table: np.ndarray, **changes: Any) -> None:
+    """A table of tokens, (rows, channels) of fp32, fp16 or ml_dtypes' bfloat16; `changes` of its tensor's header."""
+    tensor = {"dtype": {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[table.dtype.name], "shape": list(table.shape)}
+    header = json.dumps({TENSOR: tensor | {"data_offsets": [0, table.nbytes]} | changes}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + table.tobytes())
 
 
 def run_onnx(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -235,6 +266,12 @@ def fill_fake_bundle(folder: Path, info: BundleInfo, *, seed: int = 0, wrong_wei
         save_fake_graph(component, graph, precision=info.precision[component], weights=exact)
         rounded = run_onnx(graph, inputs)
         save_fake_graph(component, graph, precision=info.precision[component], weights=stored)
+        if component == "text_encoder" and info.token_table_rows:
+            save_fake_graph(component, graph, precision=info.precision[component], weights={})
+            table = stored["embedding"][: info.token_table_rows].astype(
+                helper.tensor_dtype_to_np_dtype(ONNX_TYPE[info.precision[component]])
+            )
+            save_fake_table(folder / TABLE_NAME, table)
         golden = folder / golden_name(component)
         golden.parent.mkdir(exist_ok=True)
         save_golden(golden, {"small": Golden(inputs=inputs, outputs=reference)})
@@ -251,8 +288,49 @@ def fill_fake_bundle(folder: Path, info: BundleInfo, *, seed: int = 0, wrong_wei
 
 
 def write_fake_bundle(out: Path, *, seed: int = 0, wrong_weight: str | None = None, **info: Any) -> Bundle:
-    """A valid bundle at `out`. `seed` decides its weights; the others are fake_info's arguments."""
+    """A valid bundle at `out`. `seed` decides its weights; the others are fake_info's arguments, such as HOST_TABLE."""
     with write_bundle(out) as writer:
         description = fake_info(**info)
         fill_fake_bundle(writer.path, description, seed=seed, wrong_weight=wrong_weight)
         return writer.finish(description)
+
+
+HALVES = np.ones((64, 6), np.float16)
+
+
+def with_table(pristine: Path, folder: Path, write: Callable[[Path], object]) -> Path:
+    """A copy of a bundle with HOST_TABLE, with another table and a manifest that fits: what a program with a bug would write."""
+    shutil.copytree(pristine, folder)
+    write(folder / TABLE_NAME)
+    document = json.loads((folder / "manifest.json").read_bytes())
+    size = (folder / TABLE_NAME).stat().st_size
+    document["files"][TABLE_NAME] |= {"sha256": file_sha256(folder / TABLE_NAME), "size": size}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return folder
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def _changed(table: np.ndarray, **changes: object) -> Callable[[Path], object]:
+    return lambda path: save_fake_table(path, table, **changes)
+
+
+WRONG_TABLES: dict[str, tuple[Callable[[Path], object], str]] = {  # name: what writes it, and words of the message
+    "cut": (_cut, r"got 766 bytes of rows; expected 768\. Copy the file again"),
+    "longer": (lambda path: path.write_bytes(path.read_bytes() + b"\0"), "got 769 bytes of rows; expected 768"),
+    "fp16": (_changed(HALVES), "token_table: dtype: got 'F16'; expected 'BF16'"),
+    "rows": (_changed(HALVES[1:], dtype="BF16"), r"token_table: shape: got \[63, 6\]; expected \[64, 6\]\. Rebuild"),
+    "channels": (_changed(HALVES.reshape(48, 8), dtype="BF16"), r"shape: got \[48, 8\]; expected \[64, 6\]"),
+    "no shape": (_changed(HALVES, dtype="BF16", shape=None), r"shape: got None; expected \[64, 6\]"),
+    "floats": (_changed(HALVES, dtype="BF16", shape=[64.0, 6]), r"shape: got \[64\.0, 6\]; expected \[64, 6\]"),
+    "elsewhere": (_changed(HALVES, dtype="BF16", data_offsets=[2, 770]), r"data_offsets: got \[2, 770\]; expected \[0, 768\]"),
+    "empty": (lambda path: path.write_bytes(b""), "got 0 bytes that do not begin as a safetensors file"),
+    "seven": (lambda path: path.write_bytes(bytes(7)), "got 7 bytes that do not begin"),
+    "eight": (lambda path: path.write_bytes(bytes(8)), "not JSON at line 1"),
+    "long header": (lambda path: path.write_bytes(b"\xff" * 8 + bytes(64)), "got 72 bytes that do not begin as a safetensors"),
+    "another tensor": (lambda path: path.write_bytes(b"\x02" + bytes(7) + b"{}"), "got no tensor 'token_table'"),
+    "a list": (lambda path: path.write_bytes(b"\x02" + bytes(7) + b"[]"), "got no tensor 'token_table'"),
+    "not JSON": (lambda path: path.write_bytes(b"\x02" + bytes(7) + b"{?"), "not JSON at line 1, column 2"),
+}

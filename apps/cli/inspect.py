@@ -157,6 +157,7 @@ def _overview(bundle: Bundle) -> list[tuple[str, str]]:
             + ("" if m.schedule.scheduler == "scm" else f", shift {m.schedule.flow_shift:g}"),
         ),
         ("prompt", f"up to {m.prompt.max_sequence_length} tokens; instruction: {first_line}"),
+        *([("table of tokens", f"{m.token_table_rows} rows, on the host")] if m.token_table_rows else []),
         (
             "latents",
             f"{m.latents.channels} channels, 1 cell is {m.latents.px_per_latent} px a side, scaled by {m.latents.scaling_factor:g}",

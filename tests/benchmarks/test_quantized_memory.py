@@ -10,7 +10,7 @@ from benchmarks import quantized_memory
 from benchmarks.quantized_memory import Memory, extrapolated, total, transfers
 from benchmarks.quantized_sizes import weigh
 from engines.spec import COMPONENTS, Precision, component_precision
-from export.components import components, profiles
+from export.components import components, profiles, with_weights
 from export.recipe import load_recipe
 from sana_ref.checkpoint import load
 from sana_ref.quantization import groups_of
@@ -45,6 +45,17 @@ def test_inputs_and_outputs(blocks):
     latents, others = 4 * 4 * 32 * 8 * 8 * 4, (8 + 2) * 4  # in, previous, next, prediction; coefficients and weights
     images = 4 * 3 * 256 * 256 * 4
     assert transfers(parts, shapes, blocks) == tokens + embeds + mask + keys_values + latents + others + images
+
+
+def test_a_table_on_the_host_is_inputs_alone():
+    """Rows of 48 channels in bf16 for each of 60 tokens of 4 texts, in place of their ids."""
+    parts = everything()
+    host = with_weights(parts, {"text_encoder_table": "host"})
+    found = [
+        transfers(each, {name: profiles(p, RANGES, instructed_tokens=60, embedded_guidance=False) for name, p in each.items()}, 1)
+        for each in (parts, host)
+    ]
+    assert found[1] - found[0] == 4 * 60 * (48 * 2 - 8)
 
 
 @pytest.mark.parametrize("name", ["int8", "nvfp4"])

@@ -8,6 +8,7 @@ from tiny_build import tiny
 
 from benchmarks.text_weights import main, measure, parse_formats, quantize
 from engines.errors import SpecError
+from sana_ref.components import TOKEN_TABLE
 from sana_ref.pipeline import SanaReference
 
 MODEL = Path(__file__).parents[2] / "models" / "sana-tiny"
@@ -17,10 +18,18 @@ def test_words():
     assert parse_formats("int4:int8") == {"text_encoder": "int4", "text_projection": "int8"}
     assert parse_formats("none:fp8") == {"text_projection": "fp8"}
     assert parse_formats("int8/int4:none") == {"text_encoder": "int8", "text_encoder_table": "int4"}
+    assert parse_formats("none/host:int8") == {"text_encoder_table": "host", "text_projection": "int8"}
 
 
 @pytest.mark.parametrize(
-    ("word", "words"), [("int3:int8", "got 'int3' in 'int3:int8'; did you mean 'int8'"), ("int4", "got 'int4'; expected two")]
+    ("word", "words"),
+    [
+        ("int3:int8", "got 'int3' in 'int3:int8'; did you mean 'int8'"),
+        ("int4", "got 'int4'; expected two"),
+        ("int8/hos:int8", "got 'hos' in 'int8/hos:int8'; did you mean 'host'"),
+        ("host:int8", "got 'host' in 'host:int8'"),
+        ("int8/int8:host", "got 'host' in 'int8/int8:host'"),
+    ],
 )
 def test_wrong_words(word, words):
     with pytest.raises(SpecError, match=words):
@@ -41,6 +50,15 @@ def test_what_changes():
         "attn2.to_v.weight",
     }
     assert "caption_projection.linear_1.weight" in unlike
+
+
+def test_a_table_on_the_host_is_rounded_to_16_bits():
+    exact, changed = SanaReference(tiny()), SanaReference(tiny())
+    quantize(changed, {"text_encoder": "int8", "text_encoder_table": "host"})
+    before, after = (each.text_encoder.get_parameter(TOKEN_TABLE) for each in (exact, changed))
+    assert torch.equal(after, before.bfloat16().float())
+    layer = "encoder.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(changed.text_encoder.get_parameter(layer), exact.text_encoder.get_parameter(layer))
 
 
 def test_measures():

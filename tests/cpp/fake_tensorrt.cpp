@@ -17,6 +17,7 @@
 #include <typeinfo>
 #include <vector>
 
+#include "narrow_floats.hpp"
 #include "ort_session.hpp"
 
 #define FAKE extern "C" __attribute__((visibility("default")))
@@ -148,6 +149,12 @@ sana::Tensor tensor_of(DataType type, const Shape& shape, const void* data) {  /
         if (data != nullptr) std::memcpy(values.data(), data, values.size() * sizeof values[0]);
         out.data = std::move(values);
     };
+    if (type == DataType::kBF16) {
+        out.data = std::vector<float>(count_of(shape));
+        for (std::size_t i = 0; data != nullptr && i < out.floats().size(); ++i)
+            out.floats()[i] = sana::from_bfloat16(static_cast<const std::uint16_t*>(data)[i]);
+        return out;
+    }
     type == DataType::kINT64 ? fill(std::vector<std::int64_t>()) : fill(std::vector<float>());
     return out;
 }
@@ -297,7 +304,7 @@ struct Runtime final : IRuntime {
                 io.input = word == "in";
                 std::string type;
                 lines >> io.name >> type >> io.rank;
-                io.type = type == "int64" ? DataType::kINT64 : DataType::kFLOAT;
+                io.type = type == "int64" ? DataType::kINT64 : type == "bfloat16" ? DataType::kBF16 : DataType::kFLOAT;
             }
             out.name = out.graph.substr(0, out.graph.rfind('/'));
             out.name.erase(0, out.name.rfind('/') + 1);

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from fakes import fake_info, fill_fake_bundle, write_fake_bundle
+from fakes import HOST_TABLE, WRONG_TABLES, fake_info, fill_fake_bundle, with_table, write_fake_bundle
 
 from engines.bundle import Bundle, parse_manifest
 from engines.bundle_writer import write_bundle
@@ -17,6 +17,7 @@ from engines.digest import PART_BYTES
 from engines.errors import BundleError, SanaError
 from engines.onnx_locations import external_locations
 from engines.spec import Target
+from engines.token_table import TABLE_NAME
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = ROOT / "data" / "hostile"
@@ -132,7 +133,9 @@ def valid_documents() -> list[dict]:
     large |= {"precision": dict.fromkeys(names, "bf16"), "plugins": {name: {"Op": 2} for name in names}}
     large["files"]["decoder/model.onnx"] = entry | {"size": 3 * PART_BYTES - 1, "parts": ["0" * 64, "1" * 64, "2" * 64]}
     large["schedule"] |= {"max_timestep": 1.5, "intermediate_timestep": None, "flow_shift": 3}
-    return [small, large]
+    on_host = copy.deepcopy(large) | {"schema_version": 3, "token_table_rows": 64}
+    on_host["files"][TABLE_NAME] = entry | {"role": "weights"}
+    return [small, large, on_host]
 
 
 def test_changed_manifests(ask):
@@ -276,6 +279,10 @@ def test_bad_bundles(ask, tmp_path):
         folder = spoilt(f"location-{number}")
         (folder / "decoder" / "unlisted.data").write_bytes(bytes(24))
         rewrite_location(folder, location)
+    host = write_fake_bundle(tmp_path / "host", **HOST_TABLE).path
+    folders.append(host)
+    for number, (write, _) in enumerate(WRONG_TABLES.values()):
+        folders.append(with_table(host, tmp_path / f"table-{number}", write))
     folder = spoilt("link-to-the-same")
     shutil.move(folder / "parity.json", tmp_path / "elsewhere")
     (folder / "parity.json").symlink_to(tmp_path / "elsewhere")

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from cpp_bundles import letters_bundle, sprint_bundle
 from cpp_pictures import flags, run_program, same_pictures
+from fakes import HOST_TABLE
 from PIL import Image
 
-from engines.errors import SanaError
+from engines.errors import BundleError, SanaError
 from runtime import SanaEngine
 
 CUT = pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")  # when Python draws a picture again
@@ -42,6 +43,18 @@ def test_same_pictures(cpp, bundle, tmp_path):
         {"guidance": 7.25, "negative_prompts": "a dog"},
     ]
     same_pictures(cpp, bundle, tmp_path, cases)
+
+
+@CUT
+def test_same_pictures_of_a_table_on_the_host(cpp, tmp_path):
+    """And the same words for a token that the table has not."""
+    same_pictures(cpp, letters_bundle(tmp_path / "host", **HOST_TABLE), tmp_path, [{"seed": 3, "steps": 2}, {"guidance": 1.0}])
+    short = letters_bundle(tmp_path / "short", **HOST_TABLE | {"token_table_rows": 8})
+    done = run_program(cpp, "sana", "generate", short, "a cat", "--out", tmp_path / "none")
+    with SanaEngine(short) as engine, pytest.raises(BundleError, match=r"got the token \d+; expected 0 to 7") as caught:
+        engine.generate("a cat")
+    assert done.returncode == 2
+    assert str(caught.value) in done.stderr
 
 
 @CUT

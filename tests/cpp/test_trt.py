@@ -4,6 +4,7 @@ Python's: the same pixels as ONNX Runtime, and what is queued, shared, kept and 
 The engines of the bundle are the fake's description of the portable graph beside them.
 """
 
+import functools
 import json
 import os
 import re
@@ -17,12 +18,14 @@ import onnx
 import pytest
 from cpp_bundles import letters_bundle, sprint_bundle
 from cpp_pictures import onnxruntime_library
+from fakes import HOST_TABLE
 
 from benchmarks import cpp_runtime
 from engines.bundle import Bundle, TensorRTInfo
 from engines.digest import file_sha256
 from engines.errors import ParityError, SanaError, TensorRTVersionError
 from engines.spec import COMPONENTS, Target
+from engines.token_table import TABLE_NAME
 from runtime import SanaEngine
 from runtime.image import read_picture, save_png
 from runtime.kernel_cache import KernelCache
@@ -48,7 +51,8 @@ def write_engine(folder: Path, component: str, target: Target) -> str:
     for word, tensors in (("in", model.input), ("out", model.output)):
         for each in tensors:
             kind = each.type.tensor_type
-            lines.append(f"{word} {each.name} {TYPES[kind.elem_type]} {len(kind.shape.dim)}")
+            name = "bfloat16" if each.name == "inputs_embeds" else TYPES[kind.elem_type]  # as a table on the host has them
+            lines.append(f"{word} {each.name} {name} {len(kind.shape.dim)}")
     name = f"{component}/{target}.engine"
     (folder / name).write_text("\n".join(lines))
     return name
@@ -155,6 +159,19 @@ def test_fresh_noise_and_a_scale_that_the_network_takes(sana, engines, tmp_path)
     with SanaEngine(sprint, backend="onnxruntime") as engine:
         expected = [engine.generate("a cat", seed=3 + i)[0].tobytes() for i in range(3)]
     assert [read_picture(path)[0].tobytes() for path in drawn.pictures] == expected
+
+
+@pytest.mark.parametrize("options", [[], ["--low-memory"]])
+def test_a_table_on_the_host(sana, engines, expected, tmp_path, options) -> None:
+    """Rows go to the GPU in bf16; the picture is that of the same table in the engine."""
+    host = engines(functools.partial(letters_bundle, **HOST_TABLE), tmp_path / "host")
+    drawn = sana("a cat", *REQUEST, "--count", 3, *options, of=host)
+    assert drawn.code == 0, drawn.error
+    assert [read_picture(path)[0].tobytes() for path in drawn.pictures] == expected[:3]
+    assert {"inputs_embeds", "attention_mask"} < drawn.runs("text_encoder")[0].keys()
+    table = host / TABLE_NAME
+    table.write_bytes(table.read_bytes()[:-1] + b"?")
+    assert "token_table.safetensors was changed" in sana("a cat", of=host).error
 
 
 def test_replay_of_a_picture_of_a_batch(sana, bundle, tmp_path) -> None:

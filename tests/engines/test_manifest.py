@@ -14,6 +14,7 @@ from engines.digest import PART_BYTES, num_parts
 from engines.errors import BundleError, ManifestError
 from engines.manifest import FileEntry, Manifest, PromptInfo, ScheduleInfo, engine_targets
 from engines.spec import COMPONENTS, Precision, Target
+from engines.token_table import TABLE_NAME
 
 positive = st.floats(min_value=1e-6, max_value=1e6)
 schedules = st.builds(
@@ -53,8 +54,13 @@ def manifests(draw: st.DrawFn) -> Manifest:
     files = {f"{component}/model.onnx": entry for component in COMPONENTS} | draw(st.dictionaries(names, entries, max_size=4))
     if targets:
         files |= {f"{component}/{'-'.join(targets)}.engine": entry for component in COMPONENTS}
+    on_host = draw(st.booleans())
+    if on_host:
+        files[TABLE_NAME] = entry
     info = fake_info(
         targets=targets,
+        schema_version=3 if on_host else draw(st.sampled_from([2, 3])),
+        token_table_rows=draw(st.integers(1, 1 << 30)) if on_host else 0,
         schedule=draw(schedules),
         prompt=PromptInfo(complex_human_instruction=draw(texts), max_sequence_length=8),
         licence=draw(texts),
@@ -66,6 +72,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
 @given(manifests())
 def test_round_trip(manifest):
     text = manifest.model_dump_json(indent=1)
+    assert ("token_table_rows" in text) == (TABLE_NAME in manifest.files)  # what programs of before need not know is not written
     again = parse_manifest(text.encode(), source="test")
     assert again == manifest
     assert again.model_dump_json(indent=1) == text  # so the digest of a bundle does not depend on who wrote it

@@ -1,7 +1,5 @@
 """TensorRT computes what the simulation in PyTorch does, as ONNX Runtime does (test_qdq_nodes.py)."""
 
-from dataclasses import replace
-
 import pytest
 from quantized_engines import engine_case, kinds
 from tiny_build import RANGES, component, quiet, request, runner, said
@@ -12,9 +10,10 @@ from engines.gpu import current_target
 from engines.spec import Precision, Target
 from export.build import build
 from export.cases import text_cases
-from export.components import profiles
+from export.components import profiles, with_weights
 from export.parity import bounds, measured, run_tensorrt
 from export.reference import make_reference
+from export.token_table import with_rows
 from export.weight_only import for_targets
 from runtime.prompt import PromptTokenizer
 
@@ -70,16 +69,18 @@ def test_tensorrt_computes_the_simulation(tmp_path, kind, capsys):
 
 @pytest.mark.gpu
 @on_a_gpu
-def test_tensorrt_computes_weights_in_8_bits(tmp_path):
-    """Of the text encoder: activations stay bf16."""
+@pytest.mark.parametrize("table", [{}, {"text_encoder_table": "host"}], ids=["inside", "host"])
+def test_tensorrt_computes_weights_in_8_bits(table):
+    """Of the text encoder: activations stay bf16. On sm90 weights do too, and the table may be on the host all the same."""
     assert HERE is not None
     progress = quiet()
-    if not for_targets({"text_encoder": "int8"}, (HERE,), progress):
+    kept = for_targets({"text_encoder": "int8", **table}, (HERE,), progress)
+    if not kept:
         pytest.skip(said(progress).strip())
-    part, made = replace(component("text_encoder", Precision.BF16), weights="int8"), runner()
+    part, made = with_weights({"text_encoder": component("text_encoder", Precision.BF16)}, kept)["text_encoder"], runner()
     graphs = made.export(part)
     profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
     inputs, _ = text_cases(PromptTokenizer(made.checkpoint.tokenizer_path, made.checkpoint.prompt), RANGES.max_batch)
     golden, own = make_reference(part, inputs, made.loader(part))
-    got = run_tensorrt(made.engine(part, graphs, (HERE,), profile).path, golden)
+    got = run_tensorrt(made.engine(part, graphs, (HERE,), profile).path, with_rows(part, graphs.folder, golden))
     assert measured("text_encoder", "tensorrt", got, golden, bounds(own))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_build import PARTS, RANGES, component, quiet, request, runner, said
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import TEXT_ENCODER, write_checkpoint
 from tiny_recipes import command
 
 from apps.cli.inspect import read_weights
@@ -44,9 +44,9 @@ IDS = ["-".join(pair) for pair in BOTH]
 @functools.cache
 def exported(inputs: tuple[str, ...]):
     """The export knows nothing of formats, and takes most of the time."""
-    names = {"input_ids": "text_encoder", "prompt_embeds": "text_projection"}
-    part = packed(names[inputs[0]], None)
-    return export_module(part.module, part.spec)
+    names = {"input_ids": "text_encoder", "inputs_embeds": "text_encoder", "prompt_embeds": "text_projection"}
+    part = packed(names[inputs[0]], "/host" if inputs[0] == "inputs_embeds" else None)
+    return export_module(part.graph_module, part.graph_spec)
 
 
 @pytest.fixture(autouse=True)
@@ -202,11 +202,14 @@ def test_a_name_that_the_graph_has_not():
 
 
 def test_what_the_recipes_ask_for():
-    int8 = {"text_encoder": "int8", "text_encoder_table": "int4", "text_projection": "int8"}
+    int8 = {"text_encoder": "int8", "text_encoder_table": "host", "text_projection": "int8"}
     assert text_weights(load_recipe("int8")) == text_weights(load_recipe("fp8")) == int8
-    assert text_weights(load_recipe("nvfp4")) == {"text_encoder": "int4", "text_projection": "int4"}
-    assert text_weights(load_recipe("fp8", ["text_encoder=null"])).keys() == {"text_projection"}
-    alike = load_recipe("fp8", ["text_encoder=int4"])  # a table of the same format is no format of its own
+    assert text_weights(load_recipe("nvfp4")) == dict.fromkeys(int8, "int4") | {"text_encoder_table": "host"}
+    without = load_recipe("fp8", ["text_encoder=null"])  # a table on the host needs no narrow weights beside it, another does
+    assert text_weights(without).keys() == {"text_encoder_table", "text_projection"}
+    without = load_recipe("fp8", ["text_encoder=null", "text_encoder_table=int4"])
+    assert text_weights(without).keys() == {"text_projection"}
+    alike = load_recipe("fp8", ["text_encoder=int4", "text_encoder_table=int4"])  # of the same format it is no format of its own
     assert text_weights(alike) == text_weights(load_recipe("fp8", ["text_encoder=int4", "text_encoder_table=null"]))
 
 
@@ -231,7 +234,8 @@ def test_what_a_build_is_asked_for(tmp_path):
     ("keys", "words"),
     [
         (["text_encoder=int3"], "text_encoder: got 'int3'; did you mean 'int8'[?] Valid: int4, int8, fp8, null"),
-        (["text_encoder_table=int5"], "text_encoder_table: got 'int5'; .*Valid: int4, int8, fp8, null"),
+        (["text_encoder_table=int5"], "text_encoder_table: got 'int5'; .*Valid: int4, int8, fp8, host, null"),
+        (["text_encoder=host"], "text_encoder: got 'host'; .*Valid: int4, int8, fp8, null"),
         (["text_projection=nvfp4"], "text_projection: got 'nvfp4'; .*Valid: int4, int8, fp8, null"),
         (["text_encodr=int4"], "did you mean 'text_encoder'"),
     ],
@@ -263,13 +267,17 @@ def test_sm90_keeps_them_as_they_are():
     assert not said(progress)
     assert for_targets(both, (Target.SM90,), progress) == {}  # type: ignore[arg-type]
     assert "text encoder (int4) and text projection (int8): weights stay 16-bit for sm90" in said(progress)
+    table = {"text_encoder_table": "host"}
+    assert for_targets(both | table, (Target.SM90, Target.SM120), progress) == table  # type: ignore[arg-type]
+    assert for_targets(table, (Target.SM90,), progress := quiet()) == table  # type: ignore[arg-type]
+    assert not said(progress)
 
 
 def test_a_build_and_what_its_bundle_says(tmp_path, capsys):
     words = ["--precision", "nvfp4", "--no-calibrate", "--recipe-key", "text_projection=fp8"]
     assert command(tmp_path / "b", *words, "--components", "text_encoder,text_projection") == 0
     heard = capsys.readouterr().err
-    assert "text_encoder: weights int4 under bf16" in heard
+    assert "text_encoder: weights int4, table on the host under bf16" in heard
     assert "text_projection: weights fp8 under fp16" in heard
     bundle = Bundle.open(tmp_path / "b")
     assert bundle.manifest.precision == {"text_encoder": "bf16", "text_projection": "fp16"}
@@ -278,8 +286,12 @@ def test_a_build_and_what_its_bundle_says(tmp_path, capsys):
         "text_projection": "fp8",
     }
     assert bundle.manifest.files["text_encoder/quantization.json"].role == "report"
+    assert read_weights(bundle)["text_encoder"].table == "host"
+    assert "embed_tokens" not in read_weights(bundle)["text_encoder"].roles  # nothing of it is lost
     assert sana(["inspect", str(tmp_path / "b")]) == 0
-    assert "Weights of the text encoder" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Weights of the text encoder" in shown
+    assert f"{TEXT_ENCODER.vocab_size} rows, on the host" in shown
 
 
 def test_a_checkpoint_with_a_row_that_is_not_finite(tmp_path):

@@ -17,6 +17,7 @@
 #include "onnx_locations.hpp"
 #include "paths.hpp"
 #include "python_text.hpp"
+#include "token_table.hpp"
 #include "unicode.hpp"
 
 namespace sana {
@@ -103,6 +104,7 @@ Bundle Bundle::open(const std::string& folder, bool verify, const Progress& prog
     bundle.digest = sha256(data);
     bundle.check_files();
     bundle.check_external_data();
+    TokenTable::of(bundle);  // it is mapped and looked up as it is, so its header has to say what the manifest does
     if (verify) {
         std::vector<std::string> names;
         for (const auto& [name, entry] : bundle.manifest.files) names.push_back(name);

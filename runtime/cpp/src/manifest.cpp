@@ -154,7 +154,11 @@ void read_manifest(Reader& reader, const Json& document, Manifest& out) {
     reader.object(
         document, {},
         {
-            {"schema_version", [&](const Json& v, const Place& p) { reader.number_word(v, p, kSchemaVersion); }, false},
+            {"schema_version",
+             [&](const Json& v, const Place& p) {
+                 reader.integer(v, p, {.least = kOldestSchema, .most = kNewestSchema}, out.schema_version);
+             },
+             false},
             {"model", [&](const Json& v, const Place& p) { reader.text(v, p, {.least = 1, .most = 4096}, out.model); }},
             {"model_digest",
              [&](const Json& v, const Place& p) { reader.pattern(v, p, kSha256, is_sha256, {}, out.model_digest); }},
@@ -170,6 +174,9 @@ void read_manifest(Reader& reader, const Json& document, Manifest& out) {
             {"guidance_embeds", [&](const Json& v, const Place& p) { reader.boolean(v, p, out.guidance_embeds); }},
             {"caption_channels",
              [&](const Json& v, const Place& p) { reader.integer(v, p, {.least = 1, .most = 1 << 20}, out.caption_channels); }},
+            {"token_table_rows",
+             [&](const Json& v, const Place& p) { reader.integer(v, p, {.least = 0, .most = 1 << 30}, out.token_table_rows); },
+             false},
             {"licence", [&](const Json& v, const Place& p) { reader.text(v, p, kText, out.licence); }},
             {"files", files},
         });
@@ -208,6 +215,9 @@ std::string inconsistency(const Manifest& m) {
         return "max_sequence_length: got " + std::to_string(m.prompt.max_sequence_length) + " under prompt and " +
                std::to_string(m.ranges.max_sequence_length) + " under ranges; expected the same";
     }
+    if (m.token_table_rows > 0 && m.schema_version < kNewestSchema) {
+        return "schema_version: got " + std::to_string(m.schema_version) + " with token_table_rows; expected 3";
+    }
     if (m.files.size() > kMaxFiles) {
         return "files: got " + std::to_string(m.files.size()) + " files; expected at most " + std::to_string(kMaxFiles);
     }
@@ -236,6 +246,12 @@ std::string inconsistency(const Manifest& m) {
                    " for the first, since the second reads what it wrote";
         }
     }
+    const bool has_table = m.file(kTokenTableName) != nullptr;
+    const std::string rows = "token_table_rows: got " + std::to_string(m.token_table_rows);
+    if ((m.token_table_rows > 0) != has_table) {
+        return rows + " and " + (has_table ? "a" : "no") + " file " + kTokenTableName + "; expected both or neither";
+    }
+    if (has_table && !contains(components, "text_encoder")) return rows + " without a text encoder; expected none";
     for (const std::string& component : components) {
         std::vector<std::string> missing;
         for (const std::string& target : m.targets) {
@@ -291,16 +307,16 @@ Manifest parse_manifest(std::string_view data, const std::string& source) {
     if (const Json* version = document.find("schema_version")) {
         const auto* number = version->get<std::int64_t>();
         const auto* big = version->get<BigInteger>();
-        const std::string expected = std::to_string(kSchemaVersion);
+        const std::string oldest = std::to_string(kOldestSchema), newest = std::to_string(kNewestSchema);
         if ((number == nullptr || *number < 1) && (big == nullptr || big->digits[0] == '-')) {
             throw Failure(ErrorKind::kManifest,
-                          source + ": schema_version: got " + python_repr(*version) + "; expected " + expected + ".");
+                          source + ": schema_version: got " + python_repr(*version) + "; expected " + oldest + " or " + newest + ".");
         }
-        if (big != nullptr || *number != kSchemaVersion) {
+        if (big != nullptr || *number < kOldestSchema || *number > kNewestSchema) {
             const char* remedy =
-                big != nullptr || *number > kSchemaVersion ? "upgrade, or rebuild the bundle here" : "rebuild the bundle";
+                big != nullptr || *number > kNewestSchema ? "upgrade, or rebuild the bundle here" : "rebuild the bundle";
             throw Failure(ErrorKind::kSchemaVersion, source + ": got schema " + python_repr(*version) + ", this program reads " +
-                                                         expected + ": " + remedy + ".");
+                                                         oldest + " and " + newest + ": " + remedy + ".");
         }
     }
     Reader reader;

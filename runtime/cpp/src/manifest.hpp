@@ -10,9 +10,10 @@
 
 namespace sana {
 
-constexpr std::int64_t kSchemaVersion = 2;
+constexpr std::int64_t kOldestSchema = 2, kNewestSchema = 3;  // the newest is of bundles with a table of tokens on the host
 constexpr std::size_t kMaxFiles = 10'000;
 constexpr const char* kManifestName = "manifest.json";
+constexpr const char* kTokenTableName = "text_encoder/token_table.safetensors";
 constexpr int kPxPerLatent = 32;  // DC-AE f32: one latent cell covers 32 x 32 px
 
 const std::vector<std::string>& component_names();  // in the order in which a picture passes through them
@@ -53,6 +54,7 @@ template <class T>
 using Named = std::vector<std::pair<std::string, T>>;  // in the document's order
 
 struct Manifest {
+    std::int64_t schema_version = kOldestSchema;
     std::string model, model_digest, variant;
     Named<std::string> precision;  // of each component
     ShapeRange ranges;
@@ -64,6 +66,7 @@ struct Manifest {
     LatentInfo latents;
     bool guidance_embeds = false;
     std::int64_t caption_channels = 0;
+    std::int64_t token_table_rows = 0;  // of the table in kTokenTableName; 0: it is in graph and engines
     std::string licence;
     Named<FileEntry> files;
 

@@ -1,4 +1,4 @@
-// Floats of 16 bits, as engines give them, in 32. Exact. As runtime/bfloat16.py, and NumPy for the other.
+// Floats of 16 bits in 32, exactly, and back. As runtime/bfloat16.py, and NumPy for the other.
 #pragma once
 
 #include <bit>
@@ -16,5 +16,10 @@ inline float from_half(std::uint16_t bits) {
 }
 
 inline float from_bfloat16(std::uint16_t bits) { return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16); }
+
+inline std::uint16_t to_bfloat16(float value) {  // the nearest, ties to even; no NaN
+    const auto bits = std::bit_cast<std::uint32_t>(value);
+    return static_cast<std::uint16_t>((bits + (0x7FFFU + (bits >> 16 & 1U))) >> 16);
+}
 
 }  // namespace sana

@@ -6,7 +6,8 @@ namespace sana {
 
 OpenSession ort_sessions(const Bundle& bundle, int num_threads, std::string library) {
     return [&bundle, num_threads, library = std::move(library)](const std::string& component) {
-        return std::make_unique<OrtSession>(bundle.onnx_path(component), num_threads, library);
+        auto tokens = component == "text_encoder" ? TokenTable::of(bundle) : nullptr;
+        return std::make_unique<OrtSession>(bundle.onnx_path(component), num_threads, library, std::move(tokens));
     };
 }
 
@@ -25,6 +26,7 @@ std::vector<std::string> OrtBackend::files() const {
     for (const std::string& component : bundle_.manifest.components()) {
         for (std::string& name : bundle_.portable_files(component)) out.push_back(std::move(name));
     }
+    if (bundle_.manifest.token_table_rows > 0) out.emplace_back(kTokenTableName);
     return out;
 }
 

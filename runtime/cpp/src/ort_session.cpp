@@ -115,12 +115,13 @@ std::string cpu_name() {
     return "CPU";
 }
 
-OrtSession::OrtSession(std::string path, int num_threads, const std::string& library)
+OrtSession::OrtSession(std::string path, int num_threads, const std::string& library, std::unique_ptr<const TokenTable> tokens)
     : path_(std::move(path)),
       ort_(ort::library(library)),
       session_(nullptr, release<ReleaseSession, ort::Session>),
       run_options_(nullptr, release<ReleaseRunOptions, RunOptions>),
-      memory_(nullptr, release<ReleaseMemoryInfo, MemoryInfo>) {
+      memory_(nullptr, release<ReleaseMemoryInfo, MemoryInfo>),
+      tokens_(std::move(tokens)) {
     [[maybe_unused]] static const bool known = (table = ort_.table, true);  // once, before any thread reads it
     try {
         SessionOptions* raw = nullptr;
@@ -151,7 +152,9 @@ OrtSession::OrtSession(std::string path, int num_threads, const std::string& lib
     }
 }
 
-Outputs OrtSession::run(const Inputs& inputs) {
+Outputs OrtSession::run(const Inputs& given_inputs) {
+    const LookedUp looked_up(tokens_.get(), given_inputs);
+    const Inputs& inputs = looked_up.inputs;
     std::vector<std::string> missing, given;
     for (const std::string& name : inputs_) {
         if (!inputs.contains(name)) missing.push_back(name);

@@ -7,6 +7,7 @@
 
 #include "ort_api.hpp"
 #include "session.hpp"
+#include "token_table.hpp"
 
 namespace sana {
 
@@ -16,11 +17,11 @@ std::string cpu_name();  // this machine's processor in words
 class OrtSession : public Session {
   public:
     // num_threads: for one operator; 0 for default_threads(). library: of ONNX Runtime, "" for the usual one. Raises BundleError
-    // for a graph that it does not take.
-    OrtSession(std::string path, int num_threads, const std::string& library);
+    // for a graph that it does not take. tokens: their table, whose rows the graph takes in place of ids; nullptr: none.
+    OrtSession(std::string path, int num_threads, const std::string& library, std::unique_ptr<const TokenTable> tokens = nullptr);
 
     // Inputs that the graph does not have are left out. Raises SanaError for one that is missing, and when the run fails.
-    Outputs run(const Inputs& inputs) override;
+    Outputs run(const Inputs& given_inputs) override;
 
   private:
     template <class T>
@@ -32,6 +33,7 @@ class OrtSession : public Session {
     Owned<ort::RunOptions> run_options_;
     Owned<ort::MemoryInfo> memory_;
     std::vector<std::string> inputs_, outputs_;
+    std::unique_ptr<const TokenTable> tokens_;
 };
 
 }  // namespace sana

@@ -48,6 +48,12 @@ std::vector<std::string> engine_names(const Bundle& bundle, const DeviceInfo& de
     return out;
 }
 
+std::vector<std::string> opened_files(const Bundle& bundle, const DeviceInfo& device) {  // engines first
+    std::vector<std::string> out = engine_names(bundle, device);
+    if (bundle.manifest.token_table_rows > 0) out.emplace_back(kTokenTableName);
+    return out;
+}
+
 }  // namespace
 
 std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions& options, const EngineParts::Files& files) {
@@ -64,7 +70,7 @@ std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions
     require_engines(bundle, device.sm());
     const trt::Library& library = trt::library(options.tensorrt_library);
     check_tensorrt(bundle, trt::kFlavor, library.version);
-    files(engine_names(bundle, device));
+    files(opened_files(bundle, device));
     std::vector<std::string> ops;
     for (const auto& [component, plugins] : bundle.manifest.plugins) {
         for (const auto& [op, version] : plugins) ops.push_back(op);
@@ -85,6 +91,7 @@ std::unique_ptr<Backend> open_tensorrt(const Bundle& bundle, const EngineOptions
 TrtBackend::TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt::Library& library, std::string kernel_folder,
                        Options options)
     : Backend(device.name, static_cast<std::size_t>(bundle.manifest.ranges.max_batch)),
+      bundle_(bundle),
       library_(library),
       kernels_(std::move(kernel_folder), {device.name, device.sm(), device.driver_cuda, std::string(trt::kFlavor) + " " + library.version},
                [this](const std::string& what) {
@@ -107,8 +114,8 @@ TrtBackend::TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt
           return taken(outputs, "prompt_embeds");
       }) {
     timings::tell_part("CUDA's context made");
-    files_ = engine_names(bundle, device);
-    for (std::size_t i = 0; i < files_.size(); ++i) {
+    files_ = opened_files(bundle, device);
+    for (std::size_t i = 0; i < component_names().size(); ++i) {
         const std::string &component = component_names()[i], &name = files_[i];
         paths_[component] = bundle.file(name);
         digests_[component] = bundle.manifest.file(name)->sha256;
@@ -156,7 +163,9 @@ std::vector<std::unique_ptr<TrtBackend::Loading>> TrtBackend::begin_to_load(cons
             const std::string& name = each->component;
             try {
                 cuda_.make_current();  // of this thread
-                each->session = std::make_unique<TrtSession>(paths_.at(name), library_, cuda_, arena_, kernels_, digests_.at(name));
+                auto tokens = name == kEncoder ? TokenTable::of(bundle_) : nullptr;
+                each->session = std::make_unique<TrtSession>(paths_.at(name), library_, cuda_, arena_, kernels_, digests_.at(name),
+                                                             std::move(tokens));
                 timings::tell_part("engine of " + name + " loaded");
             } catch (...) {
                 each->error = std::current_exception();

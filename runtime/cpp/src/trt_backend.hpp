@@ -34,7 +34,7 @@ class TrtBackend : public Backend {
         bool cuda_graphs = true;  // launch a picture's work as one graph from its second time on
         bool low_memory = false;
     };
-    // kernel_folder: "" keeps no kernels.
+    // The bundle must outlive it. kernel_folder: "" keeps no kernels.
     TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt::Library& library, std::string kernel_folder, Options options);
     ~TrtBackend() override;
 
@@ -55,6 +55,7 @@ class TrtBackend : public Backend {
     void follow(std::size_t num_steps, const Watch& watch);
     void free_buffers() noexcept;
 
+    const Bundle& bundle_;
     const trt::Library& library_;
     std::mutex warning_;  // engines load in several threads
     std::vector<std::string> warnings_;

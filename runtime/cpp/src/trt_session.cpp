@@ -97,8 +97,8 @@ void Kernels::save() {
 }
 
 TrtSession::TrtSession(std::string path, const trt::Library& library, Cuda& cuda, Arena& arena, const KernelCache& cache,
-                       const std::string& engine_sha256)
-    : path_(std::move(path)), cuda_(cuda), arena_(arena), loaded_(trt::load_engine(library, path_)) {
+                       const std::string& engine_sha256, std::unique_ptr<const TokenTable> tokens)
+    : path_(std::move(path)), cuda_(cuda), arena_(arena), loaded_(trt::load_engine(library, path_)), tokens_(std::move(tokens)) {
     nvinfer1::ICudaEngine& engine = *loaded_.engine;
     for (std::int32_t i = 0; i < engine.getNbIOTensors(); ++i) {
         const std::string name = engine.getIOTensorName(i);
@@ -189,7 +189,9 @@ std::size_t TrtSession::output_size(const std::string& name, const Shape& shape)
     return count_of(shape) * bytes_of(types_.at(name));
 }
 
-Outputs TrtSession::run(const Inputs& inputs, Loops* loops) {
+Outputs TrtSession::run(const Inputs& given, Loops* loops) {
+    const LookedUp looked_up(tokens_.get(), given);
+    const Inputs& inputs = looked_up.inputs;
     Shapes shapes;
     for (const auto& [name, tensor] : inputs) shapes[name] = tensor->shape;
     const Shapes made = prepare(shapes);
@@ -216,6 +218,11 @@ Outputs TrtSession::run(const Inputs& inputs, Loops* loops) {
 
 Address TrtSession::upload(const std::string& name, const Tensor& tensor) {
     const bool integers = std::holds_alternative<std::vector<std::int64_t>>(tensor.data);
+    if (types_.at(name) == DataType::kBF16 && !integers) {
+        std::vector<std::uint16_t> bits(tensor.floats().size());
+        std::transform(tensor.floats().begin(), tensor.floats().end(), bits.begin(), to_bfloat16);
+        return slot(name).write(bits);
+    }
     if (types_.at(name) != (integers ? DataType::kINT64 : DataType::kFLOAT)) {
         throw Failure(ErrorKind::kSana, path_ + ", input " + repr(name) + ": got " + (integers ? "int64" : "float32") +
                                             "; expected " + numpy_name(types_.at(name)) + ".");

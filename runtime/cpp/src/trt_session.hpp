@@ -12,6 +12,7 @@
 #include "kernel_cache.hpp"
 #include "loops.hpp"
 #include "session.hpp"
+#include "token_table.hpp"
 #include "trt_library.hpp"
 
 namespace sana {
@@ -43,9 +44,10 @@ class Kernels {
 
 class TrtSession : public Session {
   public:
-    // Loads at once. engine_sha256: of the file. CUDA's context must be current. Raises what trt::load_engine raises.
+    // Loads at once. engine_sha256: of the file. tokens: their table, whose rows the engine takes in place of ids; nullptr: none.
+    // CUDA's context must be current. Raises what trt::load_engine raises.
     TrtSession(std::string path, const trt::Library& library, Cuda& cuda, Arena& arena, const KernelCache& cache,
-               const std::string& engine_sha256);
+               const std::string& engine_sha256, std::unique_ptr<const TokenTable> tokens = nullptr);
 
     // Set the input shapes, and have the arena hold what they need. Returns the output shapes. Raises RequestError for a shape
     // outside the engine's range, BundleError if an input is missing; shapes that the engine does not have are left out.
@@ -56,11 +58,11 @@ class TrtSession : public Session {
 
     std::size_t output_size(const std::string& name, const Shape& shape) const;  // bytes
 
-    // Tensors in, tensors out, and wait. Floats are float32 here, whatever the engine gives.
+    // Tensors in, tensors out, and wait. Floats are float32 here, whatever the engine takes and gives.
     Outputs run(const Inputs& inputs) override { return run(inputs, nullptr); }
     // loops: from the second time on with these shapes, one after the other, it is one launch of a CUDA graph, which is kept there.
     // They must be cleared before the session goes or its buffers are freed.
-    Outputs run(const Inputs& inputs, Loops* loops);
+    Outputs run(const Inputs& given, Loops* loops);
 
     void free_buffers() noexcept;  // what run() holds for inputs and outputs
     void save_kernels();           // what was compiled since the last time
@@ -88,6 +90,7 @@ class TrtSession : public Session {
     std::map<std::string, std::unique_ptr<DeviceBuffer>> slots_;
     std::set<Shapes> compiled_;  // shapes that have their kernels
     bool unsaved_ = true;        // kernels were compiled since they were last saved
+    std::unique_ptr<const TokenTable> tokens_;
 };
 
 }  // namespace sana

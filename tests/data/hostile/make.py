@@ -39,10 +39,15 @@ def with_file(name: str) -> dict[str, Any]:
 def manifests() -> dict[str, bytes]:
     text = json.dumps(VALID, indent=1)
     documents: dict[str, Any] = {
-        "newer_schema": {**VALID, "schema_version": 3, "a_key_of_the_future": True},
+        "newer_schema": {**VALID, "schema_version": 4, "a_key_of_the_future": True},
         "older_schema": {**VALID, "schema_version": 1},
         "schema_zero": {**VALID, "schema_version": 0},
         "schema_true": {**VALID, "schema_version": True},
+        "table_of_old_schema": {**VALID, "token_table_rows": 8},
+        "table_without_file": {**VALID, "schema_version": 3, "token_table_rows": 8},
+        "table_without_rows": {**with_file("text_encoder/token_table.safetensors"), "schema_version": 3},
+        "table_without_encoder": {**with_file("text_encoder/token_table.safetensors"), "schema_version": 3, "token_table_rows": 8},
+        "table_of_null_rows": {**VALID, "schema_version": 3, "token_table_rows": None},
         "unknown_key": {**VALID, "licens": "none"},
         "unknown_key_inside": {**VALID, "latents": {**VALID["latents"], "scaling_facter": 1.0}},
         "missing_key": {key: value for key, value in VALID.items() if key != "latents"},
