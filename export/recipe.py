@@ -22,7 +22,7 @@ from engines.spec import nearest
 from runtime.config import compose, names_in_group, validate
 from runtime.schedule import MAX_STEPS
 from sana_ref.quantization import Format
-from sana_ref.weight_only import WEIGHT_FORMATS, WeightFormat
+from sana_ref.weight_only import WEIGHT_FORMATS, TextFormat, WeightFormat
 
 __all__ = ["GROUP", "CalibrationSettings", "FormatRule", "Method", "Recipe", "load_recipe", "name_for"]
 
@@ -31,13 +31,14 @@ Method = Literal["absmax", "percentile", "mse"]
 Exponent = Annotated[float, Field(ge=0, le=1)]
 
 
-def _text_format(word: object) -> object:
-    if word is not None and word not in WEIGHT_FORMATS:
-        raise ValueError(f"got {word!r}; {nearest(str(word), [*WEIGHT_FORMATS, 'null'])}")
+def _weight_format(word: object, more: tuple[str, ...] = ()) -> object:
+    if word is not None and word not in (*WEIGHT_FORMATS, *more):
+        raise ValueError(f"got {word!r}; {nearest(str(word), [*WEIGHT_FORMATS, *more, 'null'])}")
     return word
 
 
-TextFormat = Annotated[WeightFormat | None, BeforeValidator(_text_format)]
+WeightChoice = Annotated[WeightFormat | None, BeforeValidator(_weight_format)]
+EncoderChoice = Annotated[TextFormat | None, BeforeValidator(lambda word: _weight_format(word, ("w8a8",)))]
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -78,9 +79,11 @@ class Recipe(BaseModel):
     awq: tuple[Exponent, ...] | None = Field(min_length=1)
     low_rank: int = Field(ge=0, le=1024)
     calibration: CalibrationSettings
-    text_encoder: TextFormat = None  # of the denoiser alone, as recipes of before: null
-    text_encoder_table: TextFormat = None  # None: as text_encoder; not read where that is None
-    text_projection: TextFormat = None
+    text_encoder: EncoderChoice = None  # of the denoiser alone, as recipes of before: null
+    text_encoder_table: WeightChoice = None  # None: as text_encoder; not read where that is None
+    text_projection: WeightChoice = None
+    text_encoder_smoothquant: Exponent | None = 0.5  # this and the next are read for w8a8 alone
+    text_encoder_keep: tuple[str, ...] = ()  # groups of the text encoder whose weights alone are int8
 
     @model_validator(mode="after")
     def _one_smoothing(self) -> Self:
@@ -91,15 +94,16 @@ class Recipe(BaseModel):
     def formats_of(self, groups: Sequence[str]) -> dict[str, Format]:
         """The format of every group. Raises ConfigError for a pattern that matches none, with the nearest group."""
         found: dict[str, Format] = dict.fromkeys(groups, self.format)
-        for key, pattern, chosen in [
-            *(("formats", rule.groups, rule.format) for rule in self.formats),
-            *(("keep", pattern, "none") for pattern in self.keep),
-        ]:
-            matched = [group for group in groups if fnmatch.fnmatchcase(group, pattern)]
-            if not matched:
-                raise ConfigError(f"{key}: got {pattern!r}, which matches no group of layers; {_nearest_group(pattern, groups)}.")
-            found.update(dict.fromkeys(matched, chosen))
+        for rule in self.formats:
+            found.update(dict.fromkeys(_matched("formats", rule.groups, groups), rule.format))
+        for pattern in self.keep:
+            found.update(dict.fromkeys(_matched("keep", pattern, groups), "none"))
         return found
+
+    def of_text(self, groups: Sequence[str]) -> dict[str, Format]:
+        """As formats_of, of the text encoder's groups under w8a8."""
+        kept = {group for pattern in self.text_encoder_keep for group in _matched("text_encoder_keep", pattern, groups)}
+        return {group: "none" if group in kept else "int8" for group in groups}
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> Recipe:
@@ -122,6 +126,13 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), config_
 def name_for(variant: str | None, name: str) -> str:
     """The recipe that a build of a published variant follows for the name of a format: its own where one ships."""
     return f"{variant}/{name}" if variant is not None and name in names_in_group(f"{GROUP}/{variant}") else name
+
+
+def _matched(key: str, pattern: str, groups: Sequence[str]) -> list[str]:
+    matched = [group for group in groups if fnmatch.fnmatchcase(group, pattern)]
+    if not matched:
+        raise ConfigError(f"{key}: got {pattern!r}, which matches no group of layers; {_nearest_group(pattern, groups)}.")
+    return matched
 
 
 def _nearest_group(pattern: str, groups: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ __all__ = [
     "INT4_MAX",
     "WEIGHT_FORMATS",
     "PackedWeight",
+    "TextFormat",
     "TextPart",
     "WeightFormat",
     "block_of",
@@ -40,6 +41,7 @@ __all__ = [
 
 WeightFormat = Literal["int4", "int8", "fp8"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+TextFormat = Literal["int4", "int8", "fp8", "w8a8"]  # w8a8: int8, and activations of the text encoder in int8 too, by a plan
 TextPart = Literal["text_encoder", "text_encoder_table", "text_projection"]  # what has a format of its own: the keys of a recipe
 INT4_LEAST, INT4_MAX = -8, 7
 BLOCK = 128
