@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import quantized_text
 from quantized_engines import engine_case, kinds
 from tiny_build import RANGES, component, quiet, request, runner, said
 
@@ -70,16 +71,18 @@ def test_tensorrt_computes_the_simulation(tmp_path, kind, capsys):
 
 @pytest.mark.gpu
 @on_a_gpu
-def test_tensorrt_computes_weights_in_8_bits(tmp_path):
-    """Of the text encoder: activations stay bf16."""
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
+def test_tensorrt_computes_the_text_encoder_in_8_bits(tmp_path, kind):
+    """int8: weights alone, activations stay bf16."""
     assert HERE is not None
     progress = quiet()
-    if not for_targets({"text_encoder": "int8"}, (HERE,), progress):
+    if not for_targets({"text_encoder": kind}, (HERE,), progress):
         pytest.skip(said(progress).strip())
     part, made = replace(component("text_encoder", Precision.BF16), weights="int8"), runner()
+    part = part if kind == "int8" else quantized_text.encoder("static")
     graphs = made.export(part)
     profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
     inputs, _ = text_cases(PromptTokenizer(made.checkpoint.tokenizer_path, made.checkpoint.prompt), RANGES.max_batch)
     golden, own = make_reference(part, inputs, made.loader(part))
     got = run_tensorrt(made.engine(part, graphs, (HERE,), profile).path, golden)
-    assert measured("text_encoder", "tensorrt", got, golden, bounds(own))
+    assert measured("text_encoder", "tensorrt", got, golden, bounds(own, golden if part.plan else None))

@@ -33,6 +33,7 @@ from export.weights import PORTABLE_NAME, TYPED_NAME
 from sana_ref.quantization import LayerPlan, QuantizationPlan, load_plan, part_of, save_plan
 
 W8A8 = {"text_encoder": "w8a8"}
+KERNEL = b"function={ name"  # in an engine of TensorRT 1.7, once for each
 STATIC = LayerPlan(format="int8", input_scale=0.05)
 
 
@@ -151,30 +152,22 @@ def _factors(line: str) -> list[str]:
     return words[:2]
 
 
-@pytest.mark.parametrize("targets", [(Target.SM80,), (Target.SM86, Target.SM89, Target.SM120)], ids=lambda each: "-".join(each))
-def test_engines_multiply_in_8_bits(targets):
-    """Without a GPU. q, k and v are one product, and gate and up."""
-    part, made = encoder("static"), runner()
-    profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
-    engine = made.engine(part, made.export(part), targets, profile)
-    products = int8_products(engine.path.read_bytes())
-    assert [name.count("node_linear") for name in products] == [3, 1, 2, 1]
+def engine(part):
+    """For all architectures that INT8 is for, made without a GPU."""
+    made, profile = runner(), profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
+    return made.engine(part, made.export(part), (Target.SM80, Target.SM86, Target.SM89, Target.SM120), profile)
+
+
+def test_engines_multiply_in_8_bits():
+    """q, k and v are one product, and gate and up. Smoothing is part of kernels that are there anyway."""
+    part = encoder("static")
+    made, data = engine(part), engine(part).path.read_bytes()
+    assert [name.count("node_linear") for name in int8_products(data)] == [3, 1, 2, 1]
     stored = sum(parameter.numel() for _, parameter in part.module.named_parameters())
-    assert engine.memory()["Weights"] < 1.3 * stored + 512 * 40
-    alone = replace(part, plan=None)
-    assert not int8_products(made.engine(alone, made.export(alone), targets, profile).path.read_bytes())
-
-
-def test_smoothing_is_part_of_a_kernel_that_is_there_anyway():
-    """So there is nothing to gain by folding it into the norms."""
-    part, made = encoder("static"), runner()
-    profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
-    counts = []
-    for tensors in ({}, plan("static").tensors):
-        each = replace(part, plan=plan("static").model_copy(update={"tensors": tensors}))
-        engine = made.engine(each, made.export(each), (Target.SM89,), profile)
-        counts.append(engine.path.read_bytes().count(b"function={ name"))
-    assert counts[0] == counts[1] > 0
+    assert made.memory()["Weights"] < 1.3 * stored + 512 * 40
+    assert not int8_products(engine(replace(part, plan=None)).path.read_bytes())
+    plain = engine(replace(part, plan=plan("static").model_copy(update={"tensors": {}}))).path.read_bytes()
+    assert data.count(KERNEL) == plain.count(KERNEL) > 0
 
 
 def of(*keys, **flags):
@@ -194,6 +187,13 @@ def test_what_a_recipe_says():
         GATE_UP: "none",
         DOWN: "none",
     }
+
+
+@pytest.mark.parametrize("given", [{"calibrate": False}, {"plan": "plan.safetensors"}], ids=["without", "plan"])
+def test_keys_of_a_calibration_are_refused_without_one(given):
+    settings = load(flags={"precision": "int8", "recipe_keys": ["text_encoder=w8a8", "text_encoder_keep=['*.mlp.*']"], **given})
+    with pytest.raises(SpecError, match=r"recipe-key: got text_encoder=w8a8,text_encoder_keep=.* expected a calibration"):
+        quantization_of(settings)
 
 
 @pytest.mark.parametrize(
