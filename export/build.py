@@ -43,7 +43,7 @@ from export.reference import reference_dtype
 from export.references import make_references, schedule_info
 from export.request import BuildRequest, shape_range
 from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of, quality_of, weights_of
-from export.text_plans import check_text, text_plan, wants_text_plan
+from export.text_plans import check_text, left_out, text_plan, wants_text_plan
 from export.weight_only import check_weights, for_targets
 from export.weights import DATA_NAME, PORTABLE_NAME
 from runtime.ort_session import cpu_name
@@ -110,6 +110,9 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     everything = components(checkpoint, precisions)
     weights = for_targets(request.weights, request.targets, progress)
     everything = with_weights(everything, weights)
+    unread = left_out(request)
+    if unread is not None:
+        progress.say(f"  {unread}")
     if wants_text_plan(request):
         component = replace(everything["text_encoder"], plan=text_plan(request, runner, everything, ranges))
         everything = {**everything, "text_encoder": component}

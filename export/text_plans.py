@@ -21,7 +21,7 @@ from sana_ref.quantization import QuantizationPlan, groups_of, load_plan, part_o
 from sana_ref.quantized import InputRanges, check_plan, static_scale, uniform_plan
 from sana_ref.variants import variant_of
 
-__all__ = ["check_text", "text_plan", "wants_text_plan"]
+__all__ = ["check_text", "left_out", "text_plan", "wants_text_plan"]
 
 
 def wants_text_plan(request: BuildRequest) -> bool:
@@ -52,6 +52,16 @@ def check_text(request: BuildRequest) -> None:
     for group, layer in layers.items():
         if layer.format not in ("int8", "none"):
             raise SpecError(f"plan, {group}: got {layer.format}; expected int8 or none in the text encoder. Calibrate again.")
+
+
+def left_out(request: BuildRequest) -> str | None:
+    """For people: that a plan says something of the text encoder, which is not followed."""
+    if request.plan is None or wants_text_plan(request) or "text_encoder" not in request.components:
+        return None
+    if not part_of(load_plan(request.plan), text=True).layers:
+        return None
+    why = "it has 16-bit weights on sm90" if Target.SM90 in request.targets else "--recipe-key text_encoder=w8a8 would take them"
+    return f"plan: its layers of the text encoder are left out; {why}"
 
 
 def text_plan(

@@ -27,7 +27,7 @@ from export.quantization_request import QuantizationRequest, quantization_of, we
 from export.recipe import load_recipe
 from export.settings import load
 from export.stages import weights_of as report_of
-from export.text_plans import check_text
+from export.text_plans import check_text, left_out
 from export.weight_only import check_weights, for_targets
 from export.weights import PORTABLE_NAME, TYPED_NAME
 from sana_ref.quantization import LayerPlan, QuantizationPlan, load_plan, part_of, save_plan
@@ -247,6 +247,16 @@ def test_plans_that_a_build_refuses(tmp_path, layers, targets, words):
 def test_a_plan_of_the_denoiser_is_enough_for_sm90_and_for_weights_alone(tmp_path):
     for targets, weights in (((Target.SM90,), W8A8), ((), {"text_encoder": "int8"})):
         check_text(request(tmp_path / "out", precision=Precision.FP8, targets=targets, weights=weights, plan=planned(tmp_path)))
+
+
+def test_what_a_plan_says_of_the_text_encoder_is_not_left_out_in_silence(tmp_path):
+    both = request(
+        tmp_path / "out", precision=Precision.INT8, weights={"text_encoder": "int8"}, plan=planned(tmp_path, **{QKV: STATIC})
+    )
+    assert "its layers of the text encoder are left out; --recipe-key text_encoder=w8a8 would take them" in str(left_out(both))
+    assert "16-bit weights on sm90" in str(left_out(replace(both, weights=W8A8, targets=(Target.SM90,))))
+    assert left_out(replace(both, weights=W8A8)) is left_out(replace(both, components=("denoiser",))) is None
+    assert left_out(replace(both, plan=planned(tmp_path))) is None
 
 
 def test_scales_a_token_are_refused_for_tensorrt(tmp_path):
