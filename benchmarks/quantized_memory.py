@@ -94,16 +94,16 @@ def transfers(everything: Mapping[ComponentName, Component], shapes: Mapping[Com
 def _plan(component: Component, recipe: Recipe) -> QuantizationPlan:
     """As a calibration's by size: scales, smoothing and low-rank branches are there, whatever is in them."""
     parameters = dict(component.module.named_parameters())
-    groups = groups_of(parameters)
-    formats = recipe.formats_of(list(groups))
+    groups, of_text = groups_of(parameters), component.name == "text_encoder"
+    formats = recipe.of_text(list(groups)) if of_text else recipe.formats_of(list(groups))
     layers, tensors = {}, {}
-    smooth = recipe.smoothquant is not None or recipe.awq is not None
+    smooth = recipe.text_encoder_smoothquant if of_text else recipe.awq if recipe.smoothquant is None else recipe.smoothquant
     for group, names in groups.items():
         columns, depth = sum(parameters[name].shape[0] for name in names), parameters[names[0]].shape[1]
         layers[group] = LayerPlan(format=formats[group], input_scale=None if formats[group] == "none" else SCALE)
         if formats[group] == "none":
             continue
-        if smooth:
+        if smooth is not None:
             tensors[f"{group}.smooth"] = torch.full((depth,), 1.25)
         if recipe.low_rank and formats[group] == "nvfp4":
             tensors[f"{group}.low_rank_down"] = torch.full((recipe.low_rank, depth), 0.01)
@@ -129,6 +129,8 @@ def _build(checkpoint: Checkpoint, recipe: Recipe | None, store: Store, target: 
     if recipe is not None:
         everything["denoiser"] = replace(everything["denoiser"], plan=_plan(everything["denoiser"], recipe))
         everything = with_weights(everything, text_weights(recipe))
+        if recipe.text_encoder == "w8a8":
+            everything["text_encoder"] = replace(everything["text_encoder"], plan=_plan(everything["text_encoder"], recipe))
     side = checkpoint.transformer_config.sample_size * PX_PER_LATENT
     length = checkpoint.prompt.max_sequence_length
     ranges = ShapeRange(min_side=side, opt_side=side, max_side=side, max_batch=1, max_sequence_length=length)

@@ -1,4 +1,4 @@
-"""text_encoder/quantization.json, text_projection/quantization.json: weights in 4 or 8 bits under activations that stay 16-bit.
+"""text_encoder/quantization.json, text_projection/quantization.json: weights in 4 or 8 bits, mostly under 16-bit activations.
 
 What they cost is reported and held to nothing: the parity check holds a bundle to the same weights in PyTorch.
 docs/bundle.md describes the file.
@@ -54,7 +54,8 @@ class WeightReport(BaseModel):
     schema_version: Literal[1] = 1
     format: Literal["int4", "int8", "fp8"]
     table: Literal["int4", "int8", "fp8", "host"] | None = None  # of the table of tokens, where it has another
-    precision: Precision  # of activations and scales
+    activations: Literal["int8"] | None = None  # of linear layers' inputs; None: as precision
+    precision: Precision  # of activations and scales, but for `activations`
     roles: Annotated[dict[Text, RoleReport], Field(min_length=1, max_length=1000)]
     outputs: Annotated[dict[Text, OutputError], Field(min_length=1, max_length=100)]
 
@@ -64,7 +65,7 @@ class WeightReport(BaseModel):
         worst = max(self.roles, key=lambda name: self.roles[name].error)
         table = "" if self.table is None else ", table on the host" if self.table == "host" else f", table {self.table}"
         found = [
-            f"weights {self.format}{table} under {self.precision}, {after / before:.3f} of their bytes; "
+            f"weights {self.format}{table} under {self.activations or self.precision}, {after / before:.3f} of their bytes; "
             f"most is lost of {worst}: {self.roles[worst].error:.2%}"
         ]
         for name, error in self.outputs.items():

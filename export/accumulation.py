@@ -10,7 +10,7 @@ weights in fp32 for it. Of a block of Sana-1.6B that was 50 MB, a GB of the mode
 
 import onnx_ir as ir
 
-__all__ = ["accumulate_in_fp32"]
+__all__ = ["accumulate_in_fp32", "widen_product"]
 
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 
@@ -19,13 +19,16 @@ def accumulate_in_fp32(model: ir.Model) -> int:
     """Rewrite, in place, each matrix product of fp16 tensors. Returns how many there were."""
     products = [n for n in model.graph if n.op_type in _PRODUCTS and n.outputs[0].dtype == ir.DataType.FLOAT16]
     for node in products:
-        _widen(model.graph, node)
+        widen_product(model.graph, node)
     return len(products)
 
 
-def _widen(graph: ir.Graph, node: ir.Node) -> None:
+def widen_product(graph: ir.Graph, node: ir.Node) -> None:
+    """Put a product of 16-bit tensors between casts to fp32 and one back to their type."""
     result = node.outputs[0]
     assert result.name is not None
+    assert result.dtype is not None
+    dtype = result.dtype
     bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
     if bias is not None:
         node.resize_inputs(2)
@@ -35,11 +38,11 @@ def _widen(graph: ir.Graph, node: ir.Node) -> None:
         cast = _cast(value, ir.DataType.FLOAT, f"{result.name}_in{index}")
         graph.insert_before(node, cast)
         node.replace_input_with(index, cast.outputs[0])
-    narrow = _cast(result, ir.DataType.FLOAT16, f"{result.name}_narrow")
+    narrow = _cast(result, dtype, f"{result.name}_narrow")
     added = [narrow]
     if bias is not None:
         added.append(ir.node("Add", [narrow.outputs[0], bias], name=f"{result.name}_biased"))
-        added[-1].outputs[0].type, added[-1].outputs[0].shape = ir.TensorType(ir.DataType.FLOAT16), result.shape
+        added[-1].outputs[0].type, added[-1].outputs[0].shape = ir.TensorType(dtype), result.shape
     last = added[-1].outputs[0]
     for use in result.uses():
         if use.node is not narrow:

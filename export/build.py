@@ -44,6 +44,7 @@ from export.reference import reference_dtype
 from export.references import make_references, schedule_info
 from export.request import BuildRequest, shape_range
 from export.stages import GOLDEN_NAME, EngineFile, Result, Runner, engine_groups, parity_of, quality_of, weights_of
+from export.text_plans import check_text, left_out, text_plan, wants_text_plan
 from export.token_table import TABLE_FILE
 from export.weight_only import check_weights, for_targets
 from export.weights import DATA_NAME, PORTABLE_NAME
@@ -85,6 +86,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     check_asked(request)
     check_request(request)
     check_weights(request.weights, request.targets)
+    check_text(request)
     with progress.stage("read checkpoint") as stage:
         checkpoint = load(
             request.model,
@@ -110,6 +112,12 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
     everything = components(checkpoint, precisions)
     weights = for_targets(request.weights, request.targets, progress)
     everything = with_weights(everything, weights)
+    unread = left_out(request)
+    if unread is not None:
+        progress.say(f"  {unread}")
+    if wants_text_plan(request):
+        component = replace(everything["text_encoder"], plan=text_plan(request, runner, everything, ranges))
+        everything = {**everything, "text_encoder": component}
     if request.precision in QUANTIZED and "denoiser" in request.components:
         if quantized is None:
             quantized = _uncalibrated(request, runner, everything, ranges)

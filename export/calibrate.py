@@ -3,7 +3,8 @@
     python -m export.calibrate --model models/sana-tiny --recipe nvfp4 --out out/calibration
     python export/build_engine.py --model models/sana-tiny --precision nvfp4 --plan out/calibration/plan.safetensors …
 
-A calibration that was killed goes on where it was. The folder: plan.safetensors, calibration.json and calibration.html.
+A calibration that was killed goes on where it was. The folder: plan.safetensors, calibration.json and calibration.html; with
+text_encoder=w8a8 the plan is of both, and text_encoder/ has the same two pages of the text encoder.
 """
 
 from __future__ import annotations
@@ -46,12 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         from engines.store import Store
         from export.quantization_plan import calibrate
+        from export.text_calibration import calibrate_text
         from sana_ref import checkpoint as checkpoints
 
-        progress = Progress()
+        progress, store = Progress(), Store(options.cache)
         checkpoint = checkpoints.load(options.model, revision=options.revision)
-        made = calibrate(checkpoint, recipe, store=Store(options.cache), progress=progress, device=options.device)
-        _publish(made, options.out)
+        made = calibrate(checkpoint, recipe, store=store, progress=progress, device=options.device)
+        text = None
+        if recipe.text_encoder == "w8a8":
+            text = calibrate_text(checkpoint, recipe, store=store, progress=progress, device=options.device)
+        _publish(made, text, options.out)
         progress.say(f"{options.out}: done, {progress.seconds:.0f} s.")
     except SanaError as error:
         print(f"calibrate: {error}", file=sys.stderr)
@@ -59,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _publish(made: Path, out: Path) -> None:
-    """Raises SpecError if something that is no calibration is at `out`."""
+def _publish(made: Path, text: Path | None, out: Path) -> None:
+    """text: the text encoder's, if it has one. Raises SpecError if something that is no calibration is at `out`."""
     if out.exists() and not (out / "calibration.json").is_file():
         raise SpecError(f"{out}: got a folder or file that is no calibration; expected none, or one. Name another.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -68,9 +73,21 @@ def _publish(made: Path, out: Path) -> None:
     temporary = make_temporary(out.parent, _PREFIX)
     try:
         shutil.copytree(made, temporary.path, dirs_exist_ok=True)
+        if text is not None:
+            _add_text(text, temporary.path)
         replace_folder(temporary.path, out)
     finally:
         temporary.remove()
+
+
+def _add_text(made: Path, out: Path) -> None:
+    from export.quantization_plan import PLAN
+    from sana_ref.quantization import load_plan, save_plan
+
+    shutil.copytree(made, out / "text_encoder", ignore=shutil.ignore_patterns(PLAN))
+    plan, text = load_plan(out / PLAN), load_plan(made / PLAN)
+    both = {"layers": {**plan.layers, **text.layers}, "tensors": {**plan.tensors, **text.tensors}}
+    save_plan(plan.model_copy(update={**both, "notes": {**text.notes, **plan.notes}}), out / PLAN)
 
 
 if __name__ == "__main__":

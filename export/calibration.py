@@ -27,7 +27,7 @@ from export.progress import Pace, Progress
 from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import groups_of
 
-__all__ = ["OBSERVERS", "Statistics", "observe"]
+__all__ = ["OBSERVERS", "Observer", "Statistics", "observe", "watching"]
 
 OBSERVERS = (*SOURCES, "export/calibration.py")
 _FILE = "statistics.safetensors"
@@ -40,18 +40,19 @@ class Statistics:
 
     groups: tuple[str, ...]
     files: tuple[Path, ...]  # one a run
+    keep: str = "keep"  # the key of a recipe that leaves groups out
 
     def steps(self, group: str) -> Tensor:
         """(runs, steps, texts) fp32: the largest absolute value. Texts: without and with the prompt, or with it alone."""
         return torch.stack(list(self._read(f"{group}.steps")))
 
-    def channels(self, group: str) -> Tensor:
-        """(depth,) fp32: the largest absolute value of each channel. Raises CheckpointError where all are zero."""
+    def channels(self, group: str, *, needed: bool = True) -> Tensor:
+        """(depth,) fp32: the largest absolute value of each channel. Raises CheckpointError where all are zero and needed."""
         found = torch.stack(list(self._read(f"{group}.channels"))).amax(0)
-        if not float(found.amax()) > 0:
+        if needed and not float(found.amax()) > 0:
             raise CheckpointError(
                 f"{group}: activations have a range of 0 in all {len(self.files)} runs; expected a number above 0, as a scale "
-                "needs. Keep this group precise (keep in the recipe), or mend the checkpoint."
+                f"needs. Keep this group precise ({self.keep} in the recipe), or mend the checkpoint."
             )
         return found
 
@@ -96,27 +97,23 @@ def _observe_run(reference: SanaReference, run: Run, groups: Mapping[str, Sequen
     text = reference.encode_text([spec.prompt], "", spec.guidance)
     transformer = reference.denoiser.transformer
     num_tokens = spec.steps * len(text.weights) * run.latents[0, 0].numel() // transformer.config.patch_size**2
-    observers = {group: _Observer(group, num_tokens, rows) for group in groups}
-    with _watching(transformer, groups, observers):
+    observers = {group: Observer(group, num_tokens, rows) for group in groups}
+    with watching(transformer, groups, observers):
         for step, table_row in enumerate(schedule.table):
             latents = run.latents[step : step + 1].to(reference.device)
             for observer in observers.values():
                 observer.where = f"step {step + 1} of {spec.steps}, prompt {spec.prompt[:60]!r}"
             fresh = start_noise(reference, spec, step + 1).to(reference.device) if schedule.needs_noise(step) else None
             reference.step(latents, torch.zeros_like(latents), table_row, text, guidance=spec.guidance, noise=fresh)
-    found: dict[str, Tensor] = {}
-    for group, observer in observers.items():
-        parts = (torch.stack(observer.steps), observer.channels, torch.cat(observer.rows))
-        found |= {f"{group}.{name}": part.cpu().contiguous() for name, part in zip(_NAMES, parts, strict=True)}
-    return found
+    return {name: tensor for observer in observers.values() for name, tensor in observer.found().items()}
 
 
-class _Observer:
+class Observer:
     """Of one group in one run: sees (texts, tokens, depth) at every step."""
 
-    def __init__(self, group: str, num_tokens: int, rows: int) -> None:
-        """num_tokens: that the group sees in the run; rows: how many to keep."""
-        self.group, self.where = group, ""
+    def __init__(self, group: str, num_tokens: int, rows: int, *, where: str = "", keep: str = "keep") -> None:
+        """num_tokens: that the group sees in the run; rows: how many to keep; keep: as of Statistics."""
+        self.group, self.where, self.keep = group, where, keep
         self.steps: list[Tensor] = []  # (texts,) each
         self.rows: list[Tensor] = []
         self.channels = torch.zeros(())
@@ -132,7 +129,7 @@ class _Observer:
             at = int(torch.nonzero(~channels.isfinite())[0])
             raise CheckpointError(
                 f"{self.group}: activations reach {float(channels[at])} in channel {at} at {self.where}; expected finite numbers. "
-                "Keep this group precise (keep in the recipe), or mend the checkpoint."
+                f"Keep this group precise ({self.keep} in the recipe), or mend the checkpoint."
             )
         self.steps.append(largest)
         self.channels = torch.maximum(self.channels.to(x.device), channels)
@@ -140,15 +137,26 @@ class _Observer:
         begin, self._done = self._done, self._done + tokens.shape[0]
         self.rows.append(tokens[[place - begin for place in self._places if begin <= place < self._done]])
 
+    def found(self) -> dict[str, Tensor]:
+        """What is kept of the run, as Statistics reads it."""
+        parts = (torch.stack(self.steps), self.channels, torch.cat(self.rows))
+        return {f"{self.group}.{name}": part.cpu().contiguous() for name, part in zip(_NAMES, parts, strict=True)}
+
 
 @contextmanager
-def _watching(transformer: nn.Module, groups: Mapping[str, Sequence[str]], observers: Mapping[str, _Observer]) -> Iterator[None]:
-    """Each group's observer sees what goes into its first layer: layers of a group share their input."""
+def watching(
+    transformer: nn.Module, groups: Mapping[str, Sequence[str]], observers: Mapping[str, Observer], mask: Tensor | None = None
+) -> Iterator[None]:
+    """Each group's observer sees what goes into its first layer: layers of a group share their input.
 
-    def watch(observer: _Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    mask: (texts, tokens) bool; tokens that are to be seen, one text after the other. None: all of them.
+    """
+
+    def watch(observer: Observer) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def see(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0]
-            observer.see(x.permute(0, 2, 3, 1).flatten(1, 2) if x.ndim == 4 else x)  # a picture (B, C, h, w) as tokens
+            x = x.permute(0, 2, 3, 1).flatten(1, 2) if x.ndim == 4 else x  # a picture (B, C, h, w) as tokens
+            observer.see(x if mask is None else x[mask][None])
 
         return see
 

@@ -22,8 +22,8 @@ def prompts_file(asked: Path | None, checkpoint: Path) -> Path:
     return own if own.is_file() else SHIPPED
 
 
-def read_prompts(path: Path, num: int) -> tuple[str, ...]:
-    """The first `num` prompts, stripped; empty lines and those that begin with # are none.
+def read_prompts(path: Path, num: int, *, most: int | None = None) -> tuple[str, ...]:
+    """The first `num` prompts, stripped; empty lines and those that begin with # are none. most: up to so many, if they are there.
 
     Raises SpecError: no such file, not UTF-8, too large, a line that is too long or has a NUL in it, fewer prompts than asked.
     """
@@ -55,4 +55,4 @@ def read_prompts(path: Path, num: int) -> tuple[str, ...]:
             f"{path}: got {len(prompts)} calibration prompts; expected {num} (calibration.num_prompts). "
             "Add prompts, or ask for fewer."
         )
-    return tuple(prompts[:num])
+    return tuple(prompts[: num if most is None else most])

@@ -35,14 +35,14 @@ from sana_ref.components import (
     TextRowsForExport,
 )
 from sana_ref.fused_decoder import FusedDecoder, one_projection
-from sana_ref.quantization import QuantizationPlan
+from sana_ref.quantization import QuantizationPlan, group_of
 from sana_ref.step import OUTPUTS, DenoiserStep
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from sana_ref.text_projection import INPUTS as TEXT_PROJECTION_INPUTS
 from sana_ref.text_projection import OUTPUTS as TEXT_PROJECTION_OUTPUTS
 from sana_ref.text_projection import TextProjection, is_text_parameter
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, fuse
-from sana_ref.weight_only import HOST, TableFormat, TextPart, WeightFormat, formats_of
+from sana_ref.weight_only import HOST, TableFormat, TextFormat, TextPart, WeightFormat, formats_of
 
 __all__ = ["TORCH_DTYPES", "Component", "Profile", "components", "profiles", "with_weights"]
 
@@ -63,7 +63,8 @@ class Component:
 
     plan: how it is quantized. in_engine: by FP8 nodes that are put into the engine's graph when it is compiled
     (export/fp8_nodes.py, export/fp8_conv_nodes.py); the exported graphs are not quantized then.
-    weights: the format of linear layers and tables alone, activations staying as they are (export/weight_only_nodes.py).
+    weights: the format of linear layers and tables alone, activations staying as they are (export/weight_only_nodes.py); of those
+    that a plan has not.
     table: of the text encoder's table of tokens, if it has another. On the host, it is in no graph: `module` and `spec`, which the
     reference runs, take token ids then, and the graphs the table's rows.
     """
@@ -116,7 +117,9 @@ class Component:
     @property
     def packed(self) -> dict[str, WeightFormat]:
         """Parameters that are stored in `weights` or `table`, with their format."""
-        return formats_of(self.module, self.weights, self.table)
+        planned = {group for group, layer in self.plan.layers.items() if layer.format != "none"} if self.plan else set()
+        formats = formats_of(self.module, self.weights, self.table)
+        return {name: kind for name, kind in formats.items() if group_of(name) not in planned}
 
     def checkpoint_name(self, parameter: str) -> str:
         """The checkpoint's name of a parameter of the module."""
@@ -310,11 +313,12 @@ def components(checkpoint: Checkpoint, precisions: Mapping[ComponentName, Precis
 
 
 def with_weights(
-    everything: Mapping[ComponentName, Component], weights: Mapping[TextPart, TableFormat]
+    everything: Mapping[ComponentName, Component], weights: Mapping[TextPart, TextFormat]
 ) -> dict[ComponentName, Component]:
-    """The same, with the text's components storing `weights` (export/weight_only.py)."""
+    """The same, with the text's components storing `weights` (export/weight_only.py). w8a8 is int8 here, and a plan more later."""
     made = dict(everything)
-    for part, kind in weights.items():
+    for part, asked in weights.items():
+        kind: TableFormat = "int8" if asked == "w8a8" else asked
         if part == "text_encoder_table":
             made["text_encoder"] = replace(made["text_encoder"], table=kind)
         else:

@@ -18,7 +18,7 @@ from export.reference import loaded, run_module
 from export.references import decoder_inputs, denoiser_inputs
 from export.request import BuildRequest
 from export.stages import Runner
-from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, groups_of, load_plan
+from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, groups_of, load_plan, part_of
 from sana_ref.quantize_ops import BLOCK
 from sana_ref.quantized import MARGIN, InputRanges, check_plan, static_scale, uniform_plan
 from sana_ref.quantized_convs import ConvRanges, conv_plan
@@ -39,6 +39,7 @@ def check_request(request: BuildRequest) -> None:
             "Leave the plan out, or name its precision."
         )
     plan = load_plan(request.plan)
+    text, plan = part_of(plan, text=True), part_of(plan, text=False)
     if is_cublas(request):
         _check_cublas(plan)
         return
@@ -50,7 +51,7 @@ def check_request(request: BuildRequest) -> None:
         )
     for name in sorted(formats):
         check_precision(Precision(name), request.targets)
-    for group, layer in plan.layers.items():
+    for group, layer in {**plan.layers, **text.layers}.items():
         if request.targets and is_dynamic(layer):
             raise SpecError(
                 f"plan, {group}: got {layer.format} without input_scale for {', '.join(request.targets)}; expected one: TensorRT "
@@ -66,7 +67,7 @@ def denoiser_plan(
     parameters = dict(component.module.named_parameters())
     groups = groups_of(parameters)
     if request.plan is not None:
-        plan = load_plan(request.plan)
+        plan = part_of(load_plan(request.plan), text=False)
         check_plan(plan, groups)
         return for_cublas(plan) if is_cublas(request) else plan
     if not request.targets and kind != "nvfp4":

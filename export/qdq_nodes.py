@@ -1,8 +1,9 @@
-"""A quantised denoiser's graph: weights in 8 or 4 bits, and explicit QuantizeLinear and DequantizeLinear.
+"""A quantised graph, of the denoiser or the text encoder: narrow weights, and explicit QuantizeLinear and DequantizeLinear.
 
-A product of the typed graph reads fp16 activations and weights through casts to fp32 (export/accumulation.py). Between those casts
-and the product, a planned group's activations are divided by `smooth`, quantised and dequantised, and its weights are replaced by
-numbers that are dequantised: TensorRT joins them into one product of narrow numbers. Scales are fp32: fp16 would round them.
+A product of the typed graph reads fp16 activations and weights through casts to fp32 (export/accumulation.py); one of bf16, as the
+text encoder has, gets such casts here. Between those casts and the product, a planned group's activations are divided by `smooth`,
+quantised and dequantised, and its weights are replaced by numbers that are dequantised: TensorRT joins them into one product of
+narrow numbers. Scales are fp32: 16 bits would round them. Products of a group that are apart in the graph share their activations.
 
     int8, fp8, one scale         QuantizeLinear, DequantizeLinear
     int8, fp8, a scale a token   standard operators, for ONNX Runtime alone: TensorRT quantises with scales that are known before
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 
 from engines.errors import BuildError
+from export.accumulation import widen_product
 from sana_ref.fp8 import LEAST_SCALE
-from sana_ref.quantization import LayerPlan, QuantizationPlan, groups_of
+from sana_ref.quantization import LayerPlan, QuantizationPlan, group_of, groups_of, prefix_of
 from sana_ref.quantize_ops import BLOCK, FP8_MAX, INT8_MAX
 from sana_ref.quantized import QuantizedLayer, check_plan, quantize_layer
 
@@ -31,6 +33,7 @@ __all__ = ["TRT_DOMAIN", "is_dynamic", "quantize_graph"]
 TRT_DOMAIN = "trt"
 _PRODUCTS = frozenset({"MatMul", "Gemm"})
 _OF_CONSTANTS = frozenset({"Cast", "Concat", "Reshape", "Transpose"})  # what may lie between a weight and its product
+_HALF = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 _NUMBERS = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN, "nvfp4": ir.DataType.FLOAT4E2M1}
 
 
@@ -40,24 +43,34 @@ def is_dynamic(layer: LayerPlan) -> bool:
 
 
 def quantize_graph(
-    model: ir.Model, plan: QuantizationPlan, load: Callable[[str], Tensor], dtype: torch.dtype
+    model: ir.Model,
+    plan: QuantizationPlan,
+    load: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    seen: Callable[[str, Tensor, QuantizedLayer], None] | None = None,
 ) -> Callable[[str], Tensor]:
     """Rewrite, in place, the product of every planned group of a graph whose parameters have no values yet.
 
     load: parameter name -> tensor as the checkpoint stores it. dtype: of the component, that the weights are rounded to before.
+    seen: called with a group's name, its weight and what became of it.
     Returns `load` for the rewritten graph, which has other parameters: it quantises a group's weights when they are asked for.
     Raises SpecError for a plan that is not of this model, BuildError for a group that is no product of the graph.
     """
     names = groups_of(model.graph.initializers)
     check_plan(plan, names)
-    products = {group: node for node in model.graph if (group := _group(node)) is not None}
-    weights = _Weights(plan, names, load, dtype)
+    products: dict[str, dict[ir.Node, list[str]]] = {}
+    for node in model.graph:
+        parts = _weights_of(node)
+        if parts:
+            products.setdefault(str(group_of(parts[0])), {})[node] = parts
+    weights = _Weights(plan, names, load, dtype, seen)
     for group, layer in plan.layers.items():
         if layer.format == "none":
             continue
-        if group not in products:
+        found = products.get(group, {})
+        if sorted(name for parts in found.values() for name in parts) != sorted(names[group]):
             raise BuildError(f"quantize: got no product with the weight of {group!r} in the graph; expected one.")
-        _Rewrite(model.graph, products[group], group, layer, weights).run()
+        _Rewrite(model.graph, found, group, layer, weights).run()
     model.opset_imports[TRT_DOMAIN] = 1
     passes.RemoveUnusedNodesPass()(model)
     if not any(node.domain == TRT_DOMAIN for node in model.graph):
@@ -65,15 +78,13 @@ def quantize_graph(
     return weights
 
 
-def _group(node: ir.Node) -> str | None:
-    """The group whose weights are the second factor of this node."""
+def _weights_of(node: ir.Node) -> list[str]:
+    """The parameters, all of one group, that are the second factor of this node; none if that is something else."""
     if node.op_type not in _PRODUCTS or node.domain:
-        return None
+        return []
     sources = list(_sources(node.inputs[1]))
-    groups = groups_of(sources)
-    if len(groups) != 1 or len(next(iter(groups.values()))) != len(sources):
-        return None
-    return next(iter(groups))
+    groups = {group_of(name) for name in sources}
+    return sources if len(groups) == 1 and None not in groups else []
 
 
 def _sources(value: ir.Value | None) -> Iterator[str]:
@@ -96,25 +107,39 @@ def _is_plain_gemm(node: ir.Node) -> bool:
     return {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0, **given} == {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
 
 
+def _rows(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
 class _Weights:
     """Parameters of the rewritten graph, by name. One group is held, since its parameters are asked for one after the other."""
 
     def __init__(
-        self, plan: QuantizationPlan, names: Mapping[str, Sequence[str]], load: Callable[[str], Tensor], dtype: torch.dtype
+        self,
+        plan: QuantizationPlan,
+        names: Mapping[str, Sequence[str]],
+        load: Callable[[str], Tensor],
+        dtype: torch.dtype,
+        seen: Callable[[str, Tensor, QuantizedLayer], None] | None,
     ) -> None:
-        self._plan, self._names, self._load, self._dtype = plan, names, load, dtype
+        self._plan, self._names, self._load, self._dtype, self._seen = plan, names, load, dtype, seen
         self._held: tuple[str, QuantizedLayer] | None = None
         self.made: dict[str, tuple[str, Callable[[QuantizedLayer], Tensor | None]]] = {}
 
-    def columns_depth(self, group: str, graph: ir.Graph) -> tuple[int, int]:
-        shapes = [graph.initializers[name].shape for name in self._names[group]]
-        sizes = [shape.numpy() for shape in shapes if shape is not None]
-        return sum(size[0] for size in sizes), sizes[0][1]
+    def rows_depth(self, group: str, graph: ir.Graph) -> tuple[dict[str, range], int]:
+        """Which rows of the group's weight are each parameter's, and the depth of all."""
+        rows, end, depth = {}, 0, 0
+        for name in self._names[group]:
+            shape = graph.initializers[name].shape
+            assert shape is not None
+            columns, depth = shape.numpy()[:2]
+            rows[name] = range(end, end + columns)
+            end += columns
+        return rows, depth
 
     def prefix(self, group: str) -> str:
         """The group's name with what stands before it in the module's names."""
-        first = self._names[group][0]
-        return first[: first.index("transformer_blocks.")] + group
+        return prefix_of(self._names[group][0]) + group
 
     def tensor(self, group: str, suffix: str) -> Tensor | None:
         return self._plan.tensor(group, suffix)
@@ -123,6 +148,8 @@ class _Weights:
         if self._held is None or self._held[0] != group:
             weight = torch.cat([self._load(name).to(self._dtype).flatten(1) for name in self._names[group]])
             self._held = group, quantize_layer(self._plan, group, weight)
+            if self._seen is not None:
+                self._seen(group, weight, self._held[1])
         return self._held[1]
 
     def __call__(self, name: str) -> Tensor:
@@ -135,37 +162,57 @@ class _Weights:
 
 
 class _Rewrite:
-    """Of one product. All values it adds are fp32, but for numbers and their block scales."""
+    """Of one group's products. All values it adds are fp32, but for numbers and their block scales."""
 
-    def __init__(self, graph: ir.Graph, node: ir.Node, group: str, layer: LayerPlan, weights: _Weights) -> None:
-        self.graph, self.node, self.group, self.plan, self.weights = graph, node, group, layer, weights
+    def __init__(
+        self, graph: ir.Graph, products: Mapping[ir.Node, Sequence[str]], group: str, layer: LayerPlan, weights: _Weights
+    ) -> None:
+        """products: node: names of its weights, in the order of the graph."""
+        self.graph, self.products, self.group, self.plan, self.weights = graph, products, group, layer, weights
+        self.node = next(iter(products))
         self.name = weights.prefix(group)
         self._added = 0  # nodes; for their names
-        self.columns, self.depth = weights.columns_depth(group, graph)
+        self.rows, self.depth = weights.rows_depth(group, graph)
+        self.columns = sum(map(len, self.rows.values()))
 
     def run(self) -> None:
-        x = self.node.inputs[0]
+        source, x = self.source(), self.node.inputs[0]
         assert x is not None
-        if x.dtype != ir.DataType.FLOAT or (self.node.op_type == "Gemm" and not _is_plain_gemm(self.node)):
-            raise BuildError(
-                f"quantize, {self.group}: got a {self.node.op_type} of {x.dtype}; expected a product that is summed in fp32, of a "
-                "component in fp16 or fp32."
-            )
-        producer = x.producer()
-        source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else x
-        assert source is not None
-        narrow = source.dtype if source.dtype == ir.DataType.FLOAT16 else None
+        narrow = source.dtype if source.dtype in _HALF else None
         if self.weights.tensor(self.group, "smooth") is not None:
             inverse = self.parameter("inverse_smooth", ir.DataType.FLOAT, (self.depth,), lambda q: q.inverse_smooth)
             x = self.add("Mul", [x, inverse], like=x)
-        self.node.replace_input_with(0, self.activations(x))
-        weight = self.weight()
-        if self.node.op_type == "MatMul":
-            weight = self.transposed(weight)
-        self.node.replace_input_with(1, weight)
+        real = self.activations(x)
+        for node, names in self.products.items():
+            node.replace_input_with(0, real)
+            weight = self.weight(names)
+            node.replace_input_with(1, self.transposed(weight) if node.op_type == "MatMul" else weight)
         down = self.weights.tensor(self.group, "low_rank_down")
         if down is not None:
             self.add_low_rank(x, int(down.shape[0]), narrow)
+
+    def source(self) -> ir.Value:
+        """What the products read, before a cast to fp32, which they have behind this."""
+        found: list[ir.Value] = []
+        for node in self.products:
+            x = node.inputs[0]
+            assert x is not None
+            if x.dtype == ir.DataType.BFLOAT16:
+                widen_product(self.graph, node)
+                x = node.inputs[0]
+                assert x is not None
+            if x.dtype != ir.DataType.FLOAT or (node.op_type == "Gemm" and not _is_plain_gemm(node)):
+                raise BuildError(
+                    f"quantize, {self.group}: got a {node.op_type} of {x.dtype}; expected a product that is summed in fp32, of a "
+                    "component in fp16, bf16 or fp32."
+                )
+            producer = x.producer()
+            source = producer.inputs[0] if producer is not None and producer.op_type == "Cast" else x
+            assert source is not None
+            found.append(source)
+        if any(each is not found[0] for each in found):
+            raise BuildError(f"quantize, {self.group}: got products of unlike activations; expected them to share one input.")
+        return found[0]
 
     def activations(self, x: ir.Value) -> ir.Value:
         kind, scale = self.plan.format, self.plan.input_scale
@@ -213,23 +260,27 @@ class _Rewrite:
             numbers = self.add("Cast", [narrow], {"to": int(ir.DataType.FLOAT)}, like=x)
         return self.add("Mul", [numbers, scale], like=x)
 
-    def weight(self) -> ir.Value:
-        """(columns, depth), dequantised."""
-        kind, shape = self.plan.format, (self.columns, self.depth)
-        numbers = self.parameter("weight_numbers", _NUMBERS[kind], shape, lambda q: q.weight.numbers)
+    def weight(self, names: Sequence[str]) -> ir.Value:
+        """(columns, depth) of a product with the parameters `names`, dequantised."""
+        kind = self.plan.format
+        rows = slice(self.rows[names[0]].start, self.rows[names[-1]].stop)
+        shape = (rows.stop - rows.start, self.depth)
+        # a part's name begins with the group's, so that parameters of a group are asked for one after the other
+        part = f"{self.name}.{names[0].split('.')[-2]}" if len(self.products) > 1 else None
+        numbers = self.parameter("weight_numbers", _NUMBERS[kind], shape, lambda q: q.weight.numbers[rows], part)
         if kind == "nvfp4":
-            blocks = (self.columns, self.depth // BLOCK)
+            blocks = (shape[0], self.depth // BLOCK)
             scale = self.parameter("weight_scale", ir.DataType.FLOAT, (), lambda q: q.weight.scale)
-            block_scale = self.parameter("weight_block_scale", _NUMBERS["fp8"], blocks, lambda q: q.weight.block_scale)
+            block_scale = self.parameter("weight_block_scale", _NUMBERS["fp8"], blocks, lambda q: _rows(q.weight.block_scale, rows))
             real = self.add("DequantizeLinear", [block_scale, scale], shape=ir.Shape(blocks))
             return self.add("DequantizeLinear", [numbers, real], {"axis": -1, "block_size": BLOCK}, shape=ir.Shape(shape))
         if is_dynamic(self.plan):
             # DequantizeLinear by other words: ONNX Runtime fuses it with a product of fp32 activations (MatMulNBits), and quantises
             # those its own way, a block at a time.
-            column = self.parameter("weight_scale", ir.DataType.FLOAT, (self.columns, 1), lambda q: q.weight.scale[:, None])
+            column = self.parameter("weight_scale", ir.DataType.FLOAT, (shape[0], 1), lambda q: q.weight.scale[rows, None], part)
             wide = self.add("Cast", [numbers], {"to": int(ir.DataType.FLOAT)}, shape=ir.Shape(shape))
             return self.add("Mul", [wide, column], shape=ir.Shape(shape))
-        scale = self.parameter("weight_scale", ir.DataType.FLOAT, (self.columns,), lambda q: q.weight.scale)
+        scale = self.parameter("weight_scale", ir.DataType.FLOAT, shape[:1], lambda q: q.weight.scale[rows], part)
         return self.add("DequantizeLinear", [numbers, scale], {"axis": 0}, shape=ir.Shape(shape))
 
     def add_low_rank(self, x: ir.Value, rank: int, narrow: ir.DataType | None) -> None:
@@ -262,10 +313,15 @@ class _Rewrite:
         return self.add("Transpose", [value], {"perm": [1, 0]}, shape=ir.Shape([value.shape[1], value.shape[0]]))
 
     def parameter(
-        self, suffix: str, dtype: ir.DataType, shape: tuple[int, ...], field: Callable[[QuantizedLayer], Tensor | None]
+        self,
+        suffix: str,
+        dtype: ir.DataType,
+        shape: tuple[int, ...],
+        field: Callable[[QuantizedLayer], Tensor | None],
+        name: str | None = None,
     ) -> ir.Value:
-        """An initializer that waits for its values, as the weights of the checkpoint do."""
-        value = ir.Value(name=f"{self.name}.{suffix}", type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        """An initializer that waits for its values, as the weights of the checkpoint do. name: None: the group's."""
+        value = ir.Value(name=f"{name or self.name}.{suffix}", type=ir.TensorType(dtype), shape=ir.Shape(shape))
         self.weights.made[str(value.name)] = self.group, field
         self.graph.initializers[str(value.name)] = value
         return value

@@ -8,13 +8,13 @@ machine give the same plan, bit for bit; what was done before is read from the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from engines.errors import SpecError
 from engines.store import Store, digest_of
@@ -31,10 +31,10 @@ from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, groups_of
 from sana_ref.quantize_ops import BLOCK, finite_range, round_nvfp4, round_static
 from sana_ref.quantized import quantize_layer, static_scale
 
-__all__ = ["PLAN", "calibrate", "make_plan", "plan_layer", "smoothing"]
+__all__ = ["PLAN", "PLANNERS", "calibrate", "make_plan", "plan_groups", "plan_layer", "smoothing"]
 
 PLAN = "plan.safetensors"
-_SOURCES = (*OBSERVERS, "export/calibrators.py", "export/quantization_plan.py", "export/calibration_report.py", "export/recipe.py")
+PLANNERS = (*OBSERVERS, "export/calibrators.py", "export/quantization_plan.py", "export/calibration_report.py", "export/recipe.py")
 _LEAST = 1e-5  # of the largest: what a channel that is nearly always zero counts as, so that its factor stays finite
 
 
@@ -71,7 +71,7 @@ def calibrate(
             "stage": "quantization plan",
             "runs": runs,
             "recipe": _content(recipe),
-            "code": code(_SOURCES),
+            "code": code(PLANNERS),
             "modelopt": check_version(),
         }
     )
@@ -81,7 +81,7 @@ def calibrate(
         drawn = draw_all(reference, specs, store, progress)
         statistics = observe(reference, drawn, rows=recipe.calibration.rows, store=store, progress=progress)
         with progress.stage("calibration: scales") as stage:
-            plan, reports = _plan(reference, recipe, formats, statistics)
+            plan, reports = plan_groups(reference.denoiser.transformer, recipe, formats, statistics)
             stage.note(f"{len(plan.layers)} groups of layers quantized, {len(formats) - len(plan.layers)} kept")
         notes = {
             "checkpoint": checkpoint.digest,
@@ -96,8 +96,9 @@ def calibrate(
 
 
 def _content(recipe: Recipe) -> dict[str, object]:
-    """What of a recipe decides the plan beside the runs: neither the name of the file of prompts nor the text's formats."""
-    return recipe.model_dump(mode="json", exclude={"calibration": {"prompts"}, "text_encoder": True, "text_projection": True})
+    """What of a recipe decides the plan beside the runs: neither the name of the file of prompts nor anything of the text's."""
+    of_text = [name for name in Recipe.model_fields if name.startswith("text_")]
+    return recipe.model_dump(mode="json", exclude={"calibration": {"prompts"}, **dict.fromkeys(of_text, True)})
 
 
 def _check_depths(checkpoint: Checkpoint, formats: dict[str, Format]) -> None:
@@ -111,16 +112,17 @@ def _check_depths(checkpoint: Checkpoint, formats: dict[str, Format]) -> None:
             )
 
 
-def _plan(
-    reference: SanaReference, recipe: Recipe, formats: dict[str, Format], statistics: Statistics
+def plan_groups(
+    transformer: nn.Module, recipe: Recipe, formats: Mapping[str, Format], statistics: Statistics
 ) -> tuple[QuantizationPlan, list[LayerReport]]:
-    parameters = dict(reference.denoiser.transformer.named_parameters())
+    """Scales and corrections of every group whose format is not none, and what was seen of all."""
+    parameters = dict(transformer.named_parameters())
     layers: dict[str, LayerPlan] = {}
     tensors: dict[str, Tensor] = {}
     reports = []
     for group, names in groups_of(parameters).items():
         steps = statistics.steps(group)
-        channels = statistics.channels(group)  # also of groups that are kept: one that is zero is worth knowing
+        channels = statistics.channels(group, needed=formats[group] != "none")
         made = None
         if formats[group] != "none":
             weight = torch.cat([parameters[name].detach().flatten(1) for name in names]).float()

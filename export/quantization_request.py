@@ -18,7 +18,7 @@ from export.recipe import Recipe, load_recipe, name_for
 from export.settings import BuildSettings
 from export.weight_only import text_weights
 from sana_ref.quantization import FORMATS, Format
-from sana_ref.weight_only import TableFormat, TextPart
+from sana_ref.weight_only import TextFormat, TextPart
 
 __all__ = ["QuantizationRequest", "quantization_of", "weights_of"]
 
@@ -109,8 +109,8 @@ def _recipe(name: str, settings: BuildSettings) -> Recipe:
     return recipe.model_copy(update={"calibration": calibration})
 
 
-def weights_of(settings: BuildSettings) -> dict[TextPart, TableFormat]:
-    """The formats of the text's components that the recipe names. They need no calibration, so they hold without one too.
+def weights_of(settings: BuildSettings) -> dict[TextPart, TextFormat]:
+    """The formats of the text's components that the recipe names. They hold without a calibration too (export/text_plans.py).
 
     Raises ConfigError for a recipe that is wrong.
     """

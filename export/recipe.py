@@ -40,8 +40,9 @@ def _one_of(*words: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-TextFormat = Annotated[WeightFormat | None, _one_of(*WEIGHT_FORMATS)]
-TextTable = Annotated[TableFormat | None, _one_of(*WEIGHT_FORMATS, HOST)]
+WeightChoice = Annotated[WeightFormat | None, _one_of(*WEIGHT_FORMATS)]
+EncoderChoice = Annotated[WeightFormat | Literal["w8a8"] | None, _one_of(*WEIGHT_FORMATS, "w8a8")]
+TableChoice = Annotated[TableFormat | None, _one_of(*WEIGHT_FORMATS, HOST)]
 _STRICT = ConfigDict(frozen=True, extra="forbid")
 
 
@@ -82,9 +83,11 @@ class Recipe(BaseModel):
     awq: tuple[Exponent, ...] | None = Field(min_length=1)
     low_rank: int = Field(ge=0, le=1024)
     calibration: CalibrationSettings
-    text_encoder: TextFormat = None  # of the denoiser alone, as recipes of before: null
-    text_encoder_table: TextTable = None  # None: as text_encoder; but for host not read where that is None
-    text_projection: TextFormat = None
+    text_encoder: EncoderChoice = None  # of the denoiser alone, as recipes of before: null
+    text_encoder_table: TableChoice = None  # None: as text_encoder; but for host not read where that is None
+    text_projection: WeightChoice = None
+    text_encoder_smoothquant: Exponent | None = 0.5  # this and the next are read for w8a8 alone
+    text_encoder_keep: tuple[str, ...] = ()  # groups of the text encoder whose weights alone are int8
 
     @model_validator(mode="after")
     def _one_smoothing(self) -> Self:
@@ -95,15 +98,16 @@ class Recipe(BaseModel):
     def formats_of(self, groups: Sequence[str]) -> dict[str, Format]:
         """The format of every group. Raises ConfigError for a pattern that matches none, with the nearest group."""
         found: dict[str, Format] = dict.fromkeys(groups, self.format)
-        for key, pattern, chosen in [
-            *(("formats", rule.groups, rule.format) for rule in self.formats),
-            *(("keep", pattern, "none") for pattern in self.keep),
-        ]:
-            matched = [group for group in groups if fnmatch.fnmatchcase(group, pattern)]
-            if not matched:
-                raise ConfigError(f"{key}: got {pattern!r}, which matches no group of layers; {_nearest_group(pattern, groups)}.")
-            found.update(dict.fromkeys(matched, chosen))
+        for rule in self.formats:
+            found.update(dict.fromkeys(_matched("formats", rule.groups, groups), rule.format))
+        for pattern in self.keep:
+            found.update(dict.fromkeys(_matched("keep", pattern, groups), "none"))
         return found
+
+    def of_text(self, groups: Sequence[str]) -> dict[str, Format]:
+        """As formats_of, of the text encoder's groups under w8a8."""
+        kept = {group for pattern in self.text_encoder_keep for group in _matched("text_encoder_keep", pattern, groups)}
+        return {group: "none" if group in kept else "int8" for group in groups}
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), config_dir: Path | str | None = None) -> Recipe:
@@ -126,6 +130,13 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = (), config_
 def name_for(variant: str | None, name: str) -> str:
     """The recipe that a build of a published variant follows for the name of a format: its own where one ships."""
     return f"{variant}/{name}" if variant is not None and name in names_in_group(f"{GROUP}/{variant}") else name
+
+
+def _matched(key: str, pattern: str, groups: Sequence[str]) -> list[str]:
+    matched = [group for group in groups if fnmatch.fnmatchcase(group, pattern)]
+    if not matched:
+        raise ConfigError(f"{key}: got {pattern!r}, which matches no group of layers; {_nearest_group(pattern, groups)}.")
+    return matched
 
 
 def _nearest_group(pattern: str, groups: Sequence[str]) -> str:

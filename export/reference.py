@@ -24,7 +24,7 @@ from export.wide import Wide
 from sana_ref.quantized import QuantizedLinears
 from sana_ref.quantized_convs import QuantizedConvs
 
-__all__ = ["CaseStats", "PyTorchErrors", "loaded", "make_reference", "reference_dtype", "run_module"]
+__all__ = ["CaseStats", "PyTorchErrors", "loaded", "make_reference", "reference_dtype", "run_module", "simulation"]
 
 SMALL_BYTES = 128 << 20  # of weights, up to which the reference is fp64
 
@@ -74,7 +74,7 @@ def make_reference(
     module = loaded(component.module, load, component.dtype)
     exact_dtype = reference_dtype(component)
     golden = {case: Golden(inputs=dict(i), outputs=run_module(module, component, i, exact_dtype)) for case, i in cases.items()}
-    with _quantized(component, module):
+    with simulation(component, module):
         own = _errors(golden, lambda inputs: run_module(module, component, inputs))
     fp32 = None
     if component.precision is not Precision.FP32 and component.graph_plan is None and exact_dtype is torch.float64:
@@ -82,12 +82,13 @@ def make_reference(
     return golden, PyTorchErrors(own=own, fp32=fp32)
 
 
-def _quantized(component: Component, module: nn.Module) -> AbstractContextManager[object]:
+def simulation(component: Component, module: nn.Module) -> AbstractContextManager[object]:
+    """Inside it the planned layers of `module`, which is the component's and has weights, compute as planned."""
     if component.plan is None:
         return nullcontext()
     if component.name == "decoder":
         return QuantizedConvs(module, component.plan)
-    return QuantizedLinears(module.get_submodule("transformer"), component.plan)
+    return QuantizedLinears(module.get_submodule(component.prefix.removesuffix(".")), component.plan)
 
 
 def _errors(golden: Mapping[str, Golden], run: Callable[[Arrays], Mapping[str, NDArray[np.generic]]]) -> CaseStats:

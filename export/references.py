@@ -17,7 +17,7 @@ from runtime.prompt import PromptTokenizer
 from runtime.schedule import Schedule, make_schedule
 from sana_ref.checkpoint import Checkpoint
 
-__all__ = ["decoder_inputs", "denoiser_inputs", "make_references", "schedule_info"]
+__all__ = ["decoder_inputs", "denoiser_inputs", "make_references", "schedule_info", "text_inputs"]
 
 
 def schedule_info(checkpoint: Checkpoint) -> ScheduleInfo:
@@ -60,10 +60,20 @@ def _keys_values(
 Texts = tuple[Result, dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]
 
 
-def _texts(runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange) -> Texts:
+def _text_inputs(runner: Runner, ranges: ShapeRange) -> tuple[dict[str, Arrays], dict[str, Any], dict[str, NDArray[np.float32]]]:
     checkpoint = runner.checkpoint
     inputs, masks = text_cases(PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt), ranges.max_batch)
-    depends: dict[str, Any] = {"inputs": {case: {k: v.tolist() for k, v in each.items()} for case, each in inputs.items()}}
+    depends = {"inputs": {case: {k: v.tolist() for k, v in each.items()} for case, each in inputs.items()}}
+    return inputs, depends, masks
+
+
+def text_inputs(runner: Runner, ranges: ShapeRange) -> tuple[dict[str, Arrays], dict[str, Any]]:
+    """The cases of the text encoder, and what decides them besides its weights."""
+    return _text_inputs(runner, ranges)[:2]
+
+
+def _texts(runner: Runner, everything: Mapping[ComponentName, Component], ranges: ShapeRange) -> Texts:
+    inputs, depends, masks = _text_inputs(runner, ranges)
     reference = runner.reference(everything["text_encoder"], lambda: inputs, depends)
     texts = golden_of(reference)
     return reference, {case: golden.outputs["prompt_embeds"].astype("float32") for case, golden in texts.items()}, masks

@@ -18,7 +18,7 @@ from engines.spec import (
     parse_targets,
 )
 from export.quantization_request import QuantizationRequest
-from sana_ref.weight_only import TableFormat, TextPart
+from sana_ref.weight_only import TextFormat, TextPart
 
 __all__ = ["BuildRequest", "parse_components", "shape_range", "targets_of"]
 
@@ -43,7 +43,7 @@ class BuildRequest:
     cache: Path | None = None
     quantization: QuantizationRequest | None = None  # of the denoiser, by a calibration
     decoder_precision: Precision | None = None  # None: export/plans.py
-    weights: Mapping[TextPart, TableFormat] = field(default_factory=dict)  # of the text's components (export/weight_only.py)
+    weights: Mapping[TextPart, TextFormat] = field(default_factory=dict)  # of the text's components (export/weight_only.py)
     plan: Path | None = None  # of a quantized denoiser, made before; neither: one without a calibration (export/plans.py)
 
 

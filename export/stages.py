@@ -37,12 +37,13 @@ from export.parity import bounds, measured, run_onnxruntime, run_tensorrt, summa
 from export.progress import Progress, Stage
 from export.qdq_nodes import quantize_graph
 from export.quality import build_quality
-from export.reference import PyTorchErrors, loaded, make_reference, reference_dtype, run_module
+from export.reference import PyTorchErrors, loaded, make_reference, reference_dtype, run_module, simulation
 from export.stage_code import ENGINE_CODE, EXPORT_CODE, PARITY_CODE, QUALITY_CODE, REFERENCE_CODE
 from export.token_table import with_rows, write_token_table
 from export.weight_only import WeightsSeen, output_errors
 from export.weight_only_nodes import dequantized, pack_graph
 from export.weights import DATA_NAME, PORTABLE_NAME, TYPED_NAME, write_weights
+from export.wide import Wide
 from export.widen import widened
 from plugins import shell
 from sana_ref.checkpoint import Checkpoint
@@ -145,7 +146,7 @@ class Runner:
             model, load = export_module(component.graph_module, component.graph_spec), self.stored(component)
             seen = WeightsSeen()
             if component.graph_plan is not None:
-                load = quantize_graph(model, component.graph_plan, load, component.dtype)
+                load = quantize_graph(model, component.graph_plan, load, component.dtype, seen.add if component.weights else None)
             if component.weights is not None:
                 load = pack_graph(model, load, component.packed, component.dtype, seen.add)
             size = write_weights(model, load, folder / DATA_NAME)
@@ -162,6 +163,8 @@ class Runner:
                 kind += f", weights {component.weights}"
             if component.table is not None:
                 kind += f", table {'on the ' if component.on_host else ''}{component.table}"
+            if component.weights is not None and component.plan is not None:
+                kind += ", activations int8"
             stage.note(f"{kind}, {human_bytes(size)} of weights")
 
         content = {
@@ -232,7 +235,7 @@ class Runner:
             "precision": component.precision,
             "checkpoint": self.checkpoint.component_digest(component.source),
             "depends": depends,
-            "code": code((*REFERENCE_CODE, "export/plans.py")),
+            "code": code((*REFERENCE_CODE, "export/plans.py", "export/text_plans.py")),
             "versions": versions(),
         }
         return load_plan(self._run(f"ranges {component.name}", content, make).folder / _PLAN)
@@ -272,10 +275,13 @@ class Runner:
             golden, dtype = golden_of(reference), reference_dtype(component)
             module = loaded(component.module, self.stored(component), component.dtype)
             exact = {case: run_module(module, component, each.inputs, dtype) for case, each in golden.items()}
+            if component.plan is not None:  # the golden outputs are of activations that are not quantized
+                golden = self._simulated(component, golden, dtype)
             report = WeightReport.model_validate(
                 {
                     "format": component.weights,
                     "table": component.table,
+                    "activations": None if component.plan is None else "int8",
                     "precision": component.precision,
                     "roles": json.loads((graphs.folder / _ROLES).read_bytes()),
                     "outputs": {name: each.model_dump() for name, each in output_errors(exact, golden).items()},
@@ -286,6 +292,7 @@ class Runner:
         content = {
             "stage": "weights",
             "component": component.name,
+            "plan": _digest(component.plan),
             "graphs": graphs.key,
             "reference": reference.key,
             "code": code((*REFERENCE_CODE, "export/weight_only.py", "engines/weight_report.py")),
@@ -295,6 +302,16 @@ class Runner:
         for line in weights_of(result).lines():
             self.progress.say(f"  {component.name}: {line}")
         return result
+
+    def _simulated(self, component: Component, golden: Mapping[str, Golden], dtype: torch.dtype) -> dict[str, Golden]:
+        """The same inputs, with outputs of the component as it is quantized, all else in `dtype`."""
+        module = loaded(component.module, self.loader(component), component.dtype)
+        planned = simulation(component, module)  # quantizes weights as they are stored, so before they are widened
+        found = {}
+        with Wide(dtype), planned:
+            for case, each in golden.items():
+                found[case] = Golden(inputs=each.inputs, outputs=run_module(module, component, each.inputs))
+        return found
 
     def parity(self, component: Component, graphs: Result, reference: Result, engines: Sequence[EngineFile]) -> Result:
         """Hold what was exported and compiled against the reference. Raises ParityError."""

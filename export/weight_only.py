@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,20 +25,21 @@ from engines.weight_report import OutputError, RoleReport
 from export.progress import Progress
 from export.recipe import Recipe
 from sana_ref.components import select_tokens
-from sana_ref.weight_only import HOST, PackedWeight, TableFormat, TextPart, role_of
+from sana_ref.weight_only import HOST, TextFormat, TextPart, role_of
 
 __all__ = ["Weights", "WeightsSeen", "check_weights", "for_targets", "output_errors", "text_weights"]
 
-Weights = Mapping[TextPart, TableFormat]  # host: of the table alone
+Weights = Mapping[TextPart, TextFormat]
 Outputs = Mapping[str, NDArray[np.generic]]
 WITHOUT_FP8 = (Target.SM80, Target.SM86)
 
 
-def text_weights(recipe: Recipe) -> dict[TextPart, TableFormat]:
+def text_weights(recipe: Recipe) -> dict[TextPart, TextFormat]:
     """Without what is left as it is, and without a table of its text encoder's format."""
-    asked: dict[TextPart, TableFormat | None] = {
+    encoder = "int8" if recipe.text_encoder == "w8a8" else recipe.text_encoder
+    asked: dict[TextPart, TextFormat | None] = {
         "text_encoder": recipe.text_encoder,
-        "text_encoder_table": None if recipe.text_encoder_table == recipe.text_encoder else recipe.text_encoder_table,
+        "text_encoder_table": None if recipe.text_encoder_table == encoder else recipe.text_encoder_table,
         "text_projection": recipe.text_projection,
     }
     if recipe.text_encoder is None and recipe.text_encoder_table != HOST:
@@ -46,7 +48,7 @@ def text_weights(recipe: Recipe) -> dict[TextPart, TableFormat]:
 
 
 def check_weights(weights: Weights, targets: tuple[Target, ...]) -> None:
-    """Raises SpecError for a format that one of the architectures has no product for. INT4 and INT8 run on all of them."""
+    """Raises SpecError for a format that one of the architectures has no product for. INT4, INT8 and W8A8 run on all of them."""
     without = [target for target in targets if target in WITHOUT_FP8]
     for name, kind in weights.items():
         if kind == "fp8" and without:
@@ -66,6 +68,13 @@ def for_targets(weights: Weights, targets: tuple[Target, ...], progress: Progres
     return wide
 
 
+class Stored(Protocol):
+    """What is stored in place of a weight (columns, depth)."""
+
+    def real(self) -> Tensor: ...
+    def num_bytes(self) -> int: ...
+
+
 @dataclass(kw_only=True)
 class WeightsSeen:
     """Sums over what was quantized, by role."""
@@ -73,7 +82,7 @@ class WeightsSeen:
     counts: dict[str, list[int]] = field(default_factory=dict)  # tensors, bytes before, bytes after
     squares: dict[str, list[float]] = field(default_factory=dict)  # of what was lost, of the weights
 
-    def add(self, name: str, weight: Tensor, packed: PackedWeight) -> None:
+    def add(self, name: str, weight: Tensor, packed: Stored) -> None:
         role, rows = role_of(name), max(1, (1 << 20) // weight.shape[1])
         counts, squares = self.counts.setdefault(role, [0, 0, 0]), self.squares.setdefault(role, [0.0, 0.0])
         for index, amount in enumerate((1, 2 * weight.numel(), packed.num_bytes())):

@@ -30,7 +30,7 @@ class Wide(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") == "__get__":  # an attribute: nothing is computed
+        if getattr(func, "__name__", "") == "__get__" or func is Tensor.data_ptr:  # an attribute: nothing is computed
             return func(*args, **kwargs)
         if func is F.embedding:  # widen the rows that are looked up, not the table
             return self._widened(func(*args, **kwargs))

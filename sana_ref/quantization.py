@@ -6,6 +6,10 @@ A group is what one product computes, so layers that share an input and are mult
 
     attn1.to_qkv  attn1.to_out.0  attn2.to_q  attn2.to_out.0  ff.conv_inverted  ff.conv_point
 
+and of each layer of the text encoder, whose products of one input are apart but have one scale and one smoothing
+
+    self_attn.to_qkv  self_attn.o_proj  mlp.to_gate_up  mlp.down_proj
+
 The layer of a group with weight W (columns, depth), for tokens x (…, depth), is
 
     y = Q_x(x / s) @ Q_w(W * s - U @ V)^T + (x / s) @ V^T @ U^T + bias
@@ -38,8 +42,11 @@ __all__ = [
     "QuantizationPlan",
     "group_of",
     "groups_of",
+    "is_of_text",
     "load_plan",
+    "part_of",
     "plan_digest",
+    "prefix_of",
     "save_plan",
 ]
 
@@ -51,10 +58,16 @@ FORMATS: tuple[Format, ...] = ("none", "int8", "fp8", "nvfp4")
 #   low_rank_up (columns, rank)  U above
 #   weight_scale (columns,)      int8 and fp8: real = number * scale, a row; without, the row's largest number is 127, or 448
 TENSORS = ("smooth", "low_rank_down", "low_rank_up", "weight_scale")
-_GROUPS = re.compile(
-    r"(transformer_blocks\.\d+\.)(?:(attn1)\.to_[qkv]|(attn1\.to_out\.0|attn2\.to_q|attn2\.to_out\.0|ff\.conv_inverted|ff\.conv_point))"
-    r"\.weight$"
-)
+# A block's layer: its group. Layers of one group are joined in this order.
+_LAYERS = {
+    **dict.fromkeys(("attn1.to_q", "attn1.to_k", "attn1.to_v"), "attn1.to_qkv"),
+    **{name: name for name in ("attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ff.conv_inverted", "ff.conv_point")},
+    **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.to_qkv"),
+    **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "mlp.to_gate_up"),
+    **{name: name for name in ("self_attn.o_proj", "mlp.down_proj")},
+}
+_ORDER = {name: place for place, name in enumerate(_LAYERS)}
+_PARAMETER = re.compile(r"((?:transformer_blocks|layers)\.\d+\.)(.+)\.weight$")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -86,11 +99,15 @@ class QuantizationPlan(BaseModel):
 
 def group_of(parameter: str) -> str | None:
     """The group that a parameter's name, such as transformer_blocks.3.attn1.to_k.weight, belongs to; None for all others."""
-    found = _GROUPS.search(parameter)
-    if found is None:
-        return None
-    block, qkv, other = found.groups()
-    return block + (f"{qkv}.to_qkv" if qkv else other)
+    found = _PARAMETER.search(parameter)
+    group = None if found is None else _LAYERS.get(found[2])
+    return None if found is None or group is None else found[1] + group
+
+
+def prefix_of(parameter: str) -> str:
+    """What stands before its group in a parameter's name: transformer., encoder. or nothing."""
+    found = _PARAMETER.search(parameter)
+    return parameter[: 0 if found is None else found.start()]
 
 
 def groups_of(parameters: Iterable[str]) -> dict[str, list[str]]:
@@ -100,11 +117,26 @@ def groups_of(parameters: Iterable[str]) -> dict[str, list[str]]:
         group = group_of(name)
         if group is not None:
             found.setdefault(group, []).append(name)
-    order = ("to_q.weight", "to_k.weight", "to_v.weight")
     for names in found.values():
-        if len(names) > 1:
-            names.sort(key=lambda name: order.index(name[-len(order[0]) :]))
+        names.sort(key=_place)
     return found
+
+
+def _place(parameter: str) -> int:
+    found = _PARAMETER.search(parameter)
+    return -1 if found is None else _ORDER[found[2]]
+
+
+def is_of_text(group: str) -> bool:
+    """Whether the group is the text encoder's; all others are the denoiser's."""
+    return group.startswith("layers.")
+
+
+def part_of(plan: QuantizationPlan, *, text: bool) -> QuantizationPlan:
+    """What a plan says of the text encoder, or of the denoiser."""
+    layers = {group: layer for group, layer in plan.layers.items() if is_of_text(group) == text}
+    tensors = {name: tensor for name, tensor in plan.tensors.items() if name.rpartition(".")[0] in layers}
+    return plan.model_copy(update={"layers": layers, "tensors": tensors})
 
 
 def save_plan(plan: QuantizationPlan, path: Path) -> None:

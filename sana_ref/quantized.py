@@ -1,5 +1,7 @@
 """A quantised transformer in PyTorch: what quantised graphs and engines are held against, and what a calibration measures.
 
+The denoiser's, or the text encoder's, which is one too.
+
     with QuantizedLinears(transformer, plan):
         transformer(...)
 
@@ -59,6 +61,16 @@ class QuantizedLayer:
     inverse_smooth: Tensor | None
     down: Tensor | None
     up: Tensor | None
+
+    def real(self) -> Tensor:
+        """(columns, depth) fp32: the weight without its smoothing and low-rank branch."""
+        real = self.weight.real()
+        return real if self.inverse_smooth is None else real * self.inverse_smooth
+
+    def num_bytes(self) -> int:
+        """Of what stands for the weight."""
+        parts = (self.weight.numbers, self.weight.scale, self.weight.block_scale, self.inverse_smooth, self.down, self.up)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
     def rounded(self, x: Tensor) -> Tensor:
         """x (…, depth) fp32, quantised and dequantised."""

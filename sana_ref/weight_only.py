@@ -29,6 +29,7 @@ __all__ = [
     "WEIGHT_FORMATS",
     "PackedWeight",
     "TableFormat",
+    "TextFormat",
     "TextPart",
     "WeightFormat",
     "block_of",
@@ -44,6 +45,7 @@ WeightFormat = Literal["int4", "int8", "fp8"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 HOST: Literal["host"] = "host"  # of a table of tokens: it stays 16-bit, and on the host, where its rows are looked up
 TableFormat = Literal["int4", "int8", "fp8", "host"]
+TextFormat = Literal["int4", "int8", "fp8", "w8a8", "host"]  # w8a8: int8, the text encoder's activations too, by a plan
 TextPart = Literal["text_encoder", "text_encoder_table", "text_projection"]  # what has a format of its own: the keys of a recipe
 INT4_LEAST, INT4_MAX = -8, 7
 BLOCK = 128

@@ -58,6 +58,18 @@ def test_a_table_on_the_host_is_inputs_alone():
     assert found[1] - found[0] == 4 * 60 * (48 * 2 - 8)
 
 
+def test_a_text_encoder_in_w8a8_is_counted_as_one():
+    part = everything()["text_encoder"]
+    plan = quantized_memory._plan(part, load_recipe("fp8", ["text_encoder=w8a8", "text_encoder_keep=[layers.0.mlp.down_proj]"]))
+    assert {layer.format for layer in plan.layers.values()} == {"int8", "none"}
+    assert plan.layers["layers.0.mlp.down_proj"].format == "none"
+    assert plan.tensors.keys() == {f"{group}.smooth" for group, layer in plan.layers.items() if layer.format == "int8"}
+    assert replace(part, weights="int8", plan=plan).packed.keys() == {
+        "encoder.embed_tokens.weight",
+        "encoder.layers.0.mlp.down_proj.weight",
+    }
+
+
 @pytest.mark.parametrize("name", ["int8", "nvfp4"])
 def test_the_plan_weighs_what_a_calibration_s_does(name):
     recipe = load_recipe(name)

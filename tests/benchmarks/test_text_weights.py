@@ -1,5 +1,6 @@
 """What narrow weights of the text's components cost: the words, and that only those weights change."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from benchmarks.text_weights import main, measure, parse_formats, quantize
 from engines.errors import SpecError
 from sana_ref.components import TOKEN_TABLE
 from sana_ref.pipeline import SanaReference
+from sana_ref.quantization import groups_of
+from sana_ref.quantized import QuantizedLinears, uniform_plan
 
 MODEL = Path(__file__).parents[2] / "models" / "sana-tiny"
 
@@ -80,3 +83,43 @@ def test_the_command(capsys, tmp_path):
     assert out.is_file()
     assert main(["--model", str(tiny()), "--formats", "int8:int8", "--pictures", "0"]) == 1
     assert "held_out_captions.json" in capsys.readouterr().err
+
+
+def test_a_format_that_was_measured_is_kept(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    words = ["--model", str(MODEL), "--captions", "1", "--pictures", "0", "--out", str(out), "--formats"]
+    assert main([*words, "int8:none"]) == 0
+    record = json.loads(out.read_text())
+    record["formats"]["int8:none"]["embedding_rms"] = 0.123
+    out.write_text(json.dumps(record))
+    assert main([*words, "int8:none,int4:none"]) == 0
+    assert "int8:none: embeddings 12.30% off" in capsys.readouterr().out
+    assert json.loads(out.read_text())["formats"].keys() == {"int8:none", "int4:none"}
+    out.write_text(json.dumps({**record, "captions": 7}))
+    assert main([*words, "int8:none"]) == 0
+    assert "12.30%" not in capsys.readouterr().out
+
+
+def test_activations_in_8_bits():
+    """Planned layers compute as planned, the table has int8 weights, and nothing else changes; without a plan it is refused."""
+    assert parse_formats("w8a8/int4:none") == parse_formats("w8a8-unsmoothed/int4:none")
+    assert parse_formats("w8a8/int4:none") == {"text_encoder": "w8a8", "text_encoder_table": "int4"}
+    with pytest.raises(SpecError, match="got 'w8a8' in 'int8:w8a8'"):
+        parse_formats("int8:w8a8")
+    exact, changed = SanaReference(tiny()), SanaReference(tiny())
+    with pytest.raises(SpecError, match="got w8a8 without a plan"):
+        quantize(changed, {"text_encoder": "w8a8"})
+    plan = uniform_plan("int8", groups_of(name for name, _ in exact.text_encoder.encoder.named_parameters()))
+    quantize(changed, {"text_encoder": "w8a8"}, plan)
+    for name, tensor in changed.text_encoder.encoder.named_parameters():
+        assert torch.equal(tensor, exact.text_encoder.get_parameter(name)) == ("embed_tokens" not in name)
+    (want, _), (got, _) = (each.encode_prompts(["a cat"]) for each in (exact, changed))
+    with QuantizedLinears(changed.text_encoder.encoder.encoder, plan):
+        again = changed.text_encoder.encoder(*(torch.from_numpy(each) for each in tokens(changed)))
+    assert torch.equal(got, again)
+    assert 1e-3 < (got - want).norm() / want.norm() < 0.1
+
+
+def tokens(reference):
+    found = reference.tokenizer.encode(["a cat"])
+    return found.ids, found.mask

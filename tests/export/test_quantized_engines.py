@@ -1,6 +1,9 @@
 """TensorRT computes what the simulation in PyTorch does, as ONNX Runtime does (test_qdq_nodes.py)."""
 
+from dataclasses import replace
+
 import pytest
+import quantized_text
 from quantized_engines import engine_case, kinds
 from tiny_build import RANGES, component, quiet, request, runner, said
 
@@ -69,18 +72,21 @@ def test_tensorrt_computes_the_simulation(tmp_path, kind, capsys):
 
 @pytest.mark.gpu
 @on_a_gpu
+@pytest.mark.parametrize("kind", ["int8", "w8a8"])
 @pytest.mark.parametrize("table", [{}, {"text_encoder_table": "host"}], ids=["inside", "host"])
-def test_tensorrt_computes_weights_in_8_bits(table):
-    """Of the text encoder: activations stay bf16. On sm90 weights do too, and the table may be on the host all the same."""
+def test_tensorrt_computes_the_text_encoder_in_8_bits(kind, table):
+    """int8: weights alone, activations stay bf16. On sm90 weights do too, and the table may be on the host all the same."""
     assert HERE is not None
     progress = quiet()
-    kept = for_targets({"text_encoder": "int8", **table}, (HERE,), progress)
+    kept = for_targets({"text_encoder": kind, **table}, (HERE,), progress)
     if not kept:
         pytest.skip(said(progress).strip())
     part, made = with_weights({"text_encoder": component("text_encoder", Precision.BF16)}, kept)["text_encoder"], runner()
+    if kept.get("text_encoder") == "w8a8":
+        part = replace(part, plan=quantized_text.encoder("static").plan)
     graphs = made.export(part)
     profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
     inputs, _ = text_cases(PromptTokenizer(made.checkpoint.tokenizer_path, made.checkpoint.prompt), RANGES.max_batch)
     golden, own = make_reference(part, inputs, made.loader(part))
     got = run_tensorrt(made.engine(part, graphs, (HERE,), profile).path, with_rows(part, graphs.folder, golden))
-    assert measured("text_encoder", "tensorrt", got, golden, bounds(own))
+    assert measured("text_encoder", "tensorrt", got, golden, bounds(own, golden if part.plan else None))

@@ -233,9 +233,9 @@ def test_what_a_build_is_asked_for(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        (["text_encoder=int3"], "text_encoder: got 'int3'; did you mean 'int8'[?] Valid: int4, int8, fp8, null"),
+        (["text_encoder=int3"], "text_encoder: got 'int3'; did you mean 'int8'[?] Valid: int4, int8, fp8, w8a8, null"),
         (["text_encoder_table=int5"], "text_encoder_table: got 'int5'; .*Valid: int4, int8, fp8, host, null"),
-        (["text_encoder=host"], "text_encoder: got 'host'; .*Valid: int4, int8, fp8, null"),
+        (["text_encoder=host"], "text_encoder: got 'host'; .*Valid: int4, int8, fp8, w8a8, null"),
         (["text_projection=nvfp4"], "text_projection: got 'nvfp4'; .*Valid: int4, int8, fp8, null"),
         (["text_encodr=int4"], "did you mean 'text_encoder'"),
     ],

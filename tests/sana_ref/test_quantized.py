@@ -7,9 +7,20 @@ import torch
 import torch.nn.functional as F
 
 from engines.errors import CheckpointError, SpecError
-from sana_ref.quantization import LayerPlan, QuantizationPlan, groups_of, load_plan, save_plan
+from sana_ref.quantization import (
+    LayerPlan,
+    QuantizationPlan,
+    group_of,
+    groups_of,
+    load_plan,
+    part_of,
+    plan_digest,
+    prefix_of,
+    save_plan,
+)
 from sana_ref.quantize_ops import NVFP4_RANGE, quantize_weight, round_dynamic, round_nvfp4, round_static
 from sana_ref.quantized import InputRanges, QuantizedLinears, quantize_layer, static_scale, uniform_plan
+from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig, fuse
 
 KINDS = ("int8", "fp8", "nvfp4")
@@ -182,3 +193,87 @@ def test_ranges_that_give_no_scale(bad, words):
         transformer(*inputs())
     with pytest.raises(CheckpointError, match=r"transformer_blocks.\d.\S+, activations: got a range of (0|inf|nan)"):
         found.largest()
+
+
+TEXT = {"self_attn.to_qkv": ("q_proj", "k_proj", "v_proj"), "mlp.to_gate_up": ("gate_proj", "up_proj")}
+
+
+def text_encoder():
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    config = Gemma2Config(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, **sizes)
+    encoder = Gemma2Encoder(config).eval().requires_grad_(False)
+    for name, parameter in encoder.named_parameters():
+        if "norm" in name:
+            parameter.copy_(torch.randn(parameter.shape) * 0.3)
+    return encoder
+
+
+def text_inputs():
+    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(1))
+    return ids, torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+
+
+def test_groups_of_the_text_encoder():
+    """Layers that share an input share a group, whatever stands before their names; norms and the table are in none."""
+    encoder = text_encoder()
+    names = [f"encoder.{name}" for name, _ in encoder.named_parameters()]
+    found = groups_of(reversed(names))
+    assert len(found) == 2 * 4
+    for group, parts in TEXT.items():
+        module = group.split(".")[0]
+        assert found[f"layers.1.{group}"] == [f"encoder.layers.1.{module}.{part}.weight" for part in parts]
+    assert found["layers.0.mlp.down_proj"] == ["encoder.layers.0.mlp.down_proj.weight"]
+    assert prefix_of("encoder.layers.0.mlp.down_proj.weight") == "encoder."
+    assert prefix_of("layers.0.mlp.up_proj.weight") == prefix_of("norm.weight") == ""
+    assert group_of("encoder.embed_tokens.weight") is group_of("encoder.layers.0.input_layernorm.weight") is None
+    assert group_of("decoder.layers.0.conv.weight") is None
+
+
+@pytest.mark.parametrize("static", [True, False])
+def test_a_text_encoder_in_w8a8_is_its_equation(static):
+    """Each product as the equation says, written out in fp64; q, k and v with the scale and the smoothing of their group."""
+    encoder = text_encoder()
+    plan = plan_of_text(encoder, static)
+    seen = {}
+    for group, names in groups(encoder).items():
+        for name in names:
+            layer = encoder.get_submodule(name.removesuffix(".weight"))
+            layer.register_forward_hook(lambda module, inputs, out, at=(group, name): seen.update({at: (inputs[0], out)}))
+    with QuantizedLinears(encoder, plan):
+        encoder(*text_inputs())
+    assert len(seen) == 2 * 7
+    parameters = dict(encoder.named_parameters())
+    for (group, name), (x, out) in seen.items():
+        smooth = plan.tensors[f"{group}.smooth"].double()
+        wide = x.double() / smooth
+        weight = parameters[name].double() * smooth
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        step = plan.layers[group].input_scale
+        step = wide.abs().amax(-1, keepdim=True) / 127 if step is None else step
+        wanted = F.linear((wide / step).round().clamp(-128, 127) * step, (weight / scale).round() * scale)
+        near = F.linear((x / smooth).float(), (parameters[name] * smooth).float()).double()
+        assert (out - wanted).norm() < 0.1 * (near - wanted).norm()  # fp32 may tip a rounding
+
+
+def plan_of_text(encoder, static):
+    with InputRanges(encoder) as found:
+        encoder(*text_inputs())
+    scales = {group: static_scale("int8", 0.8 * most) for group, most in found.largest().items()}  # so that some are cut off
+    plan = uniform_plan("int8", groups(encoder), scales if static else None)
+    parameters = dict(encoder.named_parameters())
+    for group, names in groups(encoder).items():
+        plan.tensors[f"{group}.smooth"] = torch.rand(parameters[names[0]].shape[1]) + 0.5
+    return plan
+
+
+def test_a_plan_of_both(tmp_path):
+    """One file for the denoiser and the text encoder: each finds its own part as it was."""
+    denoiser, text = plan_of(model(), "nvfp4"), plan_of_text(text_encoder(), True)
+    both = QuantizationPlan(layers={**denoiser.layers, **text.layers}, tensors={**denoiser.tensors, **text.tensors})
+    save_plan(both, tmp_path / "plan")
+    again = load_plan(tmp_path / "plan")
+    for of_text, own in ((False, denoiser), (True, text)):
+        part = part_of(again, text=of_text)
+        assert plan_digest(part) == plan_digest(own)
+        assert part.layers == own.layers
