@@ -16,6 +16,7 @@ from export.calibration_data import draw_all, plan_runs
 from export.calibrators import check_version, largest_for_scale
 from export.fingerprint import code
 from export.quantization_request import QuantizationRequest
+from export.recipe import Recipe
 from export.stages import Runner
 from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import QuantizationPlan, load_plan, save_plan
@@ -48,9 +49,9 @@ class ConvStatistics(Convs):
         where = torch.linspace(0, len(pixels) - 1, min(self.rows, len(pixels)), device=x.device).long()
         self.pixels.setdefault(group, []).append(pixels[where])
 
-    def plan(self, kind: Rows, method: QuantizationRequest) -> QuantizationPlan:
+    def plan(self, kind: Rows, recipe: Recipe) -> QuantizationPlan:
         """All groups, by the recipe's method. Raises CheckpointError for one whose range is zero or not finite."""
-        recipe, scales = method.recipe, {}
+        scales = {}
         for group, channels in self.channels.items():
 
             def round_to(x: Tensor, largest: float) -> Tensor:
@@ -84,7 +85,7 @@ def calibrated_convs(runner: Runner, asked: QuantizationRequest, kind: Rows) -> 
             with ConvStatistics(reference.decoder, recipe.calibration.rows) as seen:
                 for run in drawn:
                     reference.decode(run.latents[-1:].to(reference.device))
-            save_plan(seen.plan(kind, asked), folder / _PLAN)
+            save_plan(seen.plan(kind, recipe), folder / _PLAN)
             stage.note(f"{len(seen.channels)} groups of convolutions, {len(drawn)} pictures")
 
     return load_plan(runner.store.get_or_make(key, make) / _PLAN)

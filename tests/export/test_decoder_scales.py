@@ -30,10 +30,6 @@ CONFIG = AutoencoderDCConfig(
 LATENTS = torch.randn(3, 1, 4, 5, 3, generator=torch.Generator().manual_seed(1))
 
 
-def asked(*keys: str) -> QuantizationRequest:
-    return QuantizationRequest(recipe=recipe("int8", *keys), name="int8")
-
-
 @pytest.fixture
 def decoder():
     torch.manual_seed(4)
@@ -61,7 +57,7 @@ def test_the_recipes_method_finds_the_scale(decoder):
     """The largest number that was seen becomes 127; with a percentile, some are larger."""
     seen = observed(decoder, 100)
     largest = {group: float(each.amax()) / 127 for group, each in seen.channels.items()}
-    plans = [seen.plan("int8", asked(f"method={method}", "percentile=90")) for method in ("absmax", "percentile")]
+    plans = [seen.plan("int8", recipe("int8", f"method={method}", "percentile=90")) for method in ("absmax", "percentile")]
     absmax, percentile = ({group: layer.input_scale for group, layer in plan.layers.items()} for plan in plans)
     assert absmax == pytest.approx(largest)
     assert all(0 < percentile[group] < scale / 1.3 for group, scale in largest.items())
@@ -71,7 +67,7 @@ def test_what_has_no_range(decoder):
     decoder.up_blocks[1][1].conv1.weight.zero_()
     decoder.up_blocks[1][1].conv1.bias.zero_()
     with pytest.raises(CheckpointError, match=r"up_blocks.1.1.conv2, activations: got a range of 0"):
-        observed(decoder).plan("int8", asked())
+        observed(decoder).plan("int8", recipe())
 
 
 def test_a_build_that_calibrates(tmp_path):
@@ -79,7 +75,8 @@ def test_a_build_that_calibrates(tmp_path):
     where the denoiser is not calibrated."""
     progress = quiet()
     made = runner(progress=progress)
-    wanted = request(tmp_path / "never", precision=Precision.INT8, targets=(Target.SM80,), quantization=asked())
+    asked = QuantizationRequest(recipe=recipe(), name="int8")
+    wanted = request(tmp_path / "never", precision=Precision.INT8, targets=(Target.SM80,), quantization=asked)
 
     def scales(precision: Precision = Precision.INT8, **changes: object) -> dict[str, float]:
         plan = decoder_plan(replace(wanted, **changes), made, component("decoder", precision), RANGES)  # type: ignore[arg-type]
@@ -94,7 +91,7 @@ def test_a_build_that_calibrates(tmp_path):
     # four times over 127; FP8's are eight times over 448
     assert noise == pytest.approx({group: scale / 8 * 448 * 4 / 127 for group, scale in scales(Precision.FP8).items()})
     reference = SanaReference(made.checkpoint)
-    runs = draw_all(reference, plan_runs(made.checkpoint, asked().recipe.calibration), made.store, quiet())
+    runs = draw_all(reference, plan_runs(made.checkpoint, recipe().calibration), made.store, quiet())
     with ConvRanges(reference.decoder) as largest:
         for run in runs:
             reference.decode(run.latents[-1:])
