@@ -32,8 +32,8 @@ from sana_ref.quantized import MARGIN, Largest, check_plan, static_scale, unifor
 
 __all__ = ["MARGINS", "ConvRanges", "Convs", "QuantizedConvs", "conv_group", "conv_groups", "conv_plan"]
 
-# How many times the parity check's noise a scale leaves room for: latents of real pictures put up to 4.2 times as much into a layer
-# (sana-tiny, 24 pictures; docs/quantization.md). FP8 has room for more at no cost; INT8 loses a bit for each factor of two.
+# How many times the parity check's noise a scale leaves room for: latents of pictures put up to 4.4 times as much into a layer
+# (sana-tiny, 16 pictures; docs/quantization.md). FP8 has room for more at no cost; INT8 loses a bit for each factor of two.
 MARGINS: Mapping[Rows, float] = {"fp8": MARGIN, "int8": 4.0}
 
 _GROUPS = re.compile(r"(?:^|\.)(up_blocks\.\d+\.\d+\.conv[12])\.weight$")
