@@ -87,7 +87,8 @@ def convolved(
     CORNERS: tl.constexpr = False,
     corner=0,
 ):
-    """sums_MN plus (M, N), fp32: from pixel `start` of a picture, counted along its rows, and channels out; zero past the end.
+    """sums_MN plus (M, N), fp32, of INT8 int32: from pixel `start` of a picture, counted along its rows, and channels out; zero
+    past the end.
 
     CORNERS: of the nine taps only the four around `corner` (0 to 3, along rows) count; the weights of others are zero.
     """
