@@ -24,7 +24,7 @@ from benchmarks.figures import machine, versions
 from benchmarks.graph_timing import graph_ms
 from plugins import (
     conv3x3,
-    conv3x3_fp8,
+    conv3x3_quantized,
     cross_attention,
     fp8_quantize,
     gated_depthwise_conv,
@@ -207,28 +207,25 @@ def convolutions() -> Iterator[Case]:
         yield Case(f"{module.OP} {side}x{side}x{channels} to {outputs} bf16", plans, launch, source, peer)
 
 
-def fp8_convolutions() -> Iterator[Case]:
-    module = conv3x3_fp8
-    for op, side, channels in (
-        (module.OP, 1024, 128),
-        (module.OP, 512, 256),
-        (module.OP, 256, 512),
-        (module.NORM, 1024, 128),
-        (module.NORM, 512, 256),
-    ):
+def quantized_convolutions() -> Iterator[Case]:
+    module = conv3x3_quantized
+    sizes = {conv3x3.OP: ((1024, 128), (512, 256), (256, 512)), conv3x3.NORM: ((1024, 128), (512, 256))}
+    for op, side, channels in ((op, *size) for op, (_, form) in module.OPS.items() for size in sizes[form]):
+        kind, form = module.OPS[op]
+        dtype = torch.float8_e4m3fn if kind == "fp8" else torch.int8
         x, weight = (
-            (0.1 * torch.randn(*shape, device="cuda")).to(torch.float8_e4m3fn)
-            for shape in ((1, side, side, channels), (channels, 3, 3, channels))
+            (20 * torch.randn(*shape, device="cuda")).to(dtype) for shape in ((1, side, side, channels), (channels, 3, 3, channels))
         )
         residual = half(1, side, side, channels, dtype=torch.bfloat16)
-        scales, vector = torch.full((channels,), 0.01, device="cuda"), half(channels, dtype=torch.bfloat16)
+        scales, vector = torch.full((channels,), 1e-5, device="cuda"), half(channels, dtype=torch.bfloat16)
         y, bits = torch.empty_like(residual), torch.empty_like(residual, dtype=torch.int8)
 
         def launch(plan: Plan, op=op, given=(x, weight, scales, vector, residual, y, bits), side=side, channels=channels) -> Call:  # type: ignore[no-untyped-def]
             x, weight, scales, vector, residual, y, bits = given
             blocks = -(-channels // plan["BLOCK_N"])
-            programs, sizes = (-(-side * side // plan["BLOCK_M"]) * blocks, 1), {"C": channels, "N": channels}
-            if op == module.NORM:
+            programs = (-(-side * side // plan["BLOCK_M"]) * blocks, 1)
+            sizes = {"KIND": module.OPS[op][0], "C": channels, "N": channels}
+            if module.OPS[op][1] == conv3x3.NORM:
                 inputs = (x, weight, scales, residual, vector, vector, y, bits, side, side, 1e-5, 0.1)
                 return lambda: module.norm_kernel[programs](*inputs, **sizes, **plan)
             options = {"ACTIVATION": "silu", "GROUP_M": conv3x3.GROUP_M}
@@ -243,12 +240,12 @@ def fp8_convolutions() -> Iterator[Case]:
             plan
             for plan in grid_of(BLOCK_M=(128, 256), BLOCK_N=(128, 256), BLOCK_K=(64, 128), num_warps=(4, 8), num_stages=(3, 4))
             if plan["BLOCK_N"] <= channels
-            and (op == module.OP or plan["BLOCK_N"] == channels)
+            and (form == conv3x3.OP or plan["BLOCK_N"] == channels)
             and 128 * 128 <= plan["BLOCK_M"] * plan["BLOCK_N"] <= 128 * 256
             and (plan["num_warps"] == 8 or plan["BLOCK_M"] * plan["BLOCK_N"] == 128 * 128)
             and (plan["BLOCK_M"] + plan["BLOCK_N"]) * plan["BLOCK_K"] * plan["num_stages"] <= SHARED
         ]
-        yield Case(f"{op} {side}x{side}x{channels} fp8", plans, launch, source)
+        yield Case(f"{op} {side}x{side}x{channels}", plans, launch, source)
 
 
 CASES: Mapping[str, Callable[[], Iterator[Case]]] = {
@@ -258,7 +255,7 @@ CASES: Mapping[str, Callable[[], Iterator[Case]]] = {
     "modulated_norm": norms,
     "fp8_quantize": quantizing,
     "conv3x3": convolutions,
-    "conv3x3_fp8": fp8_convolutions,
+    "conv3x3_quantized": quantized_convolutions,
 }
 
 

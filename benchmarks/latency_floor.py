@@ -2,9 +2,9 @@
 
 Of a denoiser step: the products of all blocks, each with weights of its own, in one CUDA graph through PyTorch, plus what lies
 between them, if every tensor between two products were read and written once. Of a decode: its FLOPs at the rate of the fastest
-GEMM, those of FP8 convolutions at that of an FP8 one. All are measured in the run that compares with them. FP8 products have a
-scale a row, as ours; INT8 products give int32, which is all that PyTorch has, and more to write than fp16. NVFP4 has no floor: its
-products need a GPU of SM 120, where this was not tried.
+GEMM, those of FP8 or INT8 convolutions at that of such a one. All are measured in the run that compares with them. FP8 products
+have a scale a row, as ours; INT8 products give int32, which is all that PyTorch has, and more to write than fp16. NVFP4 has no
+floor: its products need a GPU of SM 120, where this was not tried.
 """
 
 from __future__ import annotations
@@ -121,14 +121,14 @@ def residual_flops(config: AutoencoderDCConfig, *, width: int, height: int, batc
 
 
 def decoder_floor(config: AutoencoderDCConfig, *, width: int, height: int, batch: int = 1, precision: str = "bf16") -> Floor:
-    """precision: "bf16", "fp16" or "fp32", which are taken at the rate of fp16; or "fp8", of the residual blocks alone, as ours.
-    Needs a GPU."""
+    """precision: "bf16", "fp16" or "fp32", which are taken at the rate of fp16; or "fp8" or "int8", of the residual blocks alone,
+    as ours. Needs a GPU."""
     size = {"width": width, "height": height, "batch": batch}
     flops, seconds = decoder_flops(config, **size), 0.0
-    if precision == "fp8":
+    if precision in ("fp8", "int8"):
         narrow = residual_flops(config, **size)
         rows, depth, columns = BIG_GEMM
         repeats = 5
-        per_flop = graph_ms([_call(Product(rows, columns, depth), "fp8")] * repeats) / 1000 / (repeats * gemm_flops(BIG_GEMM))
+        per_flop = graph_ms([_call(Product(rows, columns, depth), precision)] * repeats) / 1000 / (repeats * gemm_flops(BIG_GEMM))
         flops, seconds = flops - narrow, narrow * per_flop
     return Floor(1000 * (seconds + flops / gemm_rate(BIG_GEMM, gpu=True)), 0.0)

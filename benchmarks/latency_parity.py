@@ -23,8 +23,9 @@ from engines.parity_report import Bound, ErrorStats, bound_from, check, check_si
 from engines.spec import QUANTIZED, ComponentName, Precision
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import DecoderForExport, TextEncoderForExport
+from sana_ref.quantize_ops import Rows
 from sana_ref.quantized import QuantizedLinears
-from sana_ref.quantized_convs import ConvRanges, QuantizedConvs, conv_plan
+from sana_ref.quantized_convs import MARGINS, ConvRanges, QuantizedConvs, conv_plan
 from sana_ref.step import DenoiserStep
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ MAIN_OUTPUT: Mapping[str, str] = {"text_encoder": "prompt_embeds", "denoiser": "
 
 def dtype_of(component: str, precision: str) -> torch.dtype:
     """Of PyTorch beside it; for int8, fp8 and nvfp4 also of peers, who have nothing narrower. The decoder overflows in fp16."""
-    return torch.bfloat16 if (component, precision) == ("decoder", "fp8") else _DTYPES[precision]
+    return torch.bfloat16 if component == "decoder" and precision in QUANTIZED else _DTYPES[precision]
 
 
 def wider(dtype: torch.dtype) -> torch.dtype:
@@ -65,8 +66,8 @@ def _graph_output(
 ) -> Tensor:
     """What the reference makes of a component's inputs: the first output of the bundle's graph.
 
-    like: with the roundings of this bundle's layers. A decoder's in FP8 are of its residual blocks' convolutions, whose scales are
-    made as a build makes them, from these inputs.
+    like: with the roundings of this bundle's layers. A decoder's in FP8 or INT8 are of its residual blocks' convolutions, whose
+    scales are made as a build makes them without a calibration, from these inputs.
     """
     x = _tensors(inputs, device, dtype)
     if component == "denoiser":
@@ -76,11 +77,12 @@ def _graph_output(
         plan = None if like is None else bundle_plan(like, names, device)
         with nullcontext() if plan is None else QuantizedLinears(step.transformer, plan):
             return step(*(x[name] for name in step.input_names))[0]
-    if component == "decoder" and like is not None and like.manifest.precision[component] == Precision.FP8:
+    if component == "decoder" and like is not None and like.manifest.precision[component] in QUANTIZED:
+        kind: Rows = "int8" if like.manifest.precision[component] == Precision.INT8 else "fp8"
         decoder = DecoderForExport(checkpoint.vae(dtype, device))
         with ConvRanges(decoder) as ranges:
             decoder(x["latents"])
-        with QuantizedConvs(decoder, conv_plan(ranges.largest())):
+        with QuantizedConvs(decoder, conv_plan(kind, ranges.largest(), MARGINS[kind])):
             return decoder(x["latents"])
     return network_output(component, checkpoint, inputs, dtype, device)
 

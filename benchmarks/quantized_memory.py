@@ -124,7 +124,8 @@ def _build(checkpoint: Checkpoint, recipe: Recipe | None, store: Store, target: 
     decoder = usual_decoder(kind, (target,))
     everything = components(checkpoint, component_precision(kind) | {"decoder": decoder})
     if decoder is Precision.FP8:
-        plan = conv_plan(dict.fromkeys(conv_groups(name for name, _ in everything["decoder"].module.named_parameters()), 1.0))
+        groups = conv_groups(name for name, _ in everything["decoder"].module.named_parameters())
+        plan = conv_plan("fp8", dict.fromkeys(groups, 1.0), 1.0)
         everything["decoder"] = replace(everything["decoder"], plan=plan, in_engine=True)
     if recipe is not None:
         everything["denoiser"] = replace(everything["denoiser"], plan=_plan(everything["denoiser"], recipe))

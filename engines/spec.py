@@ -86,7 +86,7 @@ def component_precision(precision: Precision) -> dict[ComponentName, Precision]:
 
     fp16 is for the denoiser and the text projection, which is a part of its network: Gemma-2's activations pass fp16's largest
     number (65504), and DC-AE decodes to noise in it. int8, fp8 and nvfp4 are for the denoiser alone, which is fp16 otherwise; that
-    fp8 is also for the decoder depends on the targets (export/plans.py).
+    fp8 is also for the decoder depends on the targets, and int8 is where it is asked for (export/plans.py).
     """
     half = precision is Precision.FP16 or precision in QUANTIZED
     others = Precision.BF16 if half else precision

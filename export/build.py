@@ -37,7 +37,7 @@ from engines.token_table import TABLE_NAME
 from engines.weight_report import weights_name
 from export.components import Component, components, profiles, with_weights
 from export.fingerprint import code, versions
-from export.plans import check_request, decoder_plan, decoder_precision, denoiser_plan, is_cublas
+from export.plans import CONV_TARGETS, check_request, decoder_plan, decoder_precision, denoiser_plan, is_cublas
 from export.progress import Progress
 from export.quantize import Quantized, check_asked, quantize, report_of
 from export.reference import reference_dtype
@@ -123,8 +123,8 @@ def build(request: BuildRequest, progress: Progress) -> BuildResult:
             quantized = _uncalibrated(request, runner, everything, ranges)
         component = replace(everything["denoiser"], plan=quantized.plan, in_engine=is_cublas(request))
         everything = {**everything, "denoiser": component}
-    if precisions["decoder"] is Precision.FP8 and "decoder" in request.components:
-        plan = decoder_plan(runner, everything["decoder"], ranges)
+    if precisions["decoder"] in CONV_TARGETS and "decoder" in request.components:
+        plan = decoder_plan(request, runner, everything["decoder"], ranges)
         everything = {**everything, "decoder": replace(everything["decoder"], plan=plan, in_engine=True)}
     parts = _run_stages(request, runner, everything, ranges, quantized)
     result = _write(request, runner, _bundle_info(request, checkpoint, ranges, parts), parts)
@@ -141,8 +141,8 @@ def _of_components(request: BuildRequest, decoder: Precision) -> Iterator[str]:
         yield f"{precision} is the denoiser's linear layers: the rest of it computes in fp16, the text encoder in bf16"
     if precision is Precision.FP16:
         yield "fp16 is the denoiser's alone: Gemma-2 and DC-AE overflow in it, so text encoder and decoder are bf16"
-    if decoder is Precision.FP8:
-        yield "decoder: fp8 is the 3x3 convolutions of its residual blocks, in engines alone; the rest of it is bf16"
+    if decoder in CONV_TARGETS:
+        yield f"decoder: {decoder} is the 3x3 convolutions of its residual blocks, in engines alone; the rest of it is bf16"
     elif precision in (Precision.FP8, Precision.NVFP4) and request.decoder_precision is None:
         yield "decoder: bf16, because FP8 convolutions are kernels of engines, and none is built"
     elif precision in QUANTIZED:

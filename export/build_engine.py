@@ -44,8 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--decoder-precision",
-        choices=("fp32", "bf16", "fp8"),
-        help="left out: fp8 beside --precision fp8 for sm89 up, else as the rest",
+        choices=("fp32", "bf16", "fp8", "int8"),
+        help="left out: fp8 beside --precision fp8 for sm89 up, else as the rest; int8 for all targets",
     )
     add(
         "--plan",

@@ -61,8 +61,8 @@ Profile = dict[str, tuple[Shape, Shape, Shape]]  # input: smallest, most common,
 class Component:
     """One graph. `module` is on the meta device, at the component's precision.
 
-    plan: how it is quantized. in_engine: by FP8 nodes that are put into the engine's graph when it is compiled
-    (export/fp8_nodes.py, export/fp8_conv_nodes.py); the exported graphs are not quantized then.
+    plan: how it is quantized. in_engine: by nodes that are put into the engine's graph when it is compiled (export/fp8_nodes.py,
+    export/quantized_conv_nodes.py); the exported graphs are not quantized then.
     weights: the format of linear layers and tables alone, activations staying as they are (export/weight_only_nodes.py); of those
     that a plan has not.
     table: of the text encoder's table of tokens, if it has another. On the host, it is in no graph: `module` and `spec`, which the
@@ -257,7 +257,7 @@ def decoder_plugins(config: AutoencoderDCConfig, *, fused: bool) -> dict[str, in
 def decoder(config: AutoencoderDCConfig, precision: Precision) -> Component:
     """Fused in half precision; the kernels' sums are not as exact in fp32 as PyTorch's (sana_ref/conv_ops.py).
 
-    FP8 is of its residual blocks' convolutions; the rest is bf16 then, because fp16 overflows.
+    FP8 or INT8 is of its residual blocks' convolutions; the rest is bf16 then, because fp16 overflows.
     """
     fused = precision is not Precision.FP32
     dtype = torch.bfloat16 if precision in QUANTIZED else TORCH_DTYPES[precision]

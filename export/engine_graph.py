@@ -13,17 +13,17 @@ from engines.spec import Target
 from export.compile_processes import compile_ahead
 from export.components import Component
 from export.folding import FOLDED_NAME, fold_weights
-from export.fp8_constants import DATA_NAME as FP8_DATA_NAME
-from export.fp8_conv_nodes import use_fp8_convs
 from export.fp8_nodes import use_fp8
 from export.linear_nodes import use_linear_plugins, wants_linear_plugins
 from export.plugin_nodes import add_cubins
+from export.quantized_constants import DATA_NAME as QUANTIZED_DATA_NAME
+from export.quantized_conv_nodes import use_quantized_convs
 from export.weights import TYPED_NAME
 from plugins import linear
 
 __all__ = ["EXTRA_DATA", "write_engine_graph"]
 
-EXTRA_DATA = (FP8_DATA_NAME, FOLDED_NAME)  # beside the exported weights; needed as long as the graph is compiled
+EXTRA_DATA = (QUANTIZED_DATA_NAME, FOLDED_NAME)  # beside the exported weights; needed as long as the graph is compiled
 
 
 def write_engine_graph(component: Component, typed: Path, folder: Path, targets: tuple[Target, ...]) -> dict[str, int]:
@@ -37,7 +37,7 @@ def write_engine_graph(component: Component, typed: Path, folder: Path, targets:
     expected[linear.OP] += use_linear_plugins(model) if wants_linear_plugins(targets, tensorrt.flavor()) else 0
     fold_weights(model, folder)
     if component.in_engine:
-        expected.update(_use_fp8(component, model, folder))
+        expected.update(_use_plan(component, model, folder))
     onnx.save(model, folder / TYPED_NAME)
     compile_ahead(folder / TYPED_NAME, targets)
     add_cubins(model, targets)
@@ -45,10 +45,10 @@ def write_engine_graph(component: Component, typed: Path, folder: Path, targets:
     return {op: count for op, count in expected.items() if count}
 
 
-def _use_fp8(component: Component, model: onnx.ModelProto, folder: Path) -> dict[str, int]:
+def _use_plan(component: Component, model: onnx.ModelProto, folder: Path) -> dict[str, int]:
     """How many more nodes of each op there are."""
     assert component.plan is not None
     if component.name == "decoder":
-        return use_fp8_convs(model, folder, component.plan)
+        return use_quantized_convs(model, folder, component.plan)
     added = use_fp8(model, folder, component.plan)
     return added | {linear.OP: -added[linear.FP8]}

@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import onnx
 from onnx import helper, numpy_helper
 
-from export.fp8_constants import DATA_NAME, Constants
 from export.linear_nodes import remove_unused
+from export.quantized_constants import DATA_NAME, Constants
 from plugins import cross_attention, fp8_quantize, gated_depthwise_conv, gated_sum, linear, modulated_norm, qkv_linear_attention
 from plugins.static_scale import OUT_SCALE
 from sana_ref.quantization import QuantizationPlan, group_of
@@ -191,7 +191,7 @@ class _Graph(Constants):
 
     def add_weight_and_scales(self, name: str, file: BinaryIO) -> tuple[str, str]:
         """The names of a weight's bits and scales, as new constants."""
-        scale_name, (bits_name, scale) = f"{name}_scale", self.add_weight(name, file)
+        scale_name, (bits_name, scale) = f"{name}_scale", self.add_weight(name, "fp8", file)
         columns, depth = self.constants[bits_name].dims
         self.shapes[name] = (columns, depth)
         if scale_name not in self.constants:

@@ -3,6 +3,7 @@
 A calibration (`--plan`) knows the activations of real pictures. Without one, scales of INT8 and FP8 activations are found a token
 at a time where that runs, which is in ONNX Runtime; TensorRT's scales are fixed in the engine, and then come from the largest
 activations in the inputs that parity is checked with. That is enough to build and to check, and less than a calibration is.
+FP8 in the decoder always has those; INT8, with less room, those of a calibration's pictures where there is one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 from engines.errors import SpecError
 from engines.spec import FP8_TARGETS, QUANTIZED, ComponentName, Precision, ShapeRange, Target, check_precision, component_precision
 from export.components import Component
+from export.decoder_scales import calibrated_convs
 from export.fp8_nodes import has_static_scale
 from export.qdq_nodes import is_dynamic
 from export.reference import loaded, run_module
@@ -19,13 +21,25 @@ from export.references import decoder_inputs, denoiser_inputs
 from export.request import BuildRequest
 from export.stages import Runner
 from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, groups_of, load_plan, part_of
-from sana_ref.quantize_ops import BLOCK
+from sana_ref.quantize_ops import BLOCK, Rows
 from sana_ref.quantized import MARGIN, InputRanges, check_plan, static_scale, uniform_plan
-from sana_ref.quantized_convs import ConvRanges, conv_plan
+from sana_ref.quantized_convs import MARGINS, ConvRanges, conv_plan
+from sana_ref.variants import variant_of
 
-__all__ = ["check_request", "decoder_plan", "decoder_precision", "denoiser_plan", "for_cublas", "is_cublas", "usual_decoder"]
+__all__ = [
+    "CONV_TARGETS",
+    "check_request",
+    "decoder_plan",
+    "decoder_precision",
+    "denoiser_plan",
+    "for_cublas",
+    "is_cublas",
+    "usual_decoder",
+]
 
 _FORMATS: dict[Precision, Format] = {Precision.INT8: "int8", Precision.FP8: "fp8", Precision.NVFP4: "nvfp4"}
+# Of the decoder's convolutions: what has such numbers in hardware.
+CONV_TARGETS: Mapping[Precision, tuple[Target, ...]] = {Precision.FP8: FP8_TARGETS, Precision.INT8: tuple(Target)}
 
 
 def check_request(request: BuildRequest) -> None:
@@ -100,7 +114,10 @@ def denoiser_plan(
 
 
 def usual_decoder(precision: Precision, targets: Sequence[Target]) -> Precision:
-    """The decoder's in a build that asks for none: FP8 where the denoiser is FP8 or NVFP4 and every target has it."""
+    """The decoder's in a build that asks for none: FP8 where the denoiser is FP8 or NVFP4 and every target has it.
+
+    Not INT8 beside INT8: its kernels have not run on a GPU (docs/quantization.md).
+    """
     fits = precision in (Precision.FP8, Precision.NVFP4) and bool(targets) and set(targets) <= set(FP8_TARGETS)
     return Precision.FP8 if fits else component_precision(precision)["decoder"]
 
@@ -108,29 +125,36 @@ def usual_decoder(precision: Precision, targets: Sequence[Target]) -> Precision:
 def decoder_precision(request: BuildRequest) -> Precision:
     """The one that is asked for, or the usual one.
 
-    Raises SpecError for another than the build's precision that is not FP8, and for FP8 where it cannot be.
+    Raises SpecError for another than the build's precision that is neither FP8 nor INT8, and for those where they cannot be.
     """
     usual, asked = component_precision(request.precision)["decoder"], request.decoder_precision
     if asked is None:
         return usual_decoder(request.precision, request.targets)
     if asked is usual:
         return usual
-    if asked is not Precision.FP8 or usual is not Precision.BF16:
+    if asked not in CONV_TARGETS or usual is not Precision.BF16:
         raise SpecError(
             f"decoder-precision: got {asked} with --precision {request.precision}; expected {usual}"
-            f"{' or fp8' if usual is Precision.BF16 else ''}. Leave it out, or take another --precision."
+            f"{', fp8 or int8' if usual is Precision.BF16 else ''}. Leave it out, or take another --precision."
         )
-    lacking = [target for target in request.targets if target not in FP8_TARGETS]
+    able = CONV_TARGETS[asked]
+    lacking = [target for target in request.targets if target not in able]
     if lacking or not request.targets:
         raise SpecError(
-            f"decoder-precision: got fp8 for {', '.join(lacking) or 'onnx'}; expected some of {', '.join(FP8_TARGETS)}: "
-            "FP8 convolutions are kernels of an engine, which need their hardware. Use bf16 there."
+            f"decoder-precision: got {asked} for {', '.join(lacking) or 'onnx'}; expected some of {', '.join(able)}: "
+            f"{asked.upper()} convolutions are kernels of an engine, which need their hardware. "
+            f"Use {'int8 or bf16' if lacking else 'bf16'} there."
         )
     return asked
 
 
-def decoder_plan(runner: Runner, component: Component, ranges: ShapeRange) -> QuantizationPlan:
-    """Of a decoder in FP8: every group, with scales from the largest inputs in the parity check's cases."""
+def decoder_plan(request: BuildRequest, runner: Runner, component: Component, ranges: ShapeRange) -> QuantizationPlan:
+    """Of a decoder in FP8 or INT8: every group. Scales leave room for MARGINS times the largest inputs in the parity check's cases;
+    those of INT8 are the pictures' own in a build that calibrates its denoiser."""
+    kind: Rows = "int8" if component.precision is Precision.INT8 else "fp8"
+    if kind == "int8" and request.quantization is not None and "denoiser" in request.components:
+        asked = request.quantization.of_variant(variant_of(runner.checkpoint.transformer_config))
+        return calibrated_convs(runner, asked, kind)
     cases, depends = decoder_inputs(runner, ranges)
 
     def make() -> QuantizationPlan:
@@ -138,7 +162,7 @@ def decoder_plan(runner: Runner, component: Component, ranges: ShapeRange) -> Qu
         with ConvRanges(module) as found:
             for inputs in cases().values():
                 run_module(module, component, inputs)
-        return conv_plan(found.largest())
+        return conv_plan(kind, found.largest(), MARGINS[kind])
 
     return runner.ranges(component, make, depends)
 

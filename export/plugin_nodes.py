@@ -14,11 +14,10 @@ from engines.spec import Target
 from export.translation import SANA_DOMAIN
 from plugins import (
     conv3x3,
-    conv3x3_fp8,
+    conv3x3_quantized,
     conv3x3_upsample,
     cross_attention,
     fp8_quantize,
-    fp8_static_quantize,
     gated_depthwise_conv,
     gated_sum,
     linear,
@@ -26,6 +25,7 @@ from plugins import (
     multiscale_projection,
     qkv_linear_attention,
     relu_linear_attention,
+    static_quantize,
 )
 from plugins.static_scale import OUT_SCALE
 
@@ -35,7 +35,7 @@ _TYPE_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorPro
 
 
 def _out_scale(node: onnx.NodeProto) -> float | None:
-    """What export/fp8_nodes.py or export/fp8_conv_nodes.py gave the node."""
+    """What export/fp8_nodes.py or export/quantized_conv_nodes.py gave the node."""
     return next((attribute.f for attribute in node.attribute if attribute.name == OUT_SCALE), None)
 
 
@@ -87,19 +87,20 @@ def _conv3x3_upsample(node: onnx.NodeProto, type_of: Mapping[str, Any], targets:
     return conv3x3_upsample.compile_cubins(targets, _TYPE_NAMES[x.elem_type], channels, outputs, repeats, nearest)
 
 
-def _fp8_conv3x3(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+def _quantized_conv3x3(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     x, last = type_of[node.input[0]], type_of[node.input[-1]]  # the last is a vector of as many as there are channels out
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     channels, outputs = (tensor.shape.dim[-1].dim_value for tensor in (x, last))
     options = {"activation": given.get("activation", b"none").decode(), "eps": given.get("eps", conv3x3.EPS)}
     dtype = _TYPE_NAMES[last.elem_type]
-    return conv3x3_fp8.compile_cubins(node.op_type, targets, dtype, channels, outputs, **options, out_scale=_out_scale(node))
+    return conv3x3_quantized.compile_cubins(node.op_type, targets, dtype, channels, outputs, **options, out_scale=_out_scale(node))
 
 
-def _fp8_static_quantize(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+def _static_quantize(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     x, scale = type_of[node.input[0]], helper.get_node_attr_value(node, "scale")
     dims = x.shape.dim
-    return fp8_static_quantize.compile_cubins(targets, _TYPE_NAMES[x.elem_type], dims[-1].dim_value, len(dims), scale)
+    kind = next(kind for kind, op in static_quantize.OP.items() if op == node.op_type)
+    return static_quantize.compile_cubins(kind, targets, _TYPE_NAMES[x.elem_type], dims[-1].dim_value, len(dims), scale)
 
 
 def _fp8_quantize(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
@@ -138,12 +139,10 @@ def _multiscale_projection(node: onnx.NodeProto, type_of: Mapping[str, Any], tar
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     conv3x3.NORM: _conv3x3,
     conv3x3.OP: _conv3x3,
-    conv3x3_fp8.NORM: _fp8_conv3x3,
-    conv3x3_fp8.OP: _fp8_conv3x3,
+    **dict.fromkeys(conv3x3_quantized.OPS, _quantized_conv3x3),
     conv3x3_upsample.OP: _conv3x3_upsample,
     cross_attention.OP: _cross_attention,
     fp8_quantize.OP: _fp8_quantize,
-    fp8_static_quantize.OP: _fp8_static_quantize,
     gated_sum.OP: _gated_sum,
     gated_depthwise_conv.OP: _gated_depthwise_conv,
     modulated_norm.GATED: _modulated_norm,
@@ -152,6 +151,7 @@ _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     qkv_linear_attention.APPLY: _qkv_linear_attention,
     qkv_linear_attention.STATE: _qkv_linear_attention,
     relu_linear_attention.OP: _relu_linear_attention,
+    **dict.fromkeys(static_quantize.OP.values(), _static_quantize),
 }
 
 

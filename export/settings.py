@@ -62,7 +62,7 @@ class BuildSettings(BaseModel):
     components_from: str | None
     vae: Path | None
     precision: Annotated[str, AfterValidator(_precision)]
-    decoder_precision: Literal["fp32", "bf16", "fp8"] | None
+    decoder_precision: Literal["fp32", "bf16", "fp8", "int8"] | None
     plan: Path | None
     calibrate: bool
     calibration_prompts: Path | None

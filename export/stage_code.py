@@ -21,17 +21,18 @@ EXPORT_CODE = (
 ENGINE_CODE = (
     "sana_ref/fp8.py",
     "sana_ref/quantization.py",
+    "sana_ref/quantize_ops.py",
     "sana_ref/quantized_convs.py",
     "plugins/*.py",
     "engines/tensorrt.py",
     "engines/tensorrt_library.py",
     "export/engine_graph.py",
     "export/folding.py",
-    "export/fp8_constants.py",
-    "export/fp8_conv_nodes.py",
     "export/fp8_nodes.py",
     "export/linear_nodes.py",
     "export/plugin_nodes.py",
+    "export/quantized_constants.py",
+    "export/quantized_conv_nodes.py",
 )
 REFERENCE_CODE = (
     "sana_ref/*.py",

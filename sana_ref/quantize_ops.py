@@ -30,6 +30,7 @@ __all__ = [
     "INT8_MAX",
     "NVFP4_RANGE",
     "QuantizedWeight",
+    "Rows",
     "finite_range",
     "quantize_weight",
     "round_dynamic",

@@ -1,15 +1,16 @@
-"""The decoder's FP8 in PyTorch: what engines with FP8 convolutions are held against, and what finds their scales.
+"""The decoder's FP8 and INT8 in PyTorch: what engines with such convolutions are held against, and what finds their scales.
 
     with QuantizedConvs(decoder, plan):
         decoder(...)
 
 Both 3x3 convolutions of a residual block are a group each, named as the checkpoint has them: up_blocks.2.1.conv1. Weights are e4m3
-with a scale for each channel out, activations e4m3 with one scale for all pixels and channels, known before: a sum mixes nine
-pixels, and the kernel that makes a picture does not see all of it. Sums, bias, activation, norm and residual are fp32, rounded once
-(plugins/conv3x3_fp8.py). The rest of the decoder is as it was: the upsampling convolutions would cost more than all
-of these (docs/quantization.md).
+or int8 with a scale for each channel out, activations the same with one scale for all pixels and channels, known before: a sum
+mixes nine pixels, and the kernel that makes a picture does not see all of it. Sums, bias, activation, norm and residual are fp32,
+rounded once (plugins/conv3x3_quantized.py). The rest of the decoder is as it was: the upsampling convolutions would cost more than
+all of these (docs/quantization.md).
 
-A kernel quantises what it has not yet rounded to 16 bits; here that was, which is a sixteenth of e4m3's own rounding.
+A kernel quantises what it has not yet rounded to 16 bits; here that was, which is a sixteenth of e4m3's own rounding, and of
+int8's at most a half, where the number is the largest.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from torch.overrides import TorchFunctionMode
 import sana_ref.conv_ops  # noqa: F401  registers the ops
 from engines.errors import SpecError
 from sana_ref.quantization import QuantizationPlan
-from sana_ref.quantize_ops import quantize_weight, round_static
+from sana_ref.quantize_ops import INT8_MAX, Rows, quantize_weight, round_static
 from sana_ref.quantized import MARGIN, Largest, check_plan, static_scale, uniform_plan
 
-__all__ = ["ConvRanges", "Convs", "QuantizedConvs", "conv_group", "conv_groups", "conv_plan"]
+__all__ = ["MARGINS", "ConvRanges", "Convs", "QuantizedConvs", "conv_group", "conv_groups", "conv_plan"]
+
+# How many times the parity check's noise a scale leaves room for: latents of pictures put up to 4.4 times as much into a layer
+# (sana-tiny, 16 pictures; docs/quantization.md). FP8 has room for more at no cost; INT8 loses a bit for each factor of two.
+MARGINS: Mapping[Rows, float] = {"fp8": MARGIN, "int8": 4.0}
 
 _GROUPS = re.compile(r"(?:^|\.)(up_blocks\.\d+\.\d+\.conv[12])\.weight$")
 _FUSED = (torch.ops.sana.conv3x3, torch.ops.sana.conv3x3_norm)  # of sana_ref/fused_decoder.py: channels last
@@ -46,9 +51,10 @@ def conv_groups(parameters: Iterable[str]) -> dict[str, list[str]]:
     return {group: [name] for name in parameters if (group := conv_group(name)) is not None}
 
 
-def conv_plan(largest: Mapping[str, float]) -> QuantizationPlan:
-    """All groups in FP8. largest: absolute value of each one's input, as ConvRanges has it; the scale leaves MARGIN times that."""
-    return uniform_plan("fp8", largest, {group: static_scale("fp8", MARGIN * each) for group, each in largest.items()})
+def conv_plan(kind: Rows, largest: Mapping[str, float], margin: float) -> QuantizationPlan:
+    """All groups in one format. largest: absolute value of each one's input, as ConvRanges has it; the scale leaves room for
+    `margin` times that."""
+    return uniform_plan(kind, largest, {group: static_scale(kind, margin * each) for group, each in largest.items()})
 
 
 class Convs(TorchFunctionMode):
@@ -88,24 +94,28 @@ class QuantizedConvs(Convs):
     def __init__(self, decoder: nn.Module, plan: QuantizationPlan) -> None:
         super().__init__(decoder)
         check_plan(plan, self.groups)
-        self._layers: dict[str, tuple[float, Tensor]] = {}
+        self._layers: dict[str, tuple[Rows, float, Tensor]] = {}
         for group, layer in plan.layers.items():
             if layer.format != "none":
-                if layer.format != "fp8" or layer.input_scale is None:
-                    raise SpecError(f"plan, {group}: got {layer}; expected fp8 with an input_scale. Find the scales again.")
-                self._layers[group] = layer.input_scale, _rounded(self.weights[group], self.groups[group][0])
+                if layer.format == "nvfp4" or layer.input_scale is None:
+                    raise SpecError(f"plan, {group}: got {layer}; expected fp8 or int8 with an input_scale. Find the scales again.")
+                weight = _rounded(self.weights[group], layer.format, self.groups[group][0])
+                self._layers[group] = layer.format, layer.input_scale, weight
 
     def operands(self, group: str, x: Tensor) -> tuple[Tensor, Tensor] | None:
         if group not in self._layers:
             return None
-        scale, weight = self._layers[group]
-        return round_static(x.float(), "fp8", scale), weight
+        kind, scale, weight = self._layers[group]
+        wide = x.float()
+        if kind == "int8":
+            wide = wide.clamp(min=-INT8_MAX * scale)  # kernels have no -128
+        return round_static(wide, kind, scale), weight
 
 
-def _rounded(weight: Tensor, name: str) -> Tensor:
+def _rounded(weight: Tensor, kind: Rows, name: str) -> Tensor:
     """(N, C, 3, 3) fp32, quantised with a scale for each channel out and dequantised."""
     with torch.no_grad():
-        return quantize_weight(weight.flatten(1), "fp8", name).real().view(weight.shape)
+        return quantize_weight(weight.flatten(1), kind, name).real().view(weight.shape)
 
 
 class ConvRanges(Convs):

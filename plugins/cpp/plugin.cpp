@@ -20,10 +20,11 @@ namespace {
 
 using namespace nvinfer1;
 
-constexpr std::array<const char*, 18> kOps = {
+constexpr std::array<const char*, 21> kOps = {
     "Conv3x3",     "Conv3x3Norm",       "Conv3x3Upsample",    "CrossAttention",     "Fp8Conv3x3",           "Fp8Conv3x3Norm",
     "Fp8GatedSum", "Fp8Linear",         "Fp8Quantize",        "Fp8StaticQuantize",  "GatedDepthwiseConv",   "GatedModulatedNorm",
-    "Linear",      "LinearAttentionApply", "LinearAttentionState", "ModulatedNorm", "MultiscaleProjection", "ReluLinearAttention"};
+    "Int8Conv3x3", "Int8Conv3x3Norm",   "Int8StaticQuantize", "Linear",             "LinearAttentionApply", "LinearAttentionState",
+    "ModulatedNorm", "MultiscaleProjection", "ReluLinearAttention"};
 constexpr const char *kLaunch = "launch", *kCubins = "cubins", *kVersion = "1", *kNamespace = "";
 
 std::atomic<ILoggerFinder*> logger_finder = nullptr;

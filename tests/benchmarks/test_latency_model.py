@@ -35,7 +35,7 @@ from runtime import SanaEngine
 from sana_ref.checkpoint import load
 from sana_ref.components import DecoderForExport
 from sana_ref.fused_decoder import FusedDecoder
-from sana_ref.quantized_convs import ConvRanges, QuantizedConvs, conv_plan
+from sana_ref.quantized_convs import MARGINS, ConvRanges, QuantizedConvs, conv_plan
 
 SETTINGS = ["--model", str(tiny()), "--sizes", "64,128", "--rounds", "5", "--pictures", "3", "--steps", "2", "--kernels"]
 
@@ -226,7 +226,7 @@ def test_an_fp8_decoder_is_held_to_the_simulation() -> None:
 
     def errors(factor: float, precision: Precision = Precision.FP8) -> dict[str, ErrorStats]:
         """Of the fused decoder in FP8, in place of an engine that says it has `precision`. factor: of the scales."""
-        plan = conv_plan({group: factor * each for group, each in largest.items()})
+        plan = conv_plan("fp8", {group: factor * each for group, each in largest.items()}, MARGINS["fp8"])
 
         def run(given: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             with torch.inference_mode(), QuantizedConvs(decoder, plan):

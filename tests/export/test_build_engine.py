@@ -25,7 +25,7 @@ def answer(capsys, *options: str) -> tuple[int, str]:
         (("--precision", "fp8", "--target", "sm86"), 2, ["got fp8 for sm86", "expected sm89 or later", "--precision int8"]),
         (("--precision", "nvfp4", "--target", "sm89"), 2, ["got nvfp4 for sm89", "expected sm120 or sm121", "--precision fp8"]),
         (("--decoder-precision", "fp8"), 2, ["decoder-precision: got fp8 for onnx", "sm89", "Use bf16 there"]),
-        (("decoder_precision=int8",), 2, ["decoder_precision: got 'int8'", "Valid: fp32, bf16, fp8"]),
+        (("decoder_precision=int4",), 2, ["decoder_precision: got 'int4'", "Valid: fp32, bf16, fp8, int8"]),
         (("--plan", "/no/such/plan"), 2, ["got /no/such/plan with --precision fp16", "int8, fp8, nvfp4"]),
         (("--precision", "int8", "--plan", "/no/such/plan"), 2, ["/no/such/plan: got no plan of a quantization"]),
         (("--precision", "fp61"), 2, ["got 'fp61'", "did you mean"]),

@@ -7,8 +7,9 @@ from tiny_build import quiet, request
 
 from engines import tensorrt
 from engines.gpu import current_target
-from engines.spec import FP8_TARGETS, Precision, Target
+from engines.spec import Precision, Target
 from export.build import build
+from export.plans import CONV_TARGETS
 from export.request import targets_of
 
 
@@ -26,10 +27,12 @@ def test_engines_for_this_gpu_hold_parity(tmp_path, precision):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(current_target() not in FP8_TARGETS, reason="this machine has no GPU with FP8")
-def test_a_decoder_in_fp8_holds_parity(tmp_path):
-    wanted = request(tmp_path / "bundle", precision=Precision.FP8, targets=targets_of("current"), components=("decoder",))
-    bundle = build(wanted, quiet()).bundle
-    assert bundle.manifest.precision == {"decoder": "fp8"}
+@pytest.mark.parametrize("kind", [Precision.FP8, Precision.INT8], ids=str)
+def test_a_decoder_in_8_bits_holds_parity(tmp_path, kind):
+    if current_target() not in CONV_TARGETS[kind]:
+        pytest.skip(f"this machine has no GPU with {kind}")
+    options = {"targets": targets_of("current"), "components": ("decoder",), "decoder_precision": kind}
+    bundle = build(request(tmp_path / "bundle", **options), quiet()).bundle
+    assert bundle.manifest.precision == {"decoder": kind}
     (output,) = json.loads((bundle.path / "parity.json").read_text())["components"]["decoder"]["outputs"].values()
     assert output["tensorrt"]["rms"] <= output["bound"]["rms"]

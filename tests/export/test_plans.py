@@ -66,6 +66,9 @@ def test_requests_that_can(tmp_path):
         (Precision.NVFP4, (Target.SM120,), "bf16", "bf16"),
         (Precision.NVFP4, (), None, "bf16"),
         (Precision.INT8, (Target.SM80, Target.SM89), None, "bf16"),
+        (Precision.INT8, (Target.SM80, Target.SM89), "int8", "int8"),
+        (Precision.FP8, (Target.SM90,), "int8", "int8"),
+        (Precision.FP16, (Target.SM86, Target.SM120), "int8", "int8"),
         (Precision.FP32, (Target.SM89,), None, "fp32"),
         (Precision.FP32, (), "fp32", "fp32"),
     ],
@@ -85,6 +88,7 @@ def test_the_decoders_precision(tmp_path, precision, targets, asked, found):
         (Precision.FP8, (), None, "decoder: bf16, because FP8 convolutions are kernels of engines, and none is built"),
         (Precision.FP8, (), "bf16", "decoder: bf16\n"),
         (Precision.INT8, (Target.SM80,), None, "decoder: bf16\n"),
+        (Precision.INT8, (Target.SM80,), "int8", "decoder: int8 is the 3x3 convolutions of its residual blocks, in engines alone"),
     ],
 )
 def test_a_build_says_what_the_decoder_is(tmp_path, precision, targets, asked, words):
@@ -96,11 +100,24 @@ def test_a_build_says_what_the_decoder_is(tmp_path, precision, targets, asked, w
 @pytest.mark.parametrize(
     ("precision", "targets", "asked", "words"),
     [
-        (Precision.FP16, (Target.SM80, Target.SM89), "fp8", "decoder-precision: got fp8 for sm80; expected some of sm89, sm90, "),
+        (
+            Precision.FP16,
+            (Target.SM80, Target.SM89),
+            "fp8",
+            "decoder-precision: got fp8 for sm80; .* sm89, sm90, .* Use int8 or bf16",
+        ),
+        (Precision.INT8, (), "int8", "decoder-precision: got int8 for onnx; expected some of sm80, sm86, .* Use bf16 there"),
+        (Precision.FP32, (Target.SM80,), "int8", "decoder-precision: got int8 with --precision fp32; expected fp32. Leave it out"),
+        (
+            Precision.FP16,
+            (Target.SM120,),
+            "nvfp4",
+            "decoder-precision: got nvfp4 with --precision fp16; expected bf16, fp8 or int8",
+        ),
         (Precision.FP16, (), "fp8", "decoder-precision: got fp8 for onnx; .* Use bf16 there"),
         (Precision.FP32, (Target.SM89,), "fp8", "decoder-precision: got fp8 with --precision fp32; expected fp32. Leave it out"),
         (Precision.FP32, (), "bf16", "decoder-precision: got bf16 with --precision fp32; expected fp32. Leave it out"),
-        (Precision.FP8, (Target.SM90,), "fp32", "decoder-precision: got fp32 with --precision fp8; expected bf16 or fp8. Leave it"),
+        (Precision.FP8, (Target.SM90,), "fp32", "decoder-precision: got fp32 with --precision fp8; expected bf16, fp8 or int8. "),
     ],
 )
 def test_decoders_that_cannot_be(tmp_path, precision, targets, asked, words):
@@ -141,17 +158,22 @@ def test_a_build_without_a_calibration(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_decoder_in_fp8(tmp_path):
-    """Its engine has FP8 convolutions; its portable graph, which has none, is held to PyTorch's fp32 error as before."""
-    progress, targets = quiet(), (Target.SM89, Target.SM120)
-    wanted = request(tmp_path / "bundle", precision=Precision.FP8, targets=targets, components=("decoder",))
+@pytest.mark.parametrize(
+    ("kind", "prefix", "targets"),
+    [("fp8", "Fp8", (Target.SM89, Target.SM120)), ("int8", "Int8", (Target.SM80, Target.SM86, Target.SM120))],
+)
+def test_a_decoder_in_8_bits(tmp_path, kind, prefix, targets):
+    """Its engine has such convolutions; its portable graph, which has none, is held to PyTorch's fp32 error as before."""
+    progress = quiet()
+    options = {"precision": Precision(kind), "targets": targets, "components": ("decoder",)}
+    wanted = request(tmp_path / "bundle", **options, decoder_precision=Precision(kind))
     bundle = build(wanted, progress).bundle
-    assert bundle.manifest.precision == {"decoder": "fp8"}
-    assert bundle.engine_path("decoder", Target.SM120) is not None
+    assert bundle.manifest.precision == {"decoder": kind}
+    assert bundle.engine_path("decoder", targets[-1]) is not None
     text = said(progress)
     assert "8 of 8 groups" in text
-    assert "decoder: fp8 is the 3x3 convolutions of its residual blocks, in engines alone; the rest of it is bf16" in text
-    for count in ("4 Fp8StaticQuantize", "4 Fp8Conv3x3,", "4 Fp8Conv3x3Norm", "1 Conv3x3,"):
+    assert f"decoder: {kind} is the 3x3 convolutions of its residual blocks, in engines alone; the rest of it is bf16" in text
+    for count in (f"4 {prefix}StaticQuantize", f"4 {prefix}Conv3x3,", f"4 {prefix}Conv3x3Norm", "1 Conv3x3,"):
         assert count in text + ","
     parity = json.loads((bundle.path / "parity.json").read_text())["components"]["decoder"]
     (output,) = parity["outputs"].values()

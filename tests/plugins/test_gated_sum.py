@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from parity.bound import assert_parity
-from parity.e4m3 import assert_e4m3, quantized_truth
+from parity.eight_bits import assert_e4m3, quantized_truth
 from parity.interpreter import interpret
 
 from plugins import cubin

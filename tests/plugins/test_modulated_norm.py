@@ -9,7 +9,7 @@ import torch
 from attention_graph import DTYPES, ONNX_TYPES
 from onnx import helper
 from parity.bound import assert_parity
-from parity.e4m3 import assert_e4m3, quantized_truth
+from parity.eight_bits import assert_e4m3, quantized_truth
 from parity.interpreter import interpret
 
 from plugins import cubin

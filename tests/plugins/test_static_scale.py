@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from parity.e4m3 import assert_e4m3
+from parity.eight_bits import assert_e4m3
 from parity.interpreter import interpret
 
 from plugins import cross_attention, gated_depthwise_conv, qkv_linear_attention

@@ -1,4 +1,4 @@
-"""The simulation of the decoder's FP8: which convolutions it sees, what they compute, and what it refuses."""
+"""The simulation of the decoder's FP8 and INT8: which convolutions it sees, what they compute, and what it refuses."""
 
 import pytest
 import torch
@@ -9,8 +9,7 @@ from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig
 from sana_ref.fused_decoder import FusedDecoder
 from sana_ref.quantization import LayerPlan, QuantizationPlan
 from sana_ref.quantize_ops import quantize_weight, round_static
-from sana_ref.quantized import MARGIN
-from sana_ref.quantized_convs import ConvRanges, QuantizedConvs, conv_groups, conv_plan
+from sana_ref.quantized_convs import MARGINS, ConvRanges, QuantizedConvs, conv_groups, conv_plan
 
 SMALL = AutoencoderDCConfig(
     latent_channels=4,
@@ -48,8 +47,10 @@ def test_a_fused_decoder_has_the_same_ranges(decoder):
     ranges = ranges_of(decoder)
     assert [*ranges] == [*GROUPS[2:], *GROUPS[:2]]  # the finest stage is the last
     assert ranges_of(decoder, FusedDecoder(decoder)) == pytest.approx(ranges, rel=1e-5)
-    plan = conv_plan(ranges)
-    assert all(layer.input_scale == pytest.approx(MARGIN * ranges[group] / 448) for group, layer in plan.layers.items())
+    for kind, largest in (("fp8", 448), ("int8", 127)):
+        plan = conv_plan(kind, ranges, 3.0)
+        assert {layer.format for layer in plan.layers.values()} == {kind}
+        assert all(layer.input_scale == pytest.approx(3 * ranges[group] / largest) for group, layer in plan.layers.items())
 
 
 def test_ranges_are_those_of_all_runs(decoder):
@@ -61,25 +62,37 @@ def test_ranges_are_those_of_all_runs(decoder):
     assert found.largest() == largest.largest()
 
 
-def test_what_a_group_computes(decoder):
+@pytest.mark.parametrize("kind", MARGINS)
+def test_what_a_group_computes(decoder, kind):
     """One group alone: its convolution, of rounded numbers. All others are as they were."""
     conv, scale = decoder.up_blocks[1][1].conv1, 0.25
     x = torch.randn(2, 16, 6, 5, generator=torch.Generator().manual_seed(2))
-    plan = QuantizationPlan(layers={"up_blocks.1.1.conv1": LayerPlan(format="fp8", input_scale=scale)})
-    weight = quantize_weight(conv.weight.flatten(1), "fp8", "weight").real().view(conv.weight.shape)
+    plan = QuantizationPlan(layers={"up_blocks.1.1.conv1": LayerPlan(format=kind, input_scale=scale)})
+    weight = quantize_weight(conv.weight.flatten(1), kind, "weight").real().view(conv.weight.shape)
     with torch.inference_mode(), QuantizedConvs(decoder, plan):
         got, other = conv(x), decoder.up_blocks[1][1].conv2(x)
         half = F.conv2d(x.bfloat16(), conv.weight, conv.bias, padding=1)
-    expected = F.conv2d(round_static(x, "fp8", scale), weight, conv.bias, padding=1)
+    expected = F.conv2d(round_static(x, kind, scale), weight, conv.bias, padding=1)
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(other, decoder.up_blocks[1][1].conv2(x))
     assert half.dtype == torch.bfloat16
     assert (got - conv(x)).abs().max() > 1e-3
 
 
-def test_both_decoders_compute_it(decoder):
+def test_int8_has_no_least_number(decoder):
+    """-128, which kernels have not: what would be it is -127."""
+    conv = decoder.up_blocks[1][1].conv1
+    plan = QuantizationPlan(layers={"up_blocks.1.1.conv1": LayerPlan(format="int8", input_scale=0.5)})
+    x = torch.full((1, 16, 3, 3), 100.0)
+    with torch.inference_mode(), QuantizedConvs(decoder, plan):
+        bias = conv(torch.zeros_like(x))
+        torch.testing.assert_close(conv(-x) - bias, bias - conv(x))
+
+
+@pytest.mark.parametrize("kind", MARGINS)
+def test_both_decoders_compute_it(decoder, kind):
     """But for what the fused one does not round; in fp32 that is nothing but the order of sums, which may turn a rounding."""
-    plan = conv_plan(ranges_of(decoder))
+    plan = conv_plan(kind, ranges_of(decoder), MARGINS[kind])
     with torch.inference_mode():
         exact = decoder(LATENT)
         with QuantizedConvs(decoder, plan):
@@ -101,8 +114,8 @@ def test_a_group_that_stays(decoder):
     ("layers", "words"),
     [
         ({"up_blocks.1.3.conv1": LayerPlan(format="fp8", input_scale=1.0)}, r"got the group 'up_blocks.1.3.conv1'; did you mean"),
-        ({GROUPS[0]: LayerPlan(format="fp8")}, f"plan, {GROUPS[0]}: got .*; expected fp8 with an input_scale"),
-        ({GROUPS[0]: LayerPlan(format="int8", input_scale=1.0)}, f"plan, {GROUPS[0]}: got .*int8.*; expected fp8"),
+        ({GROUPS[0]: LayerPlan(format="fp8")}, f"plan, {GROUPS[0]}: got .*; expected fp8 or int8 with an input_scale"),
+        ({GROUPS[0]: LayerPlan(format="nvfp4", input_scale=1.0)}, f"plan, {GROUPS[0]}: got .*nvfp4.*; expected fp8 or int8"),
     ],
 )
 def test_plans_that_do_not_fit(decoder, layers, words):
@@ -114,7 +127,7 @@ def test_what_has_no_range(decoder):
     ranges = ranges_of(decoder)
     decoder.up_blocks[0][1].conv1.weight.zero_()
     with pytest.raises(CheckpointError, match=r"up_blocks.0.1.conv1.weight: got a range of 0; expected a finite number"):
-        QuantizedConvs(decoder, conv_plan(ranges))
+        QuantizedConvs(decoder, conv_plan("fp8", ranges, 1.0))
     with pytest.raises(CheckpointError, match=r"up_blocks.0.1.conv1: got no activations"):
         ConvRanges(decoder).largest()
     decoder.up_blocks[1][1].conv1.weight.fill_(torch.nan)

@@ -1,4 +1,4 @@
-"""Constants of a graph for TensorRT, read and added: what the two writers of FP8 nodes share.
+"""Constants of a graph for TensorRT, read and added: what the writers of FP8 and of INT8 nodes share.
 
 The graph is not loaded with its weights: they are read one at a time from the file beside it, and new bits go to another one.
 """
@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from sana_ref.fp8 import quantize_rows
+from sana_ref.quantize_ops import Rows, quantize_weight
 
 __all__ = ["DATA_NAME", "Constants"]
 
-DATA_NAME = "fp8.bin"  # beside the graph, as long as it is compiled
+DATA_NAME = "quantized.bin"  # beside the graph, as long as it is compiled
 
 
 class Constants:
@@ -56,21 +56,21 @@ class Constants:
             return inputs[0].transpose(helper.get_node_attr_value(node, "perm"))
         raise ValueError(f"weight {name!r}: got it from a {node.op_type}; expected a Concat, a Reshape or a Transpose of constants")
 
-    def add_weight(self, name: str, file: BinaryIO) -> tuple[str, torch.Tensor]:
+    def add_weight(self, name: str, kind: Rows, file: BinaryIO) -> tuple[str, torch.Tensor]:
         """The name of a weight's bits as a new constant, and the scales of its rows, along its first dimension, fp32.
 
-        file: DATA_NAME, to which the bits go.
+        file: DATA_NAME, to which the bits go. Raises CheckpointError for a weight without a range.
         """
         bits_name, value = f"{name}_bits", self.value(name)
         wide = np.ascontiguousarray(value, np.float32)  # PyTorch does not know numpy's bf16
-        bits, scale = quantize_rows(torch.from_numpy(wide).flatten(1))
+        made = quantize_weight(torch.from_numpy(wide).flatten(1), kind, name)
         if bits_name not in self.constants:
             tensor = TensorProto(name=bits_name, data_type=TensorProto.INT8, dims=value.shape, data_location=TensorProto.EXTERNAL)
-            for key, number in (("location", DATA_NAME), ("offset", file.tell()), ("length", bits.numel())):
+            for key, number in (("location", DATA_NAME), ("offset", file.tell()), ("length", made.numbers.numel())):
                 tensor.external_data.add(key=key, value=str(number))
-            file.write(bits.view(torch.uint8).numpy().tobytes())
+            file.write(made.numbers.view(torch.uint8).numpy().tobytes())
             self.add(tensor)
-        return bits_name, scale
+        return bits_name, made.scale
 
     def add(self, tensor: TensorProto) -> None:
         self.graph.initializer.append(tensor)

@@ -1,8 +1,8 @@
-"""What fp8 quantisation row by row is compared with."""
+"""What quantisation to FP8, row by row, and to FP8 or INT8 with a scale that is known, is compared with."""
 
 import torch
 
-__all__ = ["assert_e4m3", "quantized_truth"]
+__all__ = ["assert_bits", "assert_e4m3", "quantized_truth"]
 
 
 def quantized_truth(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -15,9 +15,19 @@ def quantized_truth(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def assert_e4m3(bits: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor, name: str) -> None:
     """bits: int8, those of e4m3. Each is what a number within `tolerance` of `exact` rounds to, and NaN where `exact` is NaN."""
+    assert_bits("fp8", bits, exact, tolerance, name)
+
+
+def assert_bits(kind: str, bits: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor, name: str) -> None:
+    """bits: int8, those of e4m3 for "fp8", else of "int8", of which NaN is -127. As `assert_e4m3`."""
     assert bits.dtype == torch.int8
-    got = bits.view(torch.float8_e4m3fn).double()
-    low, high = ((exact + sign * tolerance).clamp(-448, 448).to(torch.float8_e4m3fn).double() for sign in (-1, 1))
+    if kind == "fp8":
+        got = bits.view(torch.float8_e4m3fn).double()
+        low, high = ((exact + sign * tolerance).clamp(-448, 448).to(torch.float8_e4m3fn).double() for sign in (-1, 1))
+    else:
+        got, exact = bits.double(), exact.nan_to_num(nan=-127.0, posinf=torch.inf, neginf=-torch.inf)
+        tolerance = tolerance.nan_to_num(nan=0.0, posinf=0.0)
+        low, high = ((exact + sign * tolerance).round().clamp(-127, 127) for sign in (-1, 1))  # ties to even
     wrong = ~(((low <= got) & (got <= high)) | (got.isnan() & exact.isnan()))
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())

@@ -1,9 +1,9 @@
-"""FP8 convolutions in the decoder's graph for TensorRT: those of its residual blocks, which hold most of its work.
+"""FP8 or INT8 convolutions in the decoder's graph for TensorRT: those of its residual blocks, which hold most of its work.
 
-A convolution wants bits that were quantised with one scale, which a calibration found (export/plans.py). The kernel that makes a
-picture writes them where it can (plugins/conv3x3_fp8.py): a block's first convolution in place of its result, which only the second
-reads; the second, with the norm, beside its result, which is also the next block's residual. Elsewhere a pass of its own quantises
-(plugins/fp8_static_quantize.py): at the head of a stage, behind its upsampling or attention; and between blocks of more than
+A convolution wants bits that were quantised with one scale, which is known before (export/plans.py). The kernel that makes a
+picture writes them where it can (plugins/conv3x3_quantized.py): a block's first convolution in place of its result, which only the
+second reads; the second, with the norm, beside its result, which is also the next block's residual. Elsewhere a pass of its own
+quantises (plugins/static_quantize.py): at the head of a stage, behind its upsampling or attention; and between blocks of more than
 conv3x3.MAX_NORM channels, whose norm is TensorRT's.
 
 sana_ref/quantized_convs.py is the same in PyTorch, and says which convolutions have a group. TensorRT knows the bits as int8.
@@ -16,45 +16,48 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from export.fp8_constants import DATA_NAME, Constants
 from export.linear_nodes import remove_unused
-from plugins import conv3x3, conv3x3_fp8, fp8_static_quantize
+from export.quantized_constants import DATA_NAME, Constants
+from plugins import conv3x3, conv3x3_quantized, static_quantize
+from plugins.eight_bits import KINDS, Kind
 from plugins.static_scale import OUT_SCALE
 from sana_ref.quantization import QuantizationPlan
 from sana_ref.quantized_convs import conv_group
 
-__all__ = ["use_fp8_convs"]
+__all__ = ["use_quantized_convs"]
 
-_FP8 = {conv3x3.OP: conv3x3_fp8.OP, conv3x3.NORM: conv3x3_fp8.NORM}
+_QUANTIZED = {of: op for op, of in conv3x3_quantized.OPS.items()}  # by format and the op in 16 bits
 
 
-def use_fp8_convs(model: onnx.ModelProto, folder: Path, plan: QuantizationPlan) -> dict[str, int]:
-    """Rewrite, in place, the `sana::Conv3x3` and `sana::Conv3x3Norm` of each group that the plan has in fp8. Returns how many more
-    nodes of each op there are: below zero for those that were replaced.
+def use_quantized_convs(model: onnx.ModelProto, folder: Path, plan: QuantizationPlan) -> dict[str, int]:
+    """Rewrite, in place, the `sana::Conv3x3` and `sana::Conv3x3Norm` of each group that the plan has in fp8 or int8. Returns how
+    many more nodes of each op there are: below zero for those that were replaced.
 
     folder: where the graph's weights are; their bits are written to DATA_NAME there.
-    Raises ValueError for a group that the graph has not, another format, or one without input_scale.
+    Raises ValueError for a group that the graph has not, another format, both together, or one without input_scale.
     """
     nodes = _nodes(model.graph, folder)
     scales = {group: layer.input_scale for group, layer in plan.layers.items() if layer.format != "none"}
-    kinds = {layer.format for layer in plan.layers.values()} - {"none", "fp8"}
+    kinds = sorted({layer.format for layer in plan.layers.values()} - {"none"})
+    kind = next((each for each in KINDS if kinds == [each]), None)
     wrong = sorted(group for group, scale in scales.items() if scale is None or group not in nodes)
-    if kinds or wrong:
+    if kind is None or wrong:
         raise ValueError(
-            f"the decoder's plan: got {', '.join([*sorted(kinds), *wrong])}; expected formats fp8 and none, and an input_scale "
-            f"for each of {', '.join(nodes) or 'nothing'}"
+            f"the decoder's plan: got {', '.join([*kinds, *wrong]) or 'no format'}; expected {' or '.join(KINDS)}, and an "
+            f"input_scale for each of {', '.join(nodes) or 'nothing'}"
         )
     chosen = [(node, float(np.float32(scale))) for group, node in nodes.items() if (scale := scales.get(group)) is not None]
-    graph = _Graph(model.graph, folder, [node for node, _ in chosen])
+    graph = _Graph(model.graph, folder, kind, [node for node, _ in chosen])
     bits = [graph.quantize(node.input[0], scale) for node, scale in chosen]  # of all, before any node changes its inputs
-    counts: Counter[str] = Counter({fp8_static_quantize.OP: graph.add_passes()})
+    counts: Counter[str] = Counter({static_quantize.OP[kind]: graph.add_passes()})
     with (folder / DATA_NAME).open("wb") as file:
         for (node, scale), x in zip(chosen, bits, strict=True):
-            weight, row_scales = graph.add_weight(node.input[1], file)
+            weight, row_scales = graph.add_weight(node.input[1], kind, file)
             both = numpy_helper.from_array(np.float32(scale) * row_scales.numpy(), f"{weight}_scales")  # of x, of channels' weights
             graph.add(both)
-            counts.update({node.op_type: -1, _FP8[node.op_type]: 1})
-            node.op_type = _FP8[node.op_type]
+            op = _QUANTIZED[kind, node.op_type]
+            counts.update({node.op_type: -1, op: 1})
+            node.op_type = op
             node.input[:] = [x, weight, both.name, *node.input[2:]]
     remove_unused(model.graph)
     return {op: count for op, count in counts.items() if count}
@@ -64,7 +67,7 @@ def _nodes(graph: onnx.GraphProto, folder: Path) -> dict[str, onnx.NodeProto]:
     """The convolutions that are groups, by group."""
     constants, found = Constants(graph, folder), {}
     for node in graph.node:
-        if node.op_type in _FP8 and node.domain == conv3x3.DOMAIN:
+        if node.op_type in (conv3x3.OP, conv3x3.NORM) and node.domain == conv3x3.DOMAIN:
             group = next((each for name in constants.sources(node.input[1]) if (each := conv_group(name))), None)
             if group is not None:
                 found[group] = node
@@ -72,10 +75,11 @@ def _nodes(graph: onnx.GraphProto, folder: Path) -> dict[str, onnx.NodeProto]:
 
 
 class _Graph(Constants):
-    """chosen: the nodes that will be FP8."""
+    """chosen: the nodes that will be quantised. kind: to what."""
 
-    def __init__(self, graph: onnx.GraphProto, folder: Path, chosen: list[onnx.NodeProto]) -> None:
+    def __init__(self, graph: onnx.GraphProto, folder: Path, kind: Kind, chosen: list[onnx.NodeProto]) -> None:
         super().__init__(graph, folder)
+        self.kind = kind
         self.uses = Counter(name for node in graph.node for name in node.input)
         self.uses.update(output.name for output in graph.output)
         self.types = {value.name: value.type for value in (*graph.value_info, *graph.input, *graph.output)}
@@ -96,8 +100,8 @@ class _Graph(Constants):
             maker.output[0] = name
             maker.attribute.append(helper.make_attribute(OUT_SCALE, scale))
         else:
-            domain = fp8_static_quantize.DOMAIN
-            self.passes.append(helper.make_node(fp8_static_quantize.OP, [x], [name], name=name, domain=domain, scale=scale))
+            op, domain = static_quantize.OP[self.kind], static_quantize.DOMAIN
+            self.passes.append(helper.make_node(op, [x], [name], name=name, domain=domain, scale=scale))
         self._add_type(name, x)
         return name
 
