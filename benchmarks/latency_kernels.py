@@ -23,6 +23,7 @@ from benchmarks.latency_history import Kernel, Kernels
 from benchmarks.latency_work import Arrays, Work, graph_inputs
 from benchmarks.latency_yardstick import CPU_GEMM, GPU_GEMM, copy_rate, gemm_rate
 from engines.spec import ComponentName
+from runtime.token_table import TokenTable
 
 if TYPE_CHECKING:
     from runtime import SanaEngine
@@ -52,7 +53,9 @@ class Profiler:
             return None
         inputs = graph_inputs(engine, work)
         if engine.backend == "onnxruntime":
-            found = ort_kernels(engine.bundle.onnx_path(cast(ComponentName, work.component)), inputs, num_threads=self.num_threads)
+            table = TokenTable.of(engine.bundle) if work.component == "text_encoder" else None
+            given = inputs if table is None else table.looked_up(inputs)
+            found = ort_kernels(engine.bundle.onnx_path(cast(ComponentName, work.component)), given, num_threads=self.num_threads)
             why = "nodes, by ONNX Runtime's profiler"
         else:
             with engine.session(work.component) as session:
@@ -125,12 +128,12 @@ def trt_kernels(session: Any, inputs: Arrays, *, runs: int = RUNS) -> tuple[list
     from runtime.trt_session import Arena
 
     library, cuda = session._tensorrt, session._cuda
-    arena = Arena(cuda)
+    arena, inputs = Arena(cuda), session.looked_up(inputs)
     second = type(session)(session._path, tensorrt=library, cuda=cuda, arena=arena)
     slots: dict[str, Slot] = {name: Slot(cuda) for name in (*second.inputs, *second.outputs)}
     try:
         shapes = second.prepare({name: inputs[name].shape for name in second.inputs})
-        addresses = {name: slots[name].write(inputs[name]) for name in second.inputs}
+        addresses = {name: slots[name].write(second.device_array(name, inputs[name])) for name in second.inputs}
         addresses |= {name: slots[name].reserve(second.output_size(name, shape)) for name, shape in shapes.items()}
 
         def call() -> None:

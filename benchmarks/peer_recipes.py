@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from engines.errors import SpecError
 from engines.store import Store, digest_of
 from export.calibration import Statistics, observe
 from export.calibration_data import draw_all, plan_runs
@@ -183,6 +184,8 @@ def candidates(
     for kind in formats:
         recipe = load_recipe(kind, keys)
         weights = text_weights(recipe)
+        if weights.get("text_encoder") == "w8a8":
+            raise SpecError("text_encoder: got w8a8; expected weights alone, int8 say: benchmarks/text_weights.py measures W8A8.")
         own: list[tuple[str, Recipe]] = [(f"sana {kind}", recipe)]
         if kind == "nvfp4" and recipe.low_rank:
             own.append(("sana nvfp4, no branch", recipe.model_copy(update={"low_rank": 0})))

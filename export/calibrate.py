@@ -87,7 +87,9 @@ def _add_text(made: Path, out: Path) -> None:
     shutil.copytree(made, out / "text_encoder", ignore=shutil.ignore_patterns(PLAN))
     plan, text = load_plan(out / PLAN), load_plan(made / PLAN)
     both = {"layers": {**plan.layers, **text.layers}, "tensors": {**plan.tensors, **text.tensors}}
-    save_plan(plan.model_copy(update={**both, "notes": {**text.notes, **plan.notes}}), out / PLAN)
+    whole = out / f".{PLAN}"  # tensors of `plan` may be mapped from the file that this one takes the place of
+    save_plan(plan.model_copy(update={**both, "notes": {**text.notes, **plan.notes}}), whole)
+    whole.replace(out / PLAN)
 
 
 if __name__ == "__main__":

@@ -233,6 +233,8 @@ class Runner:
             "stage": "ranges",
             "component": component.name,
             "precision": component.precision,
+            "weights": component.weights,
+            "table": component.table,
             "checkpoint": self.checkpoint.component_digest(component.source),
             "depends": depends,
             "code": code((*REFERENCE_CODE, "export/plans.py", "export/text_plans.py")),

@@ -50,8 +50,10 @@ class TokenTable:
     def rows(self, ids: NDArray[np.integer[Any]], *, bits: bool = False) -> NDArray[Any]:
         """(B, S) -> (B, S, channels) float32; bits: a bfloat16 table's as uint16, which saves two conversions on the way to a GPU.
 
-        Raises BundleError for an id that is no row, before it looks any up.
+        Raises BundleError for an id that is no row, before it looks any up, and for ids that are no integers.
         """
+        if ids.dtype.kind not in "iu":  # a golden file's may be anything
+            raise BundleError(f"{self._path}: got token ids of {ids.dtype}; expected integers. Rebuild the bundle.")
         outside = ids[(ids < 0) | (ids >= len(self._table))]
         if outside.size:
             raise BundleError(

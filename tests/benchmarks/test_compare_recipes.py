@@ -19,9 +19,11 @@ from benchmarks.half_products import HalfProducts
 from benchmarks.peer_recipes import FP16, FP32, Candidate, OurLinears, PeerLinears, Unavailable, unquantized
 from benchmarks.recipe_pictures import Job, draw_all
 from benchmarks.recipes_page import page
+from engines.errors import SpecError
 from engines.store import Store
 from export.metrics.pictures import estimate
 from sana_ref.checkpoint import load
+from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import groups_of
 from sana_ref.quantized import QuantizedLinears, uniform_plan
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
@@ -195,6 +197,13 @@ def test_what_cannot_be_asked(arguments, capsys):
     with pytest.raises(SystemExit):
         compare_recipes.parse(arguments)
     assert arguments[0] in capsys.readouterr().err
+
+
+def test_activations_of_the_text_encoder_are_for_another_program(tmp_path):
+    """Said before anything is calibrated."""
+    with pytest.raises(SpecError, match=r"got w8a8; expected weights alone.*text_weights"):
+        peer_recipes.candidates(SanaReference(tiny()), ["int8"], ["text_encoder=w8a8"], store=Store(tmp_path), progress=quiet())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_tensorrt import MODULE, FakeContext, FakeCuda, FakeEngine, fake_backend
-from fakes import fake_inputs, write_fake_bundle
+from fakes import HOST_TABLE, fake_inputs, write_fake_bundle
 from latency_records import record
 
 from benchmarks.latency_history import Kernel, Kernels
@@ -143,6 +143,22 @@ def test_kernels_of_a_graph(engine: SanaEngine) -> None:
     product = next(kernel for kernel in found if kernel.kind == "MatMul")
     assert product.flops == 2 * 2 * 6 * 4  # (k, B, channels) @ (channels, latent channels)
     assert all(kernel.ms >= 0 for kernel in found)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_kernels_of_a_text_encoder_with_its_table_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """Its graph and engines take rows, where the work has token ids."""
+    monkeypatch.setattr("benchmarks.latency_kernels.copy_rate", lambda gpu: 1.0)
+    monkeypatch.setattr("benchmarks.latency_kernels.gemm_rate", lambda size, **how: 1.0)
+    monkeypatch.setattr("runtime.trt_backend.open_tensorrt", fake_backend)
+    bundle = write_fake_bundle(tmp_path / "host", targets=[Target.SM89], **HOST_TABLE)
+    with SanaEngine(bundle, backend=backend) as opened:
+        found = Profiler(gpu=False)(opened, Work(component="text_encoder", width=8, height=0, batch=1))
+    assert found is not None
+    assert ("nodes, by ONNX Runtime's profiler" if backend == "onnxruntime" else "PyTorch sees no GPU") in found.why
+    assert bool(found.kernels) == (backend == "onnxruntime")
 
 
 def test_the_profiler_knows_what_the_machine_can_do(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,20 @@ def test_the_report_and_the_bound():
     assert 0 < parity["onnxruntime"]["rms"] <= parity["bound"]["rms"]
 
 
+def test_ranges_are_of_the_weights_as_they_are_stored():
+    """Those of a build whose table is stored in another way are not taken from the cache."""
+    found, plan_ = [], encoder("static").plan
+
+    def make():
+        found.append(part)
+        return plan_
+
+    for table in ("int4", "host", "int4", "host"):
+        part = replace(component("text_encoder", Precision.BF16), weights="int8", table=table)
+        runner().ranges(part, make, {"test": "ranges of weights"})
+    assert [each.table for each in found] == ["int4", "host"]
+
+
 def test_a_group_whose_products_are_not_all_there():
     model, load_ = exported().clone(), runner().loader(component("text_encoder", Precision.BF16))
     for node in model.graph:

@@ -84,6 +84,9 @@ def test_a_session_by_hand_takes_ids(bundle: Bundle, on_host: Bundle, backend: s
             np.testing.assert_array_equal(looking_up.run(inputs)["prompt_embeds"], expected)
             with pytest.raises(BundleError, match="got the token 64; expected 0 to 63"):
                 looking_up.run(inputs | {"input_ids": inputs["input_ids"] * 0 + 64})
+            for dtype in (np.float32, np.bool_):
+                with pytest.raises(BundleError, match=f"got token ids of {np.dtype(dtype)}; expected integers"):
+                    looking_up.run(inputs | {"input_ids": inputs["input_ids"].astype(dtype)})
             rows = looking_up._table.looked_up(inputs)  # type: ignore[attr-defined]
             np.testing.assert_array_equal(looking_up.run(rows)["prompt_embeds"], expected)
 

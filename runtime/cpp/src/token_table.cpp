@@ -31,7 +31,9 @@ class File {
     explicit File(const std::string& path) : descriptor(open(path.c_str(), O_RDONLY | O_CLOEXEC)) {
         struct stat info{};
         if (descriptor < 0 || fstat(descriptor, &info) != 0) {
-            throw wrong(path, std::string("cannot be read (") + std::strerror(errno) + ").");
+            const Failure failure = wrong(path, std::string("cannot be read (") + std::strerror(errno) + ").");
+            if (descriptor >= 0) close(descriptor);  // nothing destroys what was not made
+            throw failure;
         }
         size = static_cast<std::uint64_t>(info.st_size);
     }
