@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,7 @@ from runtime.prompt import PromptTemplate, PromptTokenizer
 from runtime.request import Request, check_request
 from runtime.schedule import Schedule
 from runtime.session import Backend, BackendName, Job, Session, Text, Timings
+from runtime.together import begun
 
 __all__ = ["OnStep", "SanaEngine"]
 
@@ -282,7 +283,7 @@ def _job(request: Request, texts: list[list[Text]], batch: range, channels: int)
         guidance_weights=request.guidance_weights,
         guidance_scale=request.guidance if request.guidance_embeds else None,
         schedule=request.schedule,
-        latents=normal_batch(seeds, shape),
+        latents=begun(partial(normal_batch, seeds, shape)),
         noise=lambda step: normal_batch(seeds, shape, stream=step + 1),
     )
 

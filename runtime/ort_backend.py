@@ -60,7 +60,7 @@ class OrtBackend:
         if job.guidance_scale is not None:
             inputs["guidance_scale"] = np.array([job.guidance_scale], np.float32)
         text_s = time.perf_counter() - began
-        latents = job.latents * np.float32(schedule.initial_scale)
+        latents = job.latents() * np.float32(schedule.initial_scale)
         previous = zero = np.zeros_like(latents)
         steps_s = []
         for i, row in enumerate(schedule.table):

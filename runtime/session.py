@@ -58,7 +58,7 @@ class Job:
     guidance_weights: F32  # (k,): [1 - g, g], or [1]
     guidance_scale: float | None  # what graphs that embed the scale are told; None for the others
     schedule: Schedule
-    latents: F32  # (B, C, h, w), standard normal
+    latents: Callable[[], F32]  # -> (B, C, h, w), standard normal; made while the text is encoded, and waited for
     noise: Callable[[int], F32]  # step -> (B, C, h, w), standard normal; asked for the steps that need it only
 
     @property

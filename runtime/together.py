@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
-__all__ = ["MAX_THREADS", "default_threads", "each", "together"]
+__all__ = ["MAX_THREADS", "begun", "default_threads", "each", "together"]
 
 MAX_THREADS = 16  # that are kept: a picture of 1024 px has as many stripes
 
@@ -28,6 +28,15 @@ def each(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     try:
         return list(_together(pieces, lambda _: None, _kept_threads(os.getpid())).values())
     except BaseException:  # Ctrl-C above all: then the pool may have forgotten a thread, which ends when the pool is let go
+        _kept_threads.cache_clear()
+        raise
+
+
+def begun(work: Callable[[], Result]) -> Callable[[], Result]:
+    """`work`, begun in a thread that is kept, as in `each`. A call waits for it, and returns or raises what it does."""
+    try:
+        return _kept_threads(os.getpid()).submit(work).result
+    except BaseException:  # Ctrl-C: see each
         _kept_threads.cache_clear()
         raise
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -181,21 +182,22 @@ class TensorRTBackend:
         self._load(component for component in COMPONENTS if component != "text_encoder")
         projection, denoiser, decoder = (self._sessions[name] for name in ("text_projection", "denoiser", "decoder"))
 
-        shape = job.latents.shape
+        noise = job.latents()
+        shape, size = noise.shape, noise.nbytes
         embeds_address = self._slot("prompt_embeds").write(embeds)
         text = projection.prepare({"prompt_embeds": embeds.shape})
         text_addresses = {
             name: self._slot(name).reserve(projection.output_size(name, text_shape)) for name, text_shape in text.items()
         }
         fixed = self._upload_fixed(job)
-        noise = self._upload_noise(job)
+        fresh = self._upload_noise(job, shape)
         table = self._slot("table").write(_padded(schedule.table))
         state = [(self._slot(f"latents_{i}"), self._slot(f"prediction_{i}")) for i in (0, 1)]
         for latents, prediction in state:
-            latents.reserve(job.latents.nbytes)
-            prediction.reserve(job.latents.nbytes)
-        state[0][0].write(job.latents * np.float32(schedule.initial_scale))
-        self._cuda.zero(state[0][1].address, job.latents.nbytes)
+            latents.reserve(size)
+            prediction.reserve(size)
+        state[0][0].write(noise * np.float32(schedule.initial_scale))
+        self._cuda.zero(state[0][1].address, size)
 
         pixels = decoder.prepare({"latents": shape})["images"]
         images = self._slot("images")
@@ -217,7 +219,7 @@ class TensorRTBackend:
                     "latents": latents.address,
                     "previous": previous.address,
                     "coefficients": table + i * ALIGNMENT,
-                    "noise": noise[i],
+                    "noise": fresh[i],
                     "next_latents": after.address,
                     "prediction": prediction.address,
                 }
@@ -236,7 +238,16 @@ class TensorRTBackend:
                 on_step(i + 1, state[(i + 1) % 2][0].read(np.float32, shape))
 
         slots = [slot.address for pair in state for slot in pair]
-        memory = (*addresses.values(), embeds_address, table, *noise, *slots, images.address, self._arena.address, self._arena.size)
+        memory = (
+            *addresses.values(),
+            embeds_address,
+            table,
+            *fresh,
+            *slots,
+            images.address,
+            self._arena.address,
+            self._arena.size,
+        )
         shaped = (shape, embeds.shape, *text.values(), schedule.num_steps)
         loop = self._loops.get((shaped, memory), queue) if self._cuda_graphs and on_step is None else None
         if loop is None:
@@ -275,14 +286,14 @@ class TensorRTBackend:
             self._slot(name).write(array)
         return fixed
 
-    def _upload_noise(self, job: Job) -> list[int]:
+    def _upload_noise(self, job: Job, shape: tuple[int, ...]) -> list[int]:
         """Addresses of each step's fresh noise; of zeros where there is none."""
         steps = [i for i in range(job.schedule.num_steps) if job.schedule.needs_noise(i)]
-        zeros = np.zeros_like(job.latents)
-        stride = -(-job.latents.nbytes // ALIGNMENT) * ALIGNMENT
+        size = math.prod(shape)
+        stride = -(-4 * size // ALIGNMENT) * ALIGNMENT
         rows = np.zeros((1 + len(steps), stride // 4), np.float32)
         for row, i in zip(rows[1:], steps, strict=True):
-            row[: zeros.size] = job.noise(i).reshape(-1)
+            row[:size] = job.noise(i).reshape(-1)
         start = self._slot("noise").write(rows)
         place = {i: start + (1 + n) * stride for n, i in enumerate(steps)}
         return [place.get(i, start) for i in range(job.schedule.num_steps)]

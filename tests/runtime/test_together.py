@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.together import MAX_THREADS, each, together
+from runtime.together import MAX_THREADS, begun, each, together
 
 
 def test_together_keeps_results_by_their_keys() -> None:
@@ -41,6 +41,25 @@ def test_each_keeps_order_and_threads() -> None:
     before = threading.active_count()
     assert len(set(each(lambda _: threading.get_ident(), range(40)))) <= MAX_THREADS
     assert threading.active_count() <= max(before, MAX_THREADS + 1)
+
+
+def test_begun_goes_on_meanwhile() -> None:
+    go_on, here = threading.Event(), threading.get_ident()
+    wait = begun(lambda: (go_on.wait(10), threading.get_ident()))
+    go_on.set()
+    went_on, thread = wait()
+    assert went_on
+    assert thread != here
+    assert wait() == (went_on, thread)  # done once
+
+
+def test_begun_raises_what_its_work_does() -> None:
+    def work() -> None:
+        raise ValueError("not to be had")
+
+    wait = begun(work)
+    with pytest.raises(ValueError, match="not to be had"):
+        wait()
 
 
 def test_each_ends_before_an_error_comes_out() -> None:
