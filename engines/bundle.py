@@ -169,9 +169,10 @@ class Bundle:
         return None if name is None else self.file(name)
 
     def require_engine(self, component: ComponentName, sm: str) -> Path:
-        """As engine_path. Raises ArchitectureError where that gives None."""
+        """As engine_path. Raises ArchitectureError where that gives None, MissingFileError if the bundle has not the component."""
         found = self.engine_path(component, sm)
         if found is None:
+            self.onnx_path(component)
             targets = self.manifest.targets
             have = f"engines for {', '.join(targets)}" if targets else "no engines, only portable graphs"
             raise ArchitectureError(

@@ -46,7 +46,7 @@ def open_tensorrt(
     from plugins import shell
 
     info = tensorrt.device_info()
-    for component in COMPONENTS:
+    for component in bundle.manifest.components:
         bundle.require_engine(component, info.sm)
     bundle.check_tensorrt(flavor=tensorrt.flavor(), version=tensorrt.version())
     tensorrt_library.logger()  # engines load in several threads: what is made once is made before
@@ -95,8 +95,10 @@ class TensorRTBackend:
         Raises ArchitectureError if a component has no engine for it.
         """
         self.device, self.max_batch, self._bundle = device, bundle.manifest.ranges.max_batch, bundle
-        self._paths = {component: bundle.require_engine(component, sm) for component in COMPONENTS}
-        names = {component: bundle.manifest.engine_name(component, sm) or "" for component in COMPONENTS}
+        self._sm, components = sm, bundle.manifest.components  # all of them, but in what development builds
+        for component in components:
+            bundle.require_engine(component, sm)
+        names = {component: bundle.manifest.engine_name(component, sm) or "" for component in components}
         self._files = (*names.values(), *([TABLE_NAME] if bundle.manifest.token_table_rows else []))
         self._kernels = (
             {}
@@ -145,7 +147,7 @@ class TensorRTBackend:
         began = time.perf_counter()
         self._cuda.make_current()  # of this thread
         session = TensorRTSession(
-            self._paths[component],
+            self._bundle.require_engine(component, self._sm),
             tensorrt=self._tensorrt,
             cuda=self._cuda,
             arena=self._arena,

@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import json
 import logging
+import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +17,7 @@ from fakes import fake_inputs, write_fake_bundle
 
 import runtime.trt_backend
 from engines.bundle import Bundle
-from engines.errors import ArchitectureError, NoGpuError, RequestError, SanaError, TensorRTVersionError
+from engines.errors import ArchitectureError, MissingFileError, NoGpuError, RequestError, SanaError, TensorRTVersionError
 from engines.spec import COMPONENTS
 from plugins import shell
 from runtime import SanaEngine
@@ -211,6 +213,23 @@ def test_a_session_by_hand(engine: SanaEngine, bundle: Bundle) -> None:
             assert got.keys() == expected.keys()
             for name in got:
                 np.testing.assert_array_equal(got[name], expected[name])
+
+
+def test_a_bundle_of_one_component(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What development builds: it runs by hand, and draws nothing."""
+    folder = shutil.copytree(bundle.path, tmp_path / "decoder")
+    document = json.loads((folder / "manifest.json").read_bytes())
+    others = tuple(f"{name}/" for name in COMPONENTS if name != "decoder")
+    document["files"] = {name: entry for name, entry in document["files"].items() if not name.startswith(others)}
+    document["precision"], document["plugins"] = {"decoder": document["precision"]["decoder"]}, {"decoder": {}}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", functools.partial(fake_backend, cuda=cuda))
+    for backend in ("tensorrt", "onnxruntime"):
+        with SanaEngine(folder, backend=backend) as alone:
+            with alone.session("decoder") as session:
+                assert set(session.run(fake_inputs("decoder"))) == {"images"}
+            with pytest.raises(MissingFileError, match=r"has no '.*/model\.onnx'"):
+                alone.generate("a cat")
 
 
 def test_a_session_refuses_what_the_engine_does_not_serve(engine: SanaEngine) -> None:
