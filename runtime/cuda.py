@@ -42,6 +42,7 @@ class Cuda:
         self.make_current()
         self._stream = self._call("cuStreamCreate", int(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self.stream = int(self._stream)
+        self.num_freed = 0  # allocations
 
     def _call(self, name: str, *arguments: Any) -> Any:
         status, *values = getattr(self._driver, name)(*arguments)
@@ -71,6 +72,7 @@ class Cuda:
 
     def free(self, address: int) -> None:
         self._call("cuMemFree", address)
+        self.num_freed += 1
 
     def allocate_pinned(self, size: int) -> int:
         return int(self._call("cuMemAllocHost", size))

@@ -1,7 +1,8 @@
 """Whole loops as CUDA graphs: one launch a picture instead of hundreds a step, so that the GPU never waits for Python.
 
-A graph holds addresses and shapes, so its key names all of them. A picture of a size that was not drawn lately is drawn launch by
-launch, which also lets engines settle on the shape; the next one of that size is captured, and launched from then on.
+A graph holds addresses and shapes, so its key names all of them. CUDA refuses a graph that copies memory which was freed, even if
+other memory has the address since: all are forgotten when memory is freed. A picture of a size that was not drawn lately is drawn
+launch by launch, which also lets engines settle on the shape; the next one of that size is captured, and launched from then on.
 """
 
 from __future__ import annotations
@@ -40,11 +41,17 @@ class Loops:
 
     def __init__(self, cuda: Cuda, *, limit: int = 8) -> None:
         """limit: how many keys are remembered. A graph of 20 steps of Sana-1.6B has some thousand nodes."""
-        self._cuda, self._limit = cuda, limit
+        self._cuda, self._limit, self._num_freed = cuda, limit, cuda.num_freed
         self._kept: OrderedDict[Hashable, Loop | None] = OrderedDict()
 
     def get(self, key: Hashable, queue: Callable[[Marks], None]) -> Loop | None:
-        """The loop of `key`, captured if the key is known and has none yet; None if the key is new: queue the work as it is."""
+        """The loop of `key`, captured if the key is known and has none yet; None if the key is new: queue the work as it is.
+
+        All are forgotten where memory was freed since the last time. None may be running.
+        """
+        if self._num_freed != self._cuda.num_freed:
+            self.clear()
+            self._num_freed = self._cuda.num_freed
         if key not in self._kept:
             self._kept[key] = None
             if len(self._kept) > self._limit:
@@ -57,7 +64,7 @@ class Loops:
         return self._kept[key]
 
     def clear(self) -> None:
-        """The stream must be empty."""
+        """None may be running."""
         for loop in self._kept.values():
             _close(loop)
         self._kept.clear()

@@ -23,6 +23,7 @@ from runtime.kernel_cache import KernelCache
 from runtime.trt_backend import TensorRTBackend
 from runtime.trt_session import TensorRT
 
+BLOCK = 1 << 16  # bytes; allocations of as many blocks get each other's addresses, as CUDA's do
 POISON = 0xFF  # float32 of these bytes is NaN
 INT64_INPUTS = ("input_ids", "attention_mask")
 KEYS_VALUES = ("text_keys", "text_values")
@@ -32,6 +33,7 @@ ROWS = "inputs_embeds"  # of a table on the host: bf16, as the text encoder
 @dataclass
 class Graph:
     work: list[Callable[[], None]]
+    num_freed: int  # allocations, when it was captured
     launches: int = 0
     destroyed: bool = False
 
@@ -45,7 +47,8 @@ class FakeCuda:
         self.memory = memory  # bytes
         self.allocations: dict[int, tuple[Any, int]] = {}
         self.pinned: dict[int, Any] = {}
-        self.total_allocations = self.waits = 0
+        self.total_allocations = self.num_freed = self.waits = 0
+        self._spare: dict[int, list[tuple[int, Any]]] = {}  # by blocks: what was freed
         self.largest = 0  # bytes held at once
         self.closed = False
         self._queue: list[Callable[[], None]] = []
@@ -62,16 +65,18 @@ class FakeCuda:
     def allocate(self, size: int) -> int:
         if sum(held for _, held in self.allocations.values()) + size > self.memory:
             raise GpuMemoryError("GPU memory: full")
-        address, buffer = _aligned(size)
+        blocks = -(-size // BLOCK)
+        address, buffer = self._spare[blocks].pop() if self._spare.get(blocks) else _aligned(blocks * BLOCK)
         self.allocations[address] = (buffer, size)
         self.total_allocations += 1
         self.largest = max(self.largest, sum(held for _, held in self.allocations.values()))
         return address
 
     def free(self, address: int) -> None:
-        _, size = self.allocations[address]
+        buffer, size = self.allocations.pop(address)
         ctypes.memset(address, POISON, size)
-        self._kept = self.allocations.pop(address)  # one more round, so that a late write does not crash the tests
+        self._spare.setdefault(-(-size // BLOCK), []).append((address, buffer))  # kept: a late write does not crash the tests
+        self.num_freed += 1
 
     def allocate_pinned(self, size: int) -> int:
         address, buffer = _aligned(size)
@@ -114,7 +119,7 @@ class FakeCuda:
         self._captured = []
         try:
             work()
-            graph = Graph(self._captured)
+            graph = Graph(self._captured, self.num_freed)
         finally:
             self._captured = None
         self.graphs.append(graph)
@@ -122,6 +127,7 @@ class FakeCuda:
 
     def launch_graph(self, graph: Any) -> None:
         assert not graph.destroyed
+        assert graph.num_freed == self.num_freed, "it may name memory that was freed, and CUDA refuses its copies"
         graph.launches += 1
         self._queue.extend(graph.work)
 

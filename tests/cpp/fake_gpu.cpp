@@ -1,6 +1,6 @@
 // A libcuda.so.1 for the session of TensorRT: memory is the host's, and what is queued is done when somebody waits, and not before.
 // So a buffer that is written again too early, and a missing wait, give wrong numbers here as they would on a GPU. New memory is
-// full of NaN. FAKE_CUDA_SM: the architecture, "89"; FAKE_GPU_MEMORY: bytes; FAKE_GPU_LOG: a file that is told what happens;
+// full of NaN, and has the address of what was freed last, if that was of as many blocks. FAKE_CUDA_SM: the architecture, "89"; FAKE_GPU_MEMORY: bytes; FAKE_GPU_LOG: a file that is told what happens;
 // FAKE_CUDA_SLOW: the seconds that cuInit and a context take; FAKE_CUDA_FAILS: cuDeviceGetCount or cuDevicePrimaryCtxRetain.
 #include <chrono>
 #include <cstdint>
@@ -23,12 +23,17 @@ using Work = std::function<void()>;
 
 struct Graph {
     std::vector<Work> work;
+    std::size_t num_freed = 0;  // allocations, when it was captured
 };
 
 std::recursive_mutex lock;  // engines load in several threads
 std::deque<Work> queued;
 Graph* captured = nullptr;
 std::map<std::uint64_t, std::size_t> held;
+std::map<std::size_t, std::vector<std::uint64_t>> spare;  // by blocks: what was freed
+std::size_t num_freed = 0;
+constexpr std::size_t kBlock = 1 << 16;  // bytes
+constexpr int kInvalid = 1;              // CUDA_ERROR_INVALID_VALUE
 constexpr int kCapturing = 900;  // CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
 
 void log(const std::string& line) {
@@ -114,13 +119,22 @@ FAKE int cuMemAlloc_v2(std::uint64_t* out, std::size_t size) {
     for (const auto& [address, each] : held) all += each;
     if (const char* memory = std::getenv("FAKE_GPU_MEMORY"); memory != nullptr && all > std::stoull(memory)) return 2;
     log("allocate " + std::to_string(size));
-    held[*out = aligned(size)] = size;
+    const std::size_t blocks = (size + kBlock - 1) / kBlock;
+    std::vector<std::uint64_t>& again = spare[blocks];
+    if (again.empty()) again.push_back(aligned(blocks * kBlock));
+    *out = again.back();
+    again.pop_back();
+    std::memset(reinterpret_cast<void*>(*out), 0xFF, blocks * kBlock);
+    held[*out] = size;
     return 0;
 }
 FAKE int cuMemFree_v2(std::uint64_t address) {
     const std::lock_guard on(lock);
-    if (held.erase(address) == 0) std::abort();
-    std::free(reinterpret_cast<void*>(address));
+    const auto found = held.find(address);
+    if (found == held.end()) std::abort();
+    spare[(found->second + kBlock - 1) / kBlock].push_back(address);
+    held.erase(found);
+    ++num_freed;
     return 0;
 }
 FAKE int cuMemGetInfo_v2(std::size_t* free, std::size_t* total) { return *free = 1000, *total = 2'000'000, 0; }
@@ -143,7 +157,7 @@ FAKE int cuMemsetD8Async(std::uint64_t to, unsigned char value, std::size_t size
 }
 FAKE int cuStreamBeginCapture_v2(void*, int) {
     const std::lock_guard on(lock);
-    captured = new Graph;
+    captured = new Graph{{}, num_freed};
     return 0;
 }
 FAKE int cuStreamEndCapture(void*, void** out) {
@@ -165,6 +179,7 @@ FAKE int cuGraphExecDestroy(void* graph) {
 }
 FAKE int cuGraphLaunch(void* graph, void*) {
     const std::lock_guard on(lock);
+    if (static_cast<Graph*>(graph)->num_freed != num_freed) return kInvalid;  // it may copy memory that was freed
     log("graph");
     for (const Work& each : static_cast<Graph*>(graph)->work) queued.push_back(each);
     return 0;

@@ -268,6 +268,17 @@ def test_the_second_picture_allocates_nothing(sana) -> None:
     assert one.count("allocate") == three.count("allocate") > 0
 
 
+def test_no_graph_is_launched_whose_memory_was_freed(sana, bundle, tmp_path) -> None:
+    """A longer schedule needs a larger table, which gets the address of the one that was freed for it."""
+    steps = [3, 3, 9, 3, 3, 9, 9, 3]
+    ran = sana(bundle, tmp_path, *steps, command=("sana_schedules",))
+    assert ran.code == 0, ran.error
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        wanted = {count: engine.generate("a cat", seed=3, steps=count, width=96)[0].tobytes() for count in set(steps)}
+    for number, count in enumerate(steps):
+        assert read_picture(tmp_path / f"{number}.png")[0].tobytes() == wanted[count]
+
+
 def test_kernels_are_kept_for_the_next_start_and_for_python(sana, bundle, tmp_path) -> None:
     first, second = sana("a cat", *REQUEST), sana("a cat", *REQUEST)
     assert (first.count("compile"), second.count("compile")) == (5, 0)  # the text encoder sees two lengths

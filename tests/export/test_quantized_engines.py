@@ -84,9 +84,9 @@ def test_tensorrt_computes_the_text_encoder_in_8_bits(kind, table):
     part, made = with_weights({"text_encoder": component("text_encoder", Precision.BF16)}, kept)["text_encoder"], runner()
     if kept.get("text_encoder") == "w8a8":
         part = replace(part, plan=quantized_text.encoder("static").plan)
-    graphs = made.export(part)
-    profile = profiles(part, RANGES, instructed_tokens=60, embedded_guidance=False)
-    inputs, _ = text_cases(PromptTokenizer(made.checkpoint.tokenizer_path, made.checkpoint.prompt), RANGES.max_batch)
+    graphs, tokenizer = made.export(part), PromptTokenizer(made.checkpoint.tokenizer_path, made.checkpoint.prompt)
+    profile = profiles(part, RANGES, instructed_tokens=tokenizer.sequence_length(), embedded_guidance=False)
+    inputs, _ = text_cases(tokenizer, RANGES.max_batch)
     golden, own = make_reference(part, inputs, made.loader(part))
     got = run_tensorrt(made.engine(part, graphs, (HERE,), profile).path, with_rows(part, graphs.folder, golden))
     assert measured("text_encoder", "tensorrt", got, golden, bounds(own, golden if part.plan else None))

@@ -70,6 +70,17 @@ def test_each_size_and_number_of_steps_has_its_own(opened, cuda):
         assert sum(launches(cuda)) == before + len(requests)
 
 
+def test_no_graph_is_launched_whose_memory_was_freed(opened, cuda):
+    """A longer schedule needs a larger table, which gets the address of the one that was freed for it."""
+    wanted = {}
+    with opened(cuda_graphs=False) as plain:
+        for steps in (3, 9):
+            wanted[steps] = plain.generate("an owl", **REQUEST | {"steps": steps})[0].tobytes()
+    with opened(cuda_graphs=True) as engine:
+        for steps in (3, 3, 9, 3, 3, 9, 9, 3):
+            assert engine.generate("an owl", **REQUEST | {"steps": steps})[0].tobytes() == wanted[steps]
+
+
 def test_whoever_looks_at_the_steps_gets_them_one_by_one(opened, cuda):
     with opened(cuda_graphs=True) as engine:
         for _ in range(3):

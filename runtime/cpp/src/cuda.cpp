@@ -130,7 +130,10 @@ Address Cuda::allocate(std::size_t size) {
     return out;
 }
 
-void Cuda::free(Address address) noexcept { cuda().cuMemFree_v2(address); }
+void Cuda::free(Address address) noexcept {
+    cuda().cuMemFree_v2(address);
+    ++num_freed_;
+}
 
 void* Cuda::allocate_pinned(std::size_t size) {
     void* out = nullptr;

@@ -4,6 +4,7 @@
 // CUDA's headers nor its libraries are needed to build.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -30,6 +31,7 @@ class Cuda {
 
     Address allocate(std::size_t size);  // aligned. Raises GpuMemoryError, saying how much there was, if it is not to be had
     void free(Address address) noexcept;
+    std::size_t num_freed() const { return num_freed_; }  // allocations
     void* allocate_pinned(std::size_t size);
     void free_pinned(void* memory) noexcept;
 
@@ -51,6 +53,7 @@ class Cuda {
   private:
     int device_ = 0;
     void *context_ = nullptr, *stream_ = nullptr;
+    std::atomic<std::size_t> num_freed_ = 0;
 };
 
 // Device memory of one tensor, and its page-locked twin. It grows and never shrinks.

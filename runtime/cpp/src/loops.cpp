@@ -8,6 +8,10 @@ constexpr std::size_t kLoopsKept = 8;  // keys that are remembered: a graph of 2
 }  // namespace
 
 void* Loops::get(const Key& key, const std::function<void()>& queue) {
+    if (num_freed_ != cuda_.num_freed()) {
+        clear();
+        num_freed_ = cuda_.num_freed();
+    }
     for (auto each = kept_.begin(); each != kept_.end(); ++each) {
         if (each->first != key) continue;
         kept_.splice(kept_.begin(), kept_, each);
