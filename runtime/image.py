@@ -14,11 +14,12 @@ from PIL import Image
 from engines.disk import human_bytes
 from engines.errors import DiskFullError, RequestError, SanaError
 from runtime.picture_info import PictureInfo, parse_picture_info
-from runtime.png import STRIPE_ROWS, encode_png
-from runtime.together import each
+from runtime.png import encode_png
+from runtime.together import MAX_THREADS, each
 
 __all__ = ["INFO_KEY", "png_bytes", "read_picture", "read_picture_info", "save_png", "to_images"]
 
+PART_PIXELS = 1 << 18  # that a thread turns into levels at a time, at least: four parts of a picture of 1024 px
 INFO_KEY = "sana"  # the keyword of the PNG's iTXt chunk, and the key in PIL's Image.info
 
 
@@ -30,9 +31,11 @@ def to_images(decoded: NDArray[np.float32]) -> list[Image.Image]:
     """
     batch, _, height, width = decoded.shape
     pixels = np.empty((batch, height, width, 3), np.uint8)
-    # By stripes that stay in a processor's cache, on several threads: pass by pass over all of it takes longer than a GPU's step.
-    stripes = [(number, start) for number in range(batch) for start in range(0, height, STRIPE_ROWS)]
-    if not all(each(lambda stripe: _to_levels(decoded, pixels, *stripe), stripes)):
+    # On several threads, and by parts that are not small: each pass lets go of Python's lock, and to get it back among many threads
+    # takes longer than a small part's pass.
+    rows = max(-(-height // MAX_THREADS), -(-PART_PIXELS // width))
+    parts = [(number, slice(start, start + rows)) for number in range(batch) for start in range(0, height, rows)]
+    if not all(each(lambda part: _to_levels(decoded, pixels, *part), parts)):
         bad = int(np.size(decoded) - np.isfinite(decoded).sum())
         raise SanaError(
             f"decoder: got {bad} pixels that are not finite numbers; expected none. A precision is too narrow for this model: "
@@ -41,9 +44,9 @@ def to_images(decoded: NDArray[np.float32]) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def _to_levels(decoded: NDArray[np.float32], pixels: NDArray[np.uint8], number: int, start: int) -> bool:
+def _to_levels(decoded: NDArray[np.float32], pixels: NDArray[np.uint8], number: int, rows: slice) -> bool:
     """Some rows of one picture into `pixels`; False, and no rows, if a number is not finite."""
-    part = decoded[number, :, start : start + STRIPE_ROWS]
+    part = decoded[number, :, rows]
     if not (np.isfinite(part.max()) and np.isfinite(part.min())):
         return False
     levels = np.clip(part, -1, 1)
@@ -51,7 +54,7 @@ def _to_levels(decoded: NDArray[np.float32], pixels: NDArray[np.uint8], number: 
     levels *= np.float32(127.5)  # to the bit what (x / 2 + 1/2) * 255 is: halving rounds nothing
     np.rint(levels, out=levels)
     for channel, plane in enumerate(levels.astype(np.uint8)):  # first, because to cast and to spread at once is slower
-        pixels[number, start : start + STRIPE_ROWS, :, channel] = plane
+        pixels[number, rows, :, channel] = plane
     return True
 
 

@@ -66,18 +66,20 @@ def encode_png(pixels: NDArray[np.uint8], text: dict[str, str]) -> bytes:
 
 def _stripe(rows: NDArray[np.uint8], start: int) -> _Stripe:
     """Some rows, filtered and compressed."""
+    # In few calls: each lets go of Python's lock, and to get it back among many threads takes longer than a small one's work.
     stripe = rows[start : start + STRIPE_ROWS]
     filtered = np.empty((len(stripe), 1 + rows.shape[1]), np.uint8)
     filtered[:, 0] = UP
-    filtered[:, 1:] = stripe
-    filtered[1:, 1:] -= stripe[:-1]  # modulo 256, as the filter is defined
     if start:
-        filtered[0, 1:] -= rows[start - 1]
+        np.subtract(stripe, rows[start - 1 : start - 1 + len(stripe)], out=filtered[:, 1:])  # modulo 256, as the filter is defined
+    else:
+        filtered[0, 1:] = stripe[0]
+        np.subtract(stripe[1:], stripe[:-1], out=filtered[1:, 1:])
     # raw: one header and one checksum for all stripes
     deflate = zlib.compressobj(LEVEL, zlib.DEFLATED, -zlib.MAX_WBITS, strategy=STRATEGY)
     last = start + STRIPE_ROWS >= len(rows)
-    packed = deflate.compress(filtered.data), deflate.flush(zlib.Z_FINISH if last else zlib.Z_FULL_FLUSH)
-    return _Stripe(_chunk(b"IDAT", *packed), zlib.adler32(filtered.data, 0), filtered.size)
+    packed = deflate.compress(filtered.data) + deflate.flush(zlib.Z_FINISH if last else zlib.Z_FULL_FLUSH)
+    return _Stripe(_chunk(b"IDAT", packed), zlib.adler32(filtered.data, 0), filtered.size)
 
 
 def _chunk(kind: bytes, *body: bytes) -> tuple[bytes, ...]:

@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import runtime.image
 from engines.errors import DiskFullError, ManifestError, RequestError, SanaError
-from runtime.image import INFO_KEY, read_picture, read_picture_info, save_png, to_images
+from runtime.image import INFO_KEY, PART_PIXELS, read_picture, read_picture_info, save_png, to_images
 from runtime.picture_info import PictureInfo, RecipeInfo
 from runtime.schedule import make_schedule
 
@@ -49,6 +49,13 @@ def test_pixels_as_diffusers() -> None:
     decoded = decoded.reshape(1, 3, 64, 64)
     theirs = VaeImageProcessor().postprocess(torch.from_numpy(decoded.copy()))[0]
     assert np.array_equal(np.asarray(to_images(decoded)[0]), np.asarray(theirs))
+
+
+def test_parts_of_a_picture_meet() -> None:
+    decoded = np.random.default_rng(0).normal(0, 1, (2, 3, 33 * 32, 2 * PART_PIXELS // (33 * 32) + 5)).astype(np.float32)
+    wanted = np.rint((np.clip(decoded, -1, 1) + np.float32(1)) * np.float32(127.5)).astype(np.uint8)
+    for picture, levels in zip(to_images(decoded), wanted, strict=True):
+        assert np.array_equal(np.asarray(picture), levels.transpose(1, 2, 0))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
