@@ -15,6 +15,7 @@ from torch import Tensor
 
 from apps.cli.inspect import read_report
 from apps.cli.verify import measure_component
+from benchmarks.large_convolutions import ConvolutionsByRows
 from benchmarks.latency_plan import bundle_plan
 from benchmarks.latency_work import Arrays
 from engines.bundle import Bundle
@@ -80,9 +81,9 @@ def _graph_output(
     if component == "decoder" and like is not None and like.manifest.precision[component] in QUANTIZED:
         kind: Rows = "int8" if like.manifest.precision[component] == Precision.INT8 else "fp8"
         decoder = DecoderForExport(checkpoint.vae(dtype, device))
-        with ConvRanges(decoder) as ranges:
+        with ConvRanges(decoder) as ranges, ConvolutionsByRows():
             decoder(x["latents"])
-        with QuantizedConvs(decoder, conv_plan(kind, ranges.largest(), MARGINS[kind])):
+        with QuantizedConvs(decoder, conv_plan(kind, ranges.largest(), MARGINS[kind])), ConvolutionsByRows():
             return decoder(x["latents"])
     return network_output(component, checkpoint, inputs, dtype, device)
 
@@ -107,7 +108,8 @@ def network_output(component: ComponentName, checkpoint: Checkpoint, inputs: Arr
             guidance,
         )
     if component == "decoder":
-        return DecoderForExport(checkpoint.vae(dtype, device))(x["latents"])
+        with ConvolutionsByRows():
+            return DecoderForExport(checkpoint.vae(dtype, device))(x["latents"])
     length = checkpoint.prompt.max_sequence_length
     return TextEncoderForExport(checkpoint.text_encoder(dtype, device), length)(x["input_ids"], x["attention_mask"])
 
