@@ -1,0 +1,141 @@
+"""Figures are taken one at a time, of bundles that are there, and what is done stays done."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import latency, take_figures
+from benchmarks.take_figures import GROUPS, Group, main
+from export.build_engine import _parser as build_parser
+from sana_ref.variants import VARIANTS
+
+# In place of all programs. It writes down when it ran, makes what --out names, and does what its first word says.
+PROGRAM = """
+import os, pathlib, sys, time
+words = sys.argv[1:]
+log = pathlib.Path(os.environ["TAKEN"])
+def note(what):
+    with log.open("a") as file:
+        file.write(f"{what} {pathlib.Path(sys.argv[0]).stem} {' '.join(pathlib.Path(w).name for w in words)}\\n")
+note("begin")
+if "--out" in words:
+    pathlib.Path(words[words.index("--out") + 1]).mkdir(parents=True, exist_ok=True)
+if "slow" in words:
+    log.with_name("pid").write_text(str(os.getpid()))
+    time.sleep(60)
+note("end")
+sys.exit(f"it did not like {words[0]}" if "bad" in words else 0)
+"""
+GROUP = Group(
+    about="a test",
+    checkpoint=("c",),
+    common=(),
+    bundles={"a": ("first",), "b": ("second",)},
+    figures={"one": ("figure.py", "@a", "@b"), "two": ("figure.py", "@b", "--model", "@model")},
+)
+
+
+@pytest.fixture
+def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[str]]]:
+    """The exit code, and what ran since the last call."""
+    for name in ("benchmarks/random_checkpoint.py", "export/build_engine.py", "figure.py"):
+        path = tmp_path / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(PROGRAM)
+    monkeypatch.setattr(take_figures, "ROOT", tmp_path / "root")
+    monkeypatch.setattr(take_figures, "NEEDED_S", 0)
+    monkeypatch.setenv("TAKEN", str(tmp_path / "log"))
+
+    def call(group: Group = GROUP, *arguments: str) -> tuple[int, list[str]]:
+        (tmp_path / "log").write_text("")
+        code = main([*arguments, "--out", str(tmp_path / "out")], {"test": group})
+        return code, (tmp_path / "log").read_text().splitlines()
+
+    return call
+
+
+def test_all_of_a_group(take, tmp_path: Path) -> None:
+    code, ran = take()
+    assert code == 0
+    assert ran[:2] == ["begin random_checkpoint c --out model", "end random_checkpoint c --out model"]
+    builds, figures = ran[2:6], ran[6:]
+    assert {each.split(" ", 1)[1] for each in builds} == {
+        f"build_engine --model model --target current --cache cache {word} --out {name}" for name, (word,) in GROUP.bundles.items()
+    }
+    assert figures == [f"{when} figure {words}" for words in ("a b", "b --model model") for when in ("begin", "end")]
+    assert take() == (0, [])  # all is done
+    assert take(GROUP, "--clean") == (0, [])
+    assert not (tmp_path / "out" / "test" / "model").exists()
+    assert take() == (0, [])  # and stays done
+
+
+def test_bundles_share_the_cores(take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(take_figures, "default_threads", lambda: 8)
+    script = tmp_path / "root" / "export" / "build_engine.py"
+    script.write_text(f"import os\nprint('threads', os.environ['OMP_NUM_THREADS']){PROGRAM}")
+    take()
+    for name in GROUP.bundles:
+        assert (tmp_path / "out" / "test" / "logs" / f"bundle {name}.log").read_text().startswith("threads 4")
+
+
+def test_what_fails_is_said_and_the_others_go_on(take, capsys: pytest.CaptureFixture[str]) -> None:
+    group = Group(about="", checkpoint=("c",), common=(), bundles={"a": ("bad",), "b": ()}, figures=GROUP.figures)
+    code, ran = take(group)
+    assert code == 1
+    said = capsys.readouterr().out
+    assert "test, bundle a: exit code 1" in said
+    assert "it did not like --model" in said
+    assert "test, figure one: it needs the bundle a, which is not there" in said
+    assert [line for line in ran if line.startswith("begin figure")][-1] == "begin figure b --model model"
+    code, ran = take()  # what failed is tried again, and only that
+    assert code == 0
+    assert [line.split()[1] for line in ran if line.startswith("begin")] == ["build_engine", "figure"]
+
+
+def test_the_limit(take, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    slow = Group(about="", checkpoint=("c",), common=(), bundles={"a": ()}, figures={"one": ("figure.py", "slow")})
+    began = time.monotonic()
+    code, ran = take(slow, "--limit", "4")
+    assert code == 3
+    assert time.monotonic() - began < 30
+    assert "figure one: the time is over" in capsys.readouterr().err
+    assert ran[-1] == "begin figure slow"
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    quick = Group(about="", checkpoint=("c",), common=(), bundles={"a": ()}, figures={"one": ("figure.py", "quick")})
+    assert take(quick) == (0, ["begin figure quick", "end figure quick"])
+
+
+def test_a_figure_is_not_begun_shortly_before_the_end(take, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(take_figures, "NEEDED_S", 1000)
+    code, ran = take(GROUP, "--limit", "100")
+    assert code == 3
+    assert not any("figure" in line for line in ran)
+
+
+def test_words_that_are_wrong(take, capsys: pytest.CaptureFixture[str]) -> None:
+    assert take(GROUP, "tset") == (2, [])
+    assert "group: got 'tset'; did you mean 'test'?" in capsys.readouterr().err
+
+
+def test_the_list(take, capsys: pytest.CaptureFixture[str]) -> None:
+    assert take(GROUP, "--list") == (0, [])
+    assert "test: a test; left: one, two" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_programs_take_these_words(name: str) -> None:
+    group = GROUPS[name]
+    assert group.checkpoint[1] in VARIANTS
+    for words in group.bundles.values():
+        build_parser().parse_args(["--model", "m", "--out", "o", *group.common, *words])
+    for program, *words in group.figures.values():
+        assert {word[1:] for word in words if word.startswith("@")} <= {"model", *group.bundles}
+        if program == take_figures.LATENCY[0]:
+            options = latency.parser().parse_args(words)
+            assert options.model is not None
