@@ -125,7 +125,8 @@ def convolved(
         if turned:
             w_KN = tl.trans(w_KN)
         # ieee: for fp32 inputs; the default, TF32, has 10 bits of mantissa. Half precision products are exact in fp32 anyway.
-        sums_MN = tl.dot(pixels_MK, w_KN, sums_MN, input_precision="ieee")
+        # out_dtype: where it is not given, Triton before 3.8 refuses sums that are not fp32, int32 too.
+        sums_MN = tl.dot(pixels_MK, w_KN, sums_MN, input_precision="ieee", out_dtype=sums_MN.dtype)
     return sums_MN
 
 

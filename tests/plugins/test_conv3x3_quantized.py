@@ -7,10 +7,12 @@ import subprocess
 import pytest
 import torch
 import triton
+import triton.language as tl
 from parity.bound import assert_parity
 from parity.eight_bits import assert_bits
 from parity.interpreter import interpret
 from torch.nn import functional as F
+from triton.language.semantic import TritonSemantic
 
 from plugins import conv3x3, cubin
 from plugins import conv3x3_quantized as op
@@ -306,17 +308,41 @@ def test_cubins(name, target, out_scale):
     assert [arg[1] for arg in numbers[2:]] == [*([1e-3] if norm else []), *([out_scale] if out_scale else [])]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_need_no_default_of_newer_triton(monkeypatch, kind):
+    """Before 3.8 a product without out_dtype is fp32, and sums of another type are refused; since then it is of the sums' type."""
+    dot = TritonSemantic.dot
+
+    def older(self, lhs, rhs, acc, input_precision, max_num_imprecise_acc, out_dtype):
+        return dot(self, lhs, rhs, acc, input_precision, max_num_imprecise_acc, tl.float32 if out_dtype is None else out_dtype)
+
+    monkeypatch.setattr(TritonSemantic, "dot", older)
+    monkeypatch.setenv("TRITON_ALWAYS_COMPILE", "1")  # not from Triton's cache on disk
+    assert op.compile_cubin.__wrapped__(OPS[kind, conv3x3.OP], 90, "fp16", 32, 16).code[:4] == b"\x7fELF"
+
+
+def disassembled(tmp_path, name, capability):
+    """At a size of DC-AE."""
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(op.compile_cubin(name, capability, "bf16", 256, 256, quantized=True).code)
+    return subprocess.run([triton.knobs.nvidia.nvdisasm.path, path], capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize(
     ("name", "capability"),
     [("Int8Conv3x3", 86), *(pytest.param(name, 80, marks=pytest.mark.slow) for name in ("Int8Conv3x3", "Int8Conv3x3Norm"))],
 )
 def test_tensor_cores_multiply_int8(tmp_path, name, capability):
-    """At a size of DC-AE; and no register is spilled, as where Triton carries weights byte by byte (plugins/conv3x3.py)."""
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(op.compile_cubin(name, capability, "bf16", 256, 256, quantized=True).code)
-    code = subprocess.run([triton.knobs.nvidia.nvdisasm.path, path], capture_output=True, text=True, check=True).stdout
+    """And no register is spilled, as where Triton carries weights byte by byte (plugins/conv3x3.py)."""
+    code = disassembled(tmp_path, name, capability)
     assert "IMMA.16832.S8.S8" in code
     assert not re.search(r"\b(LDL|STL)\b", code)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Int8Conv3x3", "Int8Conv3x3Norm"])
+def test_hopper_multiplies_int8_by_warp_groups(tmp_path, name):
+    assert re.search(r"\bIGMMA\.64x\d+x32\.S8\.S8", disassembled(tmp_path, name, 90))
 
 
 @pytest.mark.parametrize("kind", KINDS)
