@@ -65,9 +65,8 @@ class Loops:
 
     def clear(self) -> None:
         """None may be running."""
-        for loop in self._kept.values():
-            _close(loop)
-        self._kept.clear()
+        while self._kept:  # each is let go before it is closed: after Ctrl-C none is closed twice
+            _close(self._kept.popitem()[1])
 
 
 def _close(loop: Any) -> None:

@@ -8,12 +8,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pytest
 from fakes import LATENT_CHANNELS, fake_inputs, write_fake_bundle
 from PIL import Image
 
+import runtime.engine
 from engines.errors import BundleError, DigestError, RequestError, SanaError
 from runtime import SanaEngine
 from runtime.image import INFO_KEY, read_picture, save_png
@@ -235,6 +237,18 @@ def test_raising_in_on_step_cancels(engine: SanaEngine) -> None:
         engine.generate("a cat", steps=5, on_step=cancel)
     assert seen == [1, 2]
     assert engine.generate("a cat")
+
+
+def test_what_goes_wrong_in_the_thread_that_makes_noise_comes_out(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left(seeds: list[int], shape: tuple[int, ...]) -> NoReturn:
+        raise MemoryError(f"{len(seeds)} x {shape}")
+
+    expected = sha(engine.generate("a cat")[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.engine, "normal_batch", none_left)
+        with pytest.raises(MemoryError, match="1 x "):
+            engine.generate("a cat")
+    assert sha(engine.generate("a cat")[0]) == expected
 
 
 def test_calling_the_engine_from_on_step_does_not_hang(engine: SanaEngine) -> None:

@@ -81,6 +81,25 @@ def test_no_graph_is_launched_whose_memory_was_freed(opened, cuda):
             assert engine.generate("an owl", **REQUEST | {"steps": steps})[0].tobytes() == wanted[steps]
 
 
+def test_an_interrupt_while_loops_are_closed_closes_none_twice(cuda, monkeypatch):
+    loops = Loops(cuda)
+    for key in "aabb":
+        loops.get(key, lambda marks: None)
+    destroyed, destroy = [], cuda.destroy_graph
+
+    def interrupted(graph):
+        destroy(graph)
+        destroyed.append(graph)
+        if len(destroyed) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cuda, "destroy_graph", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loops.clear()
+    loops.clear()
+    assert len({id(graph) for graph in destroyed}) == len(destroyed) == 2
+
+
 def test_whoever_looks_at_the_steps_gets_them_one_by_one(opened, cuda):
     with opened(cuda_graphs=True) as engine:
         for _ in range(3):
