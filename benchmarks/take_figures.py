@@ -36,6 +36,7 @@ LATENCY = ("benchmarks/latency.py", "--rounds", "50", "--pictures", "20", "--no-
 RUNTIME = ("benchmarks/runtime_figures.py", "--record", "--note", "random weights")
 COMPILED = ("--peers", "eager,reduce-overhead,max-autotune")
 NEEDED_S = 60  # a figure is not begun if less is left: the shortest take this long
+POLL_S = 0.2  # between two looks at what runs
 STOP_S = 5.0  # from an interrupt to the end of a process that does not mind it
 
 
@@ -175,16 +176,20 @@ class Runner:
             for job, command in jobs.items():
                 with (self.folder / "logs" / f"{job}.log").open("wb") as log:
                     running[job] = subprocess.Popen(command, stdout=log, stderr=log, env=environment, cwd=ROOT)
-            for job, process in running.items():
-                try:
-                    code = process.wait(None if self.deadline == float("inf") else max(0.0, self.deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    raise TimeOver(f"{self.name}, {job}: the time is over. Run it again to go on.") from None
-                if code:
-                    self._fail(job, f"exit code {code}; {self._end(job)}")
-                    continue
-                (self.folder / "done" / job).touch()
-                self._say(f"{job}: done after {time.monotonic() - began:.0f} s; {self._end(job, lines=1)}")
+            left = dict(running)
+            while left:  # each as it ends, so that what is done is kept when the time is over
+                ended = {job: code for job, process in left.items() if (code := process.poll()) is not None}
+                for job, code in ended.items():
+                    del left[job]
+                    if code:
+                        self._fail(job, f"exit code {code}; {self._end(job)}")
+                        continue
+                    (self.folder / "done" / job).touch()
+                    self._say(f"{job}: done after {time.monotonic() - began:.0f} s; {self._end(job, lines=1)}")
+                if left and time.monotonic() >= self.deadline:
+                    raise TimeOver(f"{self.name}, {', '.join(left)}: the time is over. Run it again to go on.")
+                if not ended:
+                    time.sleep(POLL_S)
 
     def _end(self, job: str, lines: int = 12) -> str:
         log = self.folder / "logs" / f"{job}.log"

@@ -111,6 +111,13 @@ def test_the_limit(take, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert take(quick) == (0, ["begin figure quick", "end figure quick"])
 
 
+def test_what_ended_before_the_limit_is_done(take, tmp_path: Path) -> None:
+    """Also beside a build that began earlier and has not ended."""
+    group = Group(about="", checkpoint=("c",), common=(), bundles={"a": ("slow",), "b": ()}, figures={"one": ("figure.py", "@b")})
+    assert take(group, "--limit", "4")[0] == 3
+    assert [each.name for each in (tmp_path / "out" / "test" / "done").glob("bundle *")] == ["bundle b"]
+
+
 def test_a_figure_is_not_begun_shortly_before_the_end(take, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(take_figures, "NEEDED_S", 1000)
     code, ran = take(GROUP, "--limit", "100")
