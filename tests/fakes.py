@@ -298,6 +298,17 @@ def write_fake_bundle(out: Path, *, seed: int = 0, wrong_weight: str | None = No
 HALVES = np.ones((64, 6), np.float16)
 
 
+def only(component: ComponentName, bundle: Path, folder: Path) -> Path:
+    """A copy whose manifest has one component, as development builds them."""
+    shutil.copytree(bundle, folder)
+    document = json.loads((folder / "manifest.json").read_bytes())
+    others = tuple(f"{name}/" for name in COMPONENTS if name != component)
+    document["files"] = {name: entry for name, entry in document["files"].items() if not name.startswith(others)}
+    document["precision"], document["plugins"] = {component: document["precision"][component]}, {component: {}}
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return folder
+
+
 def with_table(pristine: Path, folder: Path, write: Callable[[Path], object]) -> Path:
     """A copy of a bundle with HOST_TABLE, with another table and a manifest that fits: what a program with a bug would write."""
     shutil.copytree(pristine, folder)

@@ -1,7 +1,8 @@
 // A libcuda.so.1 for the session of TensorRT: memory is the host's, and what is queued is done when somebody waits, and not before.
 // So a buffer that is written again too early, and a missing wait, give wrong numbers here as they would on a GPU. New memory is
-// full of NaN, and has the address of what was freed last, if that was of as many blocks. FAKE_CUDA_SM: the architecture, "89"; FAKE_GPU_MEMORY: bytes; FAKE_GPU_LOG: a file that is told what happens;
-// FAKE_CUDA_SLOW: the seconds that cuInit and a context take; FAKE_CUDA_FAILS: cuDeviceGetCount or cuDevicePrimaryCtxRetain.
+// full of NaN, and has the address of what was freed last, if that was of as many blocks. FAKE_CUDA_SM: the architecture, "89";
+// FAKE_GPU_MEMORY: bytes; FAKE_GPU_LOG: a file that is told what happens; FAKE_CUDA_SLOW: the seconds that cuInit and a context take;
+// FAKE_CUDA_FAILS: cuDeviceGetCount or cuDevicePrimaryCtxRetain.
 #include <chrono>
 #include <cstdint>
 #include <cstdio>

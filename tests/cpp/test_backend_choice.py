@@ -110,6 +110,19 @@ def test_a_gpu_without_an_engine(generate, fake_cuda, bundle):
     assert f"because TensorRT cannot run this bundle here: {message}\n" in generate("auto", **environment)
 
 
+def test_a_gpu_with_an_engine_of_the_one_component(cpp, fake_cuda, bundle, tmp_path, monkeypatch):
+    """What development builds: it has all its engines for this GPU."""
+    alone = fakes.only("decoder", bundle.path, tmp_path / "decoder")
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(fake_cuda))
+    monkeypatch.setenv("SANA_TENSORRT", str(fake_cuda / "none.so"))
+    for sm, refused in (("89", False), ("86", True)):
+        monkeypatch.setenv("FAKE_CUDA_SM", sm)
+        words = ["generate", alone, "a cat", "--backend", "tensorrt", "--out", tmp_path / "out.png"]
+        said = run_program(cpp, "sana", *words).stderr
+        assert (f"this GPU is sm{sm}, and the bundle has engines for sm80, sm89" in said) == refused
+        assert "error: " in said
+
+
 def test_a_gpu_with_engines(cpp, generate, fake_cuda):
     """Without TensorRT's headers, and with them where its library is not there."""
     said = subprocess.run([cpp / "sana", "--version"], capture_output=True, text=True, check=True).stdout

@@ -18,12 +18,12 @@ import onnx
 import pytest
 from cpp_bundles import letters_bundle, sprint_bundle
 from cpp_pictures import onnxruntime_library
-from fakes import HOST_TABLE
+from fakes import HOST_TABLE, only
 
 from benchmarks import cpp_runtime
 from engines.bundle import Bundle, TensorRTInfo
 from engines.digest import file_sha256
-from engines.errors import ParityError, SanaError, TensorRTVersionError
+from engines.errors import MissingFileError, ParityError, SanaError, TensorRTVersionError
 from engines.spec import COMPONENTS, Target
 from engines.token_table import TABLE_NAME
 from runtime import SanaEngine
@@ -277,6 +277,16 @@ def test_no_graph_is_launched_whose_memory_was_freed(sana, bundle, tmp_path) -> 
         wanted = {count: engine.generate("a cat", seed=3, steps=count, width=96)[0].tobytes() for count in set(steps)}
     for number, count in enumerate(steps):
         assert read_picture(tmp_path / f"{number}.png")[0].tobytes() == wanted[count]
+
+
+def test_a_bundle_of_one_component(sana, bundle, tmp_path) -> None:
+    """What development builds: it opens, and draws nothing, for the reason that Python gives."""
+    alone = only("decoder", bundle, tmp_path / "decoder")
+    with pytest.raises(MissingFileError) as caught:
+        Bundle.open(alone).require_engine(COMPONENTS[0], "sm89")
+    for options in ([], ["--low-memory"]):
+        ran = sana("a cat", "--backend", "tensorrt", *options, of=alone)
+        assert (ran.code, ran.error.splitlines()[-1]) == (2, f"sana: error: {caught.value}")
 
 
 def test_kernels_are_kept_for_the_next_start_and_for_python(sana, bundle, tmp_path) -> None:

@@ -2,9 +2,7 @@
 
 import functools
 import hashlib
-import json
 import logging
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from fake_tensorrt import ACTIVATIONS, FakeCuda, fake_backend
-from fakes import fake_inputs, write_fake_bundle
+from fakes import fake_inputs, only, write_fake_bundle
 
 import runtime.trt_backend
 from engines.bundle import Bundle
@@ -217,12 +215,7 @@ def test_a_session_by_hand(engine: SanaEngine, bundle: Bundle) -> None:
 
 def test_a_bundle_of_one_component(bundle: Bundle, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What development builds: it runs by hand, and draws nothing."""
-    folder = shutil.copytree(bundle.path, tmp_path / "decoder")
-    document = json.loads((folder / "manifest.json").read_bytes())
-    others = tuple(f"{name}/" for name in COMPONENTS if name != "decoder")
-    document["files"] = {name: entry for name, entry in document["files"].items() if not name.startswith(others)}
-    document["precision"], document["plugins"] = {"decoder": document["precision"]["decoder"]}, {"decoder": {}}
-    (folder / "manifest.json").write_text(json.dumps(document))
+    folder = only("decoder", bundle.path, tmp_path / "decoder")
     monkeypatch.setattr(runtime.trt_backend, "open_tensorrt", functools.partial(fake_backend, cuda=cuda))
     for backend in ("tensorrt", "onnxruntime"):
         with SanaEngine(folder, backend=backend) as alone:

@@ -35,7 +35,7 @@ std::unique_ptr<Backend> on_gpu(const Bundle& bundle, [[maybe_unused]] const Eng
 }  // namespace
 
 void require_engines(const Bundle& bundle, const std::string& sm) {
-    for (const std::string& component : component_names()) {
+    for (const std::string& component : bundle.manifest.components()) {
         if (bundle.manifest.engine_name(component, sm) != nullptr) continue;
         std::string have;
         for (const std::string& target : bundle.manifest.targets) have += (have.empty() ? "engines for " : ", ") + target;

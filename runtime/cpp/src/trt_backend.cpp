@@ -44,7 +44,9 @@ void append_to(Loops::Key& key, const Shape& shape) {
 
 std::vector<std::string> engine_names(const Bundle& bundle, const DeviceInfo& device) {  // in the order of components
     std::vector<std::string> out;
-    for (const std::string& component : component_names()) out.push_back(*bundle.manifest.engine_name(component, device.sm()));
+    for (const std::string& component : bundle.manifest.components()) {
+        out.push_back(*bundle.manifest.engine_name(component, device.sm()));
+    }
     return out;
 }
 
@@ -115,8 +117,9 @@ TrtBackend::TrtBackend(const Bundle& bundle, const DeviceInfo& device, const trt
       }) {
     timings::tell_part("CUDA's context made");
     files_ = opened_files(bundle, device);
-    for (std::size_t i = 0; i < component_names().size(); ++i) {
-        const std::string &component = component_names()[i], &name = files_[i];
+    const std::vector<std::string> components = bundle.manifest.components();  // all of them, but in what development builds
+    for (std::size_t i = 0; i < components.size(); ++i) {
+        const std::string &component = components[i], &name = files_[i];
         paths_[component] = bundle.file(name);
         digests_[component] = bundle.manifest.file(name)->sha256;
     }
@@ -162,6 +165,7 @@ std::vector<std::unique_ptr<TrtBackend::Loading>> TrtBackend::begin_to_load(cons
         out.back()->thread = std::jthread([this, each = out.back().get()] {
             const std::string& name = each->component;
             try {
+                if (!paths_.contains(name)) bundle_.onnx_path(name);  // says that the bundle has not this component
                 cuda_.make_current();  // of this thread
                 auto tokens = name == kEncoder ? TokenTable::of(bundle_) : nullptr;
                 each->session = std::make_unique<TrtSession>(paths_.at(name), library_, cuda_, arena_, kernels_, digests_.at(name),
