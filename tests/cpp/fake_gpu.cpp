@@ -31,7 +31,8 @@ std::recursive_mutex lock;  // engines load in several threads
 std::deque<Work> queued;
 Graph* captured = nullptr;
 std::map<std::uint64_t, std::size_t> held;
-std::map<std::size_t, std::vector<std::uint64_t>> spare;  // by blocks: what was freed
+// By blocks: what was freed. It outlives the check for leaks.
+std::map<std::size_t, std::vector<std::uint64_t>>& spare = *new std::map<std::size_t, std::vector<std::uint64_t>>;
 std::size_t num_freed = 0;
 constexpr std::size_t kBlock = 1 << 16;  // bytes
 constexpr int kInvalid = 1;              // CUDA_ERROR_INVALID_VALUE
