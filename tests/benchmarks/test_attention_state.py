@@ -45,6 +45,7 @@ def test_only_what_is_named_is_rounded_and_the_op_comes_back():
     assert 0 < (state - exact).square().mean() < 0.01 * exact.square().mean()
 
 
+@pytest.mark.slow
 def test_errors_of_runs_and_what_is_said_of_them(tmp_path):
     reference, store = SanaReference(load(tiny())), Store(tmp_path)
     runs = draw_all(reference, plan_runs(reference.checkpoint, recipe().calibration), store, quiet())

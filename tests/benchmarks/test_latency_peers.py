@@ -63,6 +63,7 @@ def peers(checkpoint: Checkpoint, component: ComponentName, modes: list[str], sa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_diffusers_is_as_exact_as_pytorch(checkpoint: Checkpoint, component: ComponentName, said: list[str]) -> None:
     with peers(checkpoint, component, ["eager"], said) as found:

@@ -83,6 +83,7 @@ def test_bundles_share_the_cores(take, tmp_path: Path, monkeypatch: pytest.Monke
         assert (tmp_path / "out" / "test" / "logs" / f"bundle {name}.log").read_text().startswith("threads 4")
 
 
+@pytest.mark.slow
 def test_what_fails_is_said_and_the_others_go_on(take, capsys: pytest.CaptureFixture[str]) -> None:
     group = Group(about="", checkpoint=("c",), common=(), bundles={"a": ("bad",), "b": ()}, figures=GROUP.figures)
     code, ran = take(group)
@@ -97,6 +98,7 @@ def test_what_fails_is_said_and_the_others_go_on(take, capsys: pytest.CaptureFix
     assert [line.split()[1] for line in ran if line.startswith("begin")] == ["build_engine", "figure"]
 
 
+@pytest.mark.slow
 def test_the_limit(take, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slow = Group(about="", checkpoint=("c",), common=(), bundles={"a": ()}, figures={"one": ("figure.py", "slow")})
     began = time.monotonic()
@@ -111,6 +113,7 @@ def test_the_limit(take, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert take(quick) == (0, ["begin figure quick", "end figure quick"])
 
 
+@pytest.mark.slow
 def test_what_ended_before_the_limit_is_done(take, tmp_path: Path) -> None:
     """Also beside a build that began earlier and has not ended."""
     group = Group(about="", checkpoint=("c",), common=(), bundles={"a": ("slow",), "b": ()}, figures={"one": ("figure.py", "@b")})

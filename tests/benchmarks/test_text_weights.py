@@ -85,6 +85,7 @@ def test_the_command(capsys, tmp_path):
     assert "held_out_captions.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_format_that_was_measured_is_kept(tmp_path, capsys):
     out = tmp_path / "out.json"
     words = ["--model", str(MODEL), "--captions", "1", "--pictures", "0", "--out", str(out), "--formats"]

@@ -93,6 +93,7 @@ def test_a_compiled_model_with_another_loss_is_refused(monkeypatch: pytest.Monke
         measure(Settings(batch=2, compile="blocks"), peer=False)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_or_comes_too_late_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     right = training.Step.passes
 

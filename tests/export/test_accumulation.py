@@ -36,6 +36,7 @@ def products(dtype: torch.dtype) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type in ("MatMul", "Gemm")]
 
 
+@pytest.mark.slow
 def test_fp16_products_are_fp32_between_two_casts():
     found = products(torch.float16)
     assert len(found) == 3
@@ -59,6 +60,7 @@ class Rows(nn.Module):
         return self.linear(x.to(self.linear.weight.dtype).flatten(0, 1)).unflatten(0, x.shape[:2]).float()
 
 
+@pytest.mark.slow
 def test_a_bias_is_added_in_fp16():
     """Between the casts, it would make TensorRT keep the weights in fp32."""
     with torch.device("meta"):

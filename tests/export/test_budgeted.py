@@ -39,6 +39,7 @@ def smallest() -> dict[str, float]:
     return whole_cost(reference, plan, runs, pictures=True, store=store)
 
 
+@pytest.mark.slow
 def test_pictures_within_a_budget(smallest):
     limit = smallest["lpips"] / 2
     assert limit > 0
@@ -54,6 +55,7 @@ def test_pictures_within_a_budget(smallest):
     assert generous.measured == pytest.approx({**smallest, "size": generous.measured["size"]})
 
 
+@pytest.mark.slow
 def test_the_recipe_that_is_written_makes_the_same_plan(smallest, tmp_path):
     chosen = chosen_for(f"error<={smallest['error'] / 2}")
     path = tmp_path / "mine.yaml"
@@ -63,6 +65,7 @@ def test_the_recipe_that_is_written_makes_the_same_plan(smallest, tmp_path):
     assert make_plan(checkpoints.load(tiny()), again, store=Store(cache()), progress=quiet()).layers == chosen.plan.layers
 
 
+@pytest.mark.slow
 def test_what_is_kept_stays_kept_and_rules_are_not_read():
     progress = quiet()
     rule = "formats=[{groups:'*.ff.*',format:fp8}]"
@@ -75,6 +78,7 @@ def test_what_is_kept_stays_kept_and_rules_are_not_read():
     assert "the recipe's own formats are not read" in said(progress)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("budget", "words"),
     [
@@ -88,6 +92,7 @@ def test_what_cannot_be_met_names_the_layers_in_the_way(budget, words):
         chosen_for(budget)
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_twice(monkeypatch):
     first = chosen_for("lpips<=0.99")
     monkeypatch.setattr(budgeted, "draw", lambda *_: pytest.fail("drawn again"))
@@ -96,6 +101,7 @@ def test_nothing_is_measured_twice(monkeypatch):
     assert "sensitivity                             unchanged, nothing done" in said(progress)
 
 
+@pytest.mark.slow
 def test_the_report_says_what_it_cost():
     asked = QuantizationRequest(
         recipe=recipe("nvfp4"), name="nvfp4", budget=parse_budget("lpips<=0.99"), offered=OFFERED, recipe_out=shared() / "out.yaml"

@@ -153,6 +153,7 @@ def test_a_failed_parity_check_leaves_the_old_bundle(built, tmp_path, monkeypatc
     assert Bundle.open(out).digest == Bundle.open(built).digest
 
 
+@pytest.mark.slow
 def test_one_component_alone(tmp_path):
     result = build(request(tmp_path / "bundle", components=("decoder",)), quiet())
     assert result.bundle.manifest.components == ("decoder",)

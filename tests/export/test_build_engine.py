@@ -19,6 +19,7 @@ def answer(capsys, *options: str) -> tuple[int, str]:
     return code, capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
@@ -88,6 +89,7 @@ def test_it_starts_as_a_file_and_as_a_module(start, tmp_path):
     assert "/no/such/folder: no such file or folder" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_build_prints_plain_lines_when_nobody_watches(tmp_path, capsys):
     report = tmp_path / "report.json"
     options = ["--out", str(tmp_path / "b"), "--cache", str(cache()), "--report", str(report)]

@@ -46,6 +46,7 @@ def exported(folder, dtype):
     return ir.to_proto(model), {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_computed_weights_are_stored(dtype, tmp_path):
     model, weights = exported(tmp_path, dtype)
@@ -62,6 +63,7 @@ def test_computed_weights_are_stored(dtype, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {DATA_NAME, FOLDED_NAME}
 
 
+@pytest.mark.slow
 def test_the_graph_computes_the_same(tmp_path):
     model, _ = exported(tmp_path, torch.float32)  # ONNX Runtime multiplies no bf16 on a CPU
     x = torch.randn(2, CHANNELS, 5, 5, generator=torch.Generator().manual_seed(1)).numpy()
@@ -73,6 +75,7 @@ def test_the_graph_computes_the_same(tmp_path):
     assert (found[0] == found[1]).all()
 
 
+@pytest.mark.slow
 def test_views_stay(tmp_path):
     class Views(nn.Module):
         def __init__(self) -> None:

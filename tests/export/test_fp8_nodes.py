@@ -42,6 +42,7 @@ def quantized(tmp_path_factory):
     return model, folder, counts
 
 
+@pytest.mark.slow
 def test_nodes(quantized):
     """One block has six layers. The norm before the mix-FFN quantises, and so does the sum before the text's attention; the first
     norm is no plugin, the last has no FP8 layer."""
@@ -66,6 +67,7 @@ def test_nodes(quantized):
         assert {name for name in node.input if name} <= made
 
 
+@pytest.mark.slow
 def test_weights(quantized):
     """Bits and scales are those of the rows of the checkpoint's weights, joined where layers are."""
     model, folder, _ = quantized
@@ -83,6 +85,7 @@ def test_weights(quantized):
     assert list(constants[joined].dims) == [3 * width, width]
 
 
+@pytest.mark.slow
 def test_cubins(quantized):
     model = onnx.ModelProto()
     model.CopyFrom(quantized[0])
@@ -105,6 +108,7 @@ def with_scales(folder, scales, kept=()):
         return model, use_fp8(model, folder, plan(scales, kept=kept))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [[*SCALES], [*SCALES][1:2]], ids=len)
 def test_given_scales(tmp_path, groups):
     """Kernels quantise what they make with it; without one the pass of before stays."""
@@ -130,6 +134,7 @@ def test_given_scales(tmp_path, groups):
         assert (["f32", SCALES[group]] in launches[op].args) == (group in groups)
 
 
+@pytest.mark.slow
 def test_groups_that_stay(tmp_path):
     """The convolution's output is read in fp16, and q, k and v's projection is no FP8 layer."""
     kept = ["transformer_blocks.0.attn1.to_qkv", "transformer_blocks.0.ff.conv_point"]

@@ -54,11 +54,13 @@ def relative_rms(got: np.ndarray, exact: np.ndarray) -> float:
     return float(np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2)))
 
 
+@pytest.mark.slow
 def test_both_graphs_pass_the_checker(exported):
     for name in ("typed.onnx", "model.onnx"):
         onnx.checker.check_model(str(exported[1] / name), full_check=True)
 
 
+@pytest.mark.slow
 def test_the_op_is_one_node_with_a_body(exported):
     for name in ("typed.onnx", "model.onnx"):
         model = onnx.load(exported[1] / name, load_external_data=False)
@@ -66,6 +68,7 @@ def test_the_op_is_one_node_with_a_body(exported):
         assert [f.name for f in model.functions] == ["ReluLinearAttention"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 1, 1), (1, 7, 9), (3, 16, 4)])
 def test_portable_graph_computes_the_model_at_any_size(exported, weights, batch, height, width):
     dtype, folder = exported
@@ -81,6 +84,7 @@ def test_portable_graph_computes_the_model_at_any_size(exported, weights, batch,
     assert relative_rms(got, expected) <= max(2 * relative_rms(own, expected), 1e-6)
 
 
+@pytest.mark.slow
 def test_portable_graph_stores_weights_at_the_precision_and_computes_in_fp32(exported):
     dtype, folder = exported
     typed, portable = (onnx.load(folder / name, load_external_data=False) for name in ("typed.onnx", "model.onnx"))
@@ -98,6 +102,7 @@ def test_portable_graph_stores_weights_at_the_precision_and_computes_in_fp32(exp
     assert (dtype == torch.float32) == (typed == portable)
 
 
+@pytest.mark.slow
 def test_a_table_of_words_is_widened_after_the_lookup(exported):
     portable = onnx.load(exported[1] / "model.onnx", load_external_data=False)
     lookups = [n for n in portable.graph.node if n.op_type == "Gather" and "words.weight" in n.input]
@@ -145,6 +150,7 @@ def test_a_lost_plugin_node_is_an_error():
         export_module(Small(), replace(SMALL_SPEC, plugins={"ReluLinearAttention": 1}))
 
 
+@pytest.mark.slow
 def test_an_ignored_weight_is_an_error():
     module = Small()
     export_module(module, SMALL_SPEC)

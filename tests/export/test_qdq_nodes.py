@@ -21,6 +21,7 @@ PLANS = ("int8", "fp8", "nvfp4", "int8 a token", "fp8 a token")
 OUT = "transformer_blocks.0.attn1.to_out.0"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_onnxruntime_computes_the_simulation(name):
     """The graph is fp32 between the products. It may be off the simulation with fp64 there by twice what that with fp32 is.
@@ -49,6 +50,7 @@ def initializers(name: str, file: str = TYPED_NAME) -> dict[str, onnx.TensorProt
     return {each.name: each for each in onnx.load(graphs(name) / file, load_external_data=False).graph.initializer}
 
 
+@pytest.mark.slow
 def test_nodes():
     """Six groups a block: each has a DequantizeLinear for weights and one for activations, NVFP4 two."""
     for kind in ("int8", "fp8"):
@@ -61,6 +63,7 @@ def test_nodes():
     assert not portable["TRT_FP4DynamicQuantize"] + portable["DequantizeLinear"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_weights_are_stored_narrow(name):
     """No weight of a planned group is left in 16 bits; both graphs read the same bytes."""
@@ -82,6 +85,7 @@ def test_weights_are_stored_narrow(name):
         assert same == place
 
 
+@pytest.mark.slow
 def test_a_group_that_is_not_planned_stays():
     made = plan("int8")
     some = made.model_copy(update={"layers": {OUT: made.layers[OUT]}, "tensors": {}})
@@ -93,6 +97,7 @@ def test_a_group_that_is_not_planned_stays():
     assert sum(node.op_type == "QuantizeLinear" for node in model.graph) == 1
 
 
+@pytest.mark.slow
 def test_a_plan_of_another_model():
     layers = {"transformer_blocks.7.ff.conv_point": plan("int8").layers[OUT]}
     with pytest.raises(SpecError, match=r"got the group 'transformer_blocks\.7\.ff\.conv_point'; did you mean"):

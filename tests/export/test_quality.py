@@ -84,6 +84,7 @@ def test_every_pair_has_the_same_prompt_and_seed_and_the_worst_come_first():
     assert section.lpips.mean == found.lpips.mean()
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(arrays(np.float64, st.tuples(st.integers(1, 8), st.integers(1, 4)), elements=st.floats(-100, 100)))
 def test_an_interval_is_within_the_values_and_the_same_each_time(values):
@@ -93,6 +94,7 @@ def test_an_interval_is_within_the_values_and_the_same_each_time(values):
     assert found.mean == values.mean()
 
 
+@pytest.mark.slow
 def test_an_interval_covers_the_truth_nineteen_times_of_twenty():
     rng = np.random.default_rng(0)
     hits = 0

@@ -205,6 +205,7 @@ def test_bad_layers():
             plan_layer("layer", "int8", load_recipe("int8"), torch.full((48, 64), value), rows.abs().amax(0), rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "fp8", "nvfp4"])
 def test_the_same_bits_twice_and_nothing_done_the_third_time(folder, reference, seen, store, tmp_path, name):
     overrides = [*SMALL, "activations=static", "keep=['*.1.attn2.to_q']", f"low_rank={4 if name == 'nvfp4' else 0}"]

@@ -68,6 +68,7 @@ def test_keys_prompts_and_formats(tmp_path):
     assert asked.offered == ("int8", "nvfp4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -143,6 +144,7 @@ def test_a_build_without_a_calibration_says_so(tmp_path, capsys):
     assert RECIPE_NAME not in Bundle.open(tmp_path / "b").manifest.files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [

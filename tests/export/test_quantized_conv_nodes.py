@@ -283,6 +283,7 @@ def decoder(request, tmp_path_factory):
     return kind, model, folder, plan, counts
 
 
+@pytest.mark.slow
 def test_a_decoder(decoder):
     """Four stages of one residual block; the first convolution of all, and those that upsample, stay."""
     kind, model, folder, plan, counts = decoder
@@ -308,6 +309,7 @@ def test_a_decoder(decoder):
     np.testing.assert_array_equal(numpy_helper.to_array(constants[node.input[2]]), input_scale * made.scale.numpy())
 
 
+@pytest.mark.slow
 def test_cubins_of_a_decoder(decoder):
     """Each node has its kernel, with its scale."""
     model = onnx.ModelProto()

@@ -25,6 +25,7 @@ AHEAD = [("int8", Target.SM89), ("fp8", Target.SM89), ("int8", Target.SM120), ("
 on_a_gpu = pytest.mark.skipif(HERE is None, reason="this machine has no GPU")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "target"), AHEAD, ids=lambda each: str(each))
 def test_every_graph_builds_for_others(tmp_path, kind, target):
     """Without their GPU."""
@@ -34,6 +35,7 @@ def test_every_graph_builds_for_others(tmp_path, kind, target):
     assert report.plugins == case.plugins
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_the_bound_tells(kind):
     """PyTorch in fp16 is within it. The model that is not quantised is not, nor is one whose outputs are off by a thirtieth."""

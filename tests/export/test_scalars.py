@@ -26,6 +26,7 @@ class Scaled(nn.Module):
         return ((self.number - x) / self.number).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "casts"), [(2.0, 2), (19.6, 6)])
 def test_only_numbers_that_16_bits_do_not_hold_are_widened(number, casts):
     with torch.device("meta"):

@@ -37,6 +37,7 @@ def runs(reference, store) -> list[Run]:
     return draw_all(reference, plan_runs(reference.checkpoint, load_recipe("nvfp4", SMALL).calibration), store, quiet())
 
 
+@pytest.mark.slow
 def test_the_error_is_of_the_final_latents_of_the_whole_run(reference, plan, runs):
     errors = []
     for run in runs:
@@ -98,6 +99,7 @@ def test_sizes_are_of_the_denoiser_without_the_texts_projection(reference):
     assert sizes.fixed + sum(group_bytes("none", *shape) for shape in shapes.values()) == sizes.half
 
 
+@pytest.mark.slow
 def test_from_a_model_to_a_recipe(folder, store, tmp_path, capsys):
     out = tmp_path / "mine.yaml"
     words = ["--model", str(folder), "--recipe", "nvfp4", "--budget", "size<=0.6", "--out", str(out), "--cache", str(store.root)]

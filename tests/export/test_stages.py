@@ -99,6 +99,7 @@ def test_a_plugin_that_is_not_registered_fails_the_build(monkeypatch):
         run.engine(part, graphs, (Target.SM121,), profile)  # that no other test compiles for
 
 
+@pytest.mark.slow
 def test_cubins_come_only_with_an_op_and_a_shape_that_have_a_kernel():
     graphs = runner().export(component("denoiser", Precision.FP16))
     model = onnx.load(graphs.folder / "typed.onnx", load_external_data=False)

@@ -133,6 +133,7 @@ def test_the_same_bits_twice_and_a_stopped_one_goes_on(folder, store, tmp_path, 
     assert [layer.group for layer in report.layers] == [f"layers.{number}{kind}" for number in range(2) for kind in kinds]
 
 
+@pytest.mark.slow
 def test_what_changes_a_plan(folder, store):
     keep, smoother = "text_encoder_keep=[layers.1.mlp.down_proj]", "text_encoder_smoothquant=0.6"
     made = {calibrated(folder, store, *keys) for keys in ([], ["method=mse"], ["calibration.rows=50"], [keep], [smoother])}

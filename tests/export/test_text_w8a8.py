@@ -46,6 +46,7 @@ def graph(name: str, file: str) -> onnx.GraphProto:
     return onnx.load(runner().export(encoder(name)).folder / file, load_external_data=False).graph
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_onnxruntime_computes_the_simulation(name):
     """The graph is fp32 between the products. It may be off the simulation with fp64 there by twice what that with fp32 is.
@@ -62,6 +63,7 @@ def test_onnxruntime_computes_the_simulation(name):
     assert 0 < largest(got) <= 2 * largest(same)
 
 
+@pytest.mark.slow
 def test_nodes():
     """Products of one input share its numbers: four QuantizeLinear a layer, and seven dequantised weights, beside the table."""
     counts = Counter(node.op_type for node in graph("static", TYPED_NAME).node)
@@ -71,6 +73,7 @@ def test_nodes():
     assert (kept["QuantizeLinear"], kept["DequantizeLinear"]) == (3, 3 + 7 + 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_every_weight_is_stored_in_8_bits(name):
     """Planned ones with fp32 scales, as for the denoiser; the table and a group that is kept with scales in bf16."""
@@ -102,6 +105,7 @@ def stages(part):
     return report_of(report), outputs["prompt_embeds"]
 
 
+@pytest.mark.slow
 def test_the_report_and_the_bound():
     report, parity = stages(encoder("static"))
     alone, _ = stages(replace(component("text_encoder", Precision.BF16), weights="int8"))
@@ -139,6 +143,7 @@ def test_ranges_are_of_the_weights_as_they_are_stored():
     assert [each.table for each in found] == ["int4", "host"]
 
 
+@pytest.mark.slow
 def test_a_group_whose_products_are_not_all_there():
     model, load_ = exported().clone(), runner().loader(component("text_encoder", Precision.BF16))
     for node in model.graph:
@@ -172,6 +177,7 @@ def engine(part):
     return made.engine(part, made.export(part), (Target.SM80, Target.SM86, Target.SM89, Target.SM120), profile)
 
 
+@pytest.mark.slow
 def test_engines_multiply_in_8_bits():
     """q, k and v are one product, and gate and up. Smoothing is part of kernels that are there anyway."""
     part = encoder("static")
@@ -286,6 +292,7 @@ def test_scales_a_token_are_refused_for_tensorrt(tmp_path):
 WORDS = ("--precision", "int8", "--components", "text_encoder", "--recipe-key", "text_encoder=w8a8")
 
 
+@pytest.mark.slow
 def test_a_build_that_calibrates(tmp_path, capsys):
     keys = [word for key in SHORT for word in ("--recipe-key", key)]
     assert command(tmp_path / "b", *WORDS, *keys, "--calibration-prompts", str(prompts())) == 0
@@ -311,6 +318,7 @@ def operators_of(bundle):
     return Counter(node.op_type for node in onnx.load(bundle / "text_encoder/model.onnx", load_external_data=False).graph.node)
 
 
+@pytest.mark.slow
 def test_a_build_without_a_calibration(tmp_path, capsys):
     """Scales a token for ONNX Runtime, and of the parity check's inputs for TensorRT, as the denoiser's in INT8."""
     assert command(tmp_path / "a", *WORDS, "--no-calibrate") == 0
@@ -323,6 +331,7 @@ def test_a_build_without_a_calibration(tmp_path, capsys):
     assert operators["QuantizeLinear"] == 4
 
 
+@pytest.mark.slow
 def test_one_file_of_a_calibration_has_both_plans(tmp_path):
     out = tmp_path / "calibration"
     words = ["--model", str(tiny()), "--recipe", "int8", "--out", str(out), "--cache", str(runner().store.root), *SHORT]

@@ -49,6 +49,7 @@ def graph(name: str, *, on_host: bool = True) -> onnx.GraphProto:
     return onnx.load(exported(on_host=on_host).folder / name, load_external_data=False).graph
 
 
+@pytest.mark.slow
 def test_the_graphs_take_rows():
     for name, kind in ((TYPED_NAME, TensorProto.BFLOAT16), (PORTABLE_NAME, TensorProto.FLOAT)):
         made = graph(name)
@@ -63,6 +64,7 @@ def test_the_graphs_take_rows():
     assert sizes[0] - sizes[1] >= 2 * TEXT_ENCODER.vocab_size * TEXT_ENCODER.hidden_size - 4096  # it was aligned to a page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP32])
 def test_the_file_has_the_components_numbers(precision):
     it = part(on_host=True, precision=precision)
@@ -72,6 +74,7 @@ def test_the_file_has_the_components_numbers(precision):
     assert torch.equal(found[TENSOR], runner().stored(it)(TOKEN_TABLE).to(it.dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP32])
 def test_onnxruntime_gives_the_same_bits(precision):
     """Whether rows are looked up in the graph or before it, whatever they are multiplied with behind."""
@@ -87,6 +90,7 @@ def test_onnxruntime_gives_the_same_bits(precision):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.slow
 def test_parity_is_held_to_the_model_with_its_table():
     """The golden inputs stay token ids: what looks them up is part of what is checked."""
     made, it = runner(), part(on_host=True)
@@ -98,6 +102,7 @@ def test_parity_is_held_to_the_model_with_its_table():
     assert 0 < output.onnxruntime.rms <= output.portable_bound.rms < 0.01 * output.bound.rms
 
 
+@pytest.mark.slow
 def test_a_row_that_is_not_the_models_is_seen(tmp_path):
     """The parity check is of the file's rows."""
     folder = Path(shutil.copytree(exported(on_host=True).folder, tmp_path / "graphs"))
@@ -118,6 +123,7 @@ def test_profiles_have_rows():
     }
 
 
+@pytest.mark.slow
 def test_an_engine_has_no_table():
     """By what TensorRT says that it needs."""
     memory = []
@@ -129,6 +135,7 @@ def test_an_engine_has_no_table():
     assert memory[0] - memory[1] >= 2 * TEXT_ENCODER.vocab_size * TEXT_ENCODER.hidden_size - 512
 
 
+@pytest.mark.slow
 def test_sm90_multiplies_with_the_same_layers():
     """cuBLASLt's nodes go into the graph as they do with a table in it."""
     counts = []
@@ -138,6 +145,7 @@ def test_sm90_multiplies_with_the_same_layers():
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.slow
 def test_a_bundle_says_where_its_table_is(tmp_path):
     """And what was verified is what the runtime looks up. Without a table on the host the manifest is as before."""
     found = {}
@@ -152,6 +160,7 @@ def test_a_bundle_says_where_its_table_is(tmp_path):
     assert "token_table_rows" not in (tmp_path / "inside" / "manifest.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_table_that_is_not_finite(tmp_path):
     folder = write_checkpoint(tmp_path / "nan", **PARTS)
     file = folder / "text_encoder" / "model.safetensors"

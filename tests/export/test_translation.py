@@ -31,6 +31,7 @@ class Sinusoid(nn.Module):
         return (t[:, None] * frequencies).cos()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("power", [False, True], ids=["exp", "power"])
 def test_frequencies_are_constants_that_were_rounded_once(power):
     model = export_module(Sinusoid(power), SPEC)
@@ -47,6 +48,7 @@ class Growing(nn.Module):
         return t[:, None].exp().expand(-1, 128)
 
 
+@pytest.mark.slow
 def test_an_exponential_of_an_input_is_refused():
     with pytest.raises(BuildError, match="is computed in fp64; expected constants alone to be"):
         export_module(Growing(), SPEC)
@@ -75,6 +77,7 @@ class Up(nn.Module):
         return conv_ops.conv3x3_upsample(x, self.weight, self.bias, 2)
 
 
+@pytest.mark.slow
 def test_a_convolution_to_more_pixels_is_a_single_node_that_can_have_a_kernel():
     spec = ExportSpec(
         axes=(Axis(name="h", example=3), Axis(name="w", example=4)),
@@ -93,6 +96,7 @@ def test_a_convolution_to_more_pixels_is_a_single_node_that_can_have_a_kernel():
     assert attributes["cubins"]
 
 
+@pytest.mark.slow
 def test_convolutions_are_single_nodes_that_can_have_kernels():
     spec = ExportSpec(
         axes=(Axis(name="h", example=3), Axis(name="w", example=4)),

@@ -57,6 +57,7 @@ def test_what_gains_most_is_chosen(name):
     assert sum(choice.num_bytes for choice in allocation.values()) <= plain + ALLOWANCE * sizes.half
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "name"), SHIPPED, ids=IDS)
 def test_what_ships_is_what_the_rule_says(variant, name):
     """To the byte, and the rule is of existing groups: formats_of refuses others."""

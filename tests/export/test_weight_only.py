@@ -68,6 +68,7 @@ def graph(name: str, kind: str, file: str) -> onnx.ModelProto:
     return onnx.load(runner().export(packed(name, kind)).folder / file, load_external_data=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), BOTH, ids=IDS)
 def test_every_weight_is_stored_narrow(name, kind):
     """With scales in the component's type; norms and biases stay. Both graphs read the same bytes."""
@@ -88,6 +89,7 @@ def test_every_weight_is_stored_narrow(name, kind):
     assert set(shapes) - set(part.packed) <= set(typed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", WEIGHT_FORMATS)
 def test_tables(kind):
     """Dequantised before the look-up for TensorRT, behind it in the portable graph."""
@@ -116,6 +118,7 @@ def stages(name: str, kind: str):
     return made.parity(part, graphs, reference, ()), report_of(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), BOTH, ids=IDS)
 def test_onnxruntime_computes_pytorch_s_weights(name, kind):
     """The bound is PyTorch's own at fp32 with the dequantised weights (fp64 is exact): one wrong number would be far past it."""
@@ -125,6 +128,7 @@ def test_onnxruntime_computes_pytorch_s_weights(name, kind):
         assert 0 < output["onnxruntime"]["rms"] < 5e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), BOTH, ids=IDS)
 def test_the_report(name, kind):
     _, report = stages(name, kind)
@@ -145,6 +149,7 @@ def test_the_report(name, kind):
     assert "of their bytes; most is lost of" in report.lines()[0]
 
 
+@pytest.mark.slow
 def test_a_table_in_4_bits_under_weights_in_8():
     part = packed("text_encoder", "int8/int4")
     name = "encoder.embed_tokens.weight"
@@ -195,6 +200,7 @@ def test_the_loader_dequantises():
     assert torch.equal(made.loader(part)("encoder.norm.weight"), made.stored(part)("encoder.norm.weight"))
 
 
+@pytest.mark.slow
 def test_a_name_that_the_graph_has_not():
     part = packed("text_projection", "int8")
     with pytest.raises(BuildError, match="got no parameter 'x'"):
@@ -273,6 +279,7 @@ def test_sm90_keeps_them_as_they_are():
     assert not said(progress)
 
 
+@pytest.mark.slow
 def test_a_build_and_what_its_bundle_says(tmp_path, capsys):
     words = ["--precision", "nvfp4", "--no-calibrate", "--recipe-key", "text_projection=fp8"]
     assert command(tmp_path / "b", *words, "--components", "text_encoder,text_projection") == 0
@@ -294,6 +301,7 @@ def test_a_build_and_what_its_bundle_says(tmp_path, capsys):
     assert f"{TEXT_ENCODER.vocab_size} rows, on the host" in shown
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_row_that_is_not_finite(tmp_path):
     folder = write_checkpoint(tmp_path / "nan", **PARTS)
     file = folder / "text_encoder" / "model.safetensors"
@@ -306,6 +314,7 @@ def test_a_checkpoint_with_a_row_that_is_not_finite(tmp_path):
         build(wanted, quiet())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_an_engine_holds_them_narrow(kind):
     """By what TensorRT says that its engine needs: numbers and scales, and what stays, each aligned to 512 bytes at most."""

@@ -26,6 +26,7 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_published_transformer_has_the_same_parameters(name):
     variant = VARIANTS[name]
@@ -103,6 +104,7 @@ def test_published_width_gives_the_same_numbers(name):
     assert twins.relative_error(ours(latents, text, timestep, None, guidance), expected) < BOUND
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DC_AE, DC_AE_LITE], ids=["full", "lite"])
 @torch.no_grad()
 def test_autoencoder_gives_the_same_numbers(config):

@@ -90,6 +90,7 @@ def folder(tmp_path_factory):
 LONG = pytest.param(DPM_SOLVER, 20, marks=pytest.mark.slow)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")
 @pytest.mark.parametrize("instruction", [INSTRUCTION, None], ids=["instruction", "no_instruction"])
 @pytest.mark.parametrize(("scheduler", "steps"), [(EULER, 20), LONG, (DPM_SOLVER, 5), (DPM_SOLVER, 1)])
@@ -125,6 +126,7 @@ def test_sana_pipeline(folder, scheduler, steps, instruction, guidance):
     assert np.abs(pictures - expected_pictures).max() < 0.51  # half a level is the rounding to 8 bits
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")
 @pytest.mark.parametrize("steps", [1, 2, 4])
 def test_sprint_pipeline(tmp_path, steps):

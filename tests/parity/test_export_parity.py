@@ -98,6 +98,7 @@ def changed_graph(subject: Subject, change: Callable[[onnx.ModelProto], None], o
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_what_was_exported_passes(name):
     subject(name).hold(subject(name).folder)
@@ -116,6 +117,7 @@ def swap_heads(weight: np.ndarray) -> None:
     weight[:] = np.concatenate([weight[32:64], weight[:32]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "parameter", "change"),
     [
@@ -152,6 +154,7 @@ def forgotten_relu(model: onnx.ModelProto) -> None:
     next(node for node in body.node if node.op_type == "Relu").op_type = "Abs"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "change"),
     [
@@ -167,6 +170,7 @@ def test_an_error_in_the_graph_is_seen(tmp_path, folder, change):
         subject("denoiser", folder).hold(bad)
 
 
+@pytest.mark.slow
 def test_an_output_that_is_not_finite_or_of_another_shape_is_seen():
     it = subject("decoder")
     right = {case: dict(golden.outputs) for case, golden in it.golden.items()}
@@ -193,6 +197,7 @@ def scaled_channel(q, k, v, eps):
     return ops.relu_linear_attention_truth(q, k, v, eps) * torch.where(torch.arange(q.shape[-1]) == 3, 1.5, 1.0).to(q.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("folder", "kernel", "seen"),
     [
@@ -236,6 +241,7 @@ def launch(q, k, v, out, fault):
 """
 
 
+@pytest.mark.slow
 def test_an_error_in_the_triton_kernel_is_seen(tmp_path, monkeypatch):
     from plugins import relu_linear_attention
 

@@ -86,6 +86,7 @@ def changed(before, after) -> set[str]:
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_fits(name):
     found, make = tasks.load(name)

@@ -89,6 +89,7 @@ def test_a_run_that_is_extended_ends_where_one_that_was_not_does(folder: Path, t
     assert any(not torch.equal(before[name], straight[name]) for name in before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -26,6 +26,7 @@ EXPERIMENTS = [name for name in names_in_group("experiment") if name.startswith(
 FLOW = [name for name, variant in VARIANTS.items() if variant.flow_shift is not None]  # Sprint is distilled, not trained so
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_fits(name):
     settings = cached(name)
@@ -124,6 +125,7 @@ def test_the_program(capsys):
     assert "did you mean 'adamw'?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "name"), [(task, name) for task, names in OTHERS.items() for name in names])
 def test_experiments_of_other_tasks_are_checked_and_not_mistaken(task, name, capsys):
     assert main([name]) == 0

@@ -118,6 +118,7 @@ def assert_same(one, other):
         assert torch.equal(tensor, other[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"precision": "bf16"}, {"activation_checkpointing": True}, {"ema_decay": None, "clip": None}],
