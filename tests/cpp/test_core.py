@@ -21,6 +21,7 @@ from engines.token_table import TABLE_NAME
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = ROOT / "data" / "hostile"
+GOLDEN_DIGESTS = json.loads((ROOT / "golden" / "digests.json").read_bytes())
 # Words of Python itself that changed after 3.11: about trailing commas and loops of links.
 SAME_PYTHON = pytest.mark.skipif(
     sys.version_info >= (3, 12), reason="Python's own messages differ between versions; C++ has 3.11's"
@@ -304,6 +305,15 @@ def test_bad_bundles(ask, tmp_path):
             except SanaError as error:
                 expected = type(error).__name__, str(error)
             assert (kind, text.decode()) == expected, folder
+
+
+@pytest.mark.parametrize("case", GOLDEN_DIGESTS, ids=range(len(GOLDEN_DIGESTS)))
+def test_golden_digests(ask, tmp_path, case):
+    for name, text in case["files"].items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.encode())
+    assert ask([("bundle", str(tmp_path).encode())]) == [("ok", case["digest"].encode())]
 
 
 def test_files_in_parts(ask, tmp_path):

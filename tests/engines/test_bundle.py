@@ -22,6 +22,8 @@ from engines.errors import (
 )
 from engines.spec import Target
 
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "digests.json").read_bytes())
+
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory) -> Path:
@@ -200,3 +202,14 @@ def test_a_bundle_can_be_moved_and_read_through_a_link(folder, tmp_path):
     moved = folder.rename(tmp_path / "moved")
     (tmp_path / "link").symlink_to(moved)
     assert Bundle.open(tmp_path / "link").digest == digest
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
+def test_golden_digests(case, tmp_path):
+    for name, text in case["files"].items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.encode())
+    bundle = Bundle.open(tmp_path)
+    bundle.verify()
+    assert bundle.digest == case["digest"]
