@@ -57,6 +57,8 @@ def _convolved(
         return conv2d(input, weight, bias, stride, padding, dilation, groups)
     above, beside = (padding, padding) if isinstance(padding, int) else padding
     kernel = weight.shape[2]
+    if above >= kernel:  # rows of nothing but padding
+        return conv2d(input, weight, bias, stride, padding, dilation, groups)
     out_height = height + 2 * above - kernel + 1
     rows = max(1, most * height // largest)
     parts = []

@@ -1,7 +1,7 @@
 """Takes the speed figures of Sana with random weights on the GPU that is here, and builds what they need. What is done stays done.
 
     python benchmarks/take_figures.py --list
-    python benchmarks/take_figures.py                              # all of them: an hour on an H200, and 64 GB of disk
+    python benchmarks/take_figures.py                              # all of them
     python benchmarks/take_figures.py steps decode --limit 600     # two groups, ten minutes of them; the next call goes on
 
 A group has a checkpoint, bundles of it and figures of those. Its bundles are built at the same time, each with its share of the

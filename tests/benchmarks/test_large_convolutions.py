@@ -16,6 +16,7 @@ from benchmarks.large_convolutions import ConvolutionsByRows
         nn.Conv2d(4, 6, 1),
         nn.Conv2d(4, 6, 3),
         nn.Conv2d(4, 6, 3, padding=(2, 0)),
+        nn.Conv2d(4, 6, 3, padding=4),
         nn.Conv2d(4, 6, 3, padding="same"),
         nn.Conv2d(4, 6, 3, padding=1, stride=2),
         nn.Conv2d(4, 6, 3, padding=2, dilation=2),
