@@ -12,8 +12,9 @@ Python, that counts nowhere, fills. Medians:
   the bundle was opened: the program, the libraries of CUDA and TensorRT with what the linker wrote into them, and CUDA's context,
   but no engine and no picture. No program that draws with these has less.
 
-Printed beside them: when each part of the C++ program's start was over, and what was resident in each process, of its own and of
-mapped files. The Python runtime's are the peers. The pixels of both must be the same, picture by picture; else nothing is recorded.
+Beside them, also in the note: when each part of the C++ program's start was over, and what was resident in each process, of its own
+and of mapped files. The Python runtime's are the peers. The pixels of both must be the same, picture by picture; else nothing is
+recorded.
 """
 
 from __future__ import annotations
@@ -188,12 +189,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SanaError as error:
         print(error, file=sys.stderr)
         return 2
-    for what in sorted(found["cpp"][0].parts, key=found["cpp"][0].parts.__getitem__):
-        print(f"C++: {what} after {statistics.median(each.parts.get(what, math.nan) for each in found['cpp']):.3f} s")
+    parts = [
+        f"{what} after {statistics.median(each.parts.get(what, math.nan) for each in found['cpp']):.3f} s"
+        for what in sorted(found["cpp"][0].parts, key=found["cpp"][0].parts.__getitem__)
+    ]
+    memory = []
     for name, runs in found.items():
         for when in WHEN:
             own, files = (statistics.median(getattr(each.resident[when], part) for each in runs) for part in ("own_mb", "files_mb"))
-            print(f"{name}, {when}: {own:.0f} MB of its own and {files:.0f} MB of mapped files resident")
+            memory.append(f"{name}, {when}: {own:.0f} MB of its own and {files:.0f} MB of mapped files resident")
+    print("\n".join((*(f"C++: {part}" for part in parts), *memory)))
     held = {name: statistics.median(each.resident["opened"].total_mb for each in runs) for name, runs in found.items()}
     opened = {name: statistics.median(each.open_s for each in runs) for name, runs in found.items()}
     note = f"{options.steps} steps, {options.side}px; the same pixels; reading the engines alone {read_s:.3f} s; "
@@ -201,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"opened and verified after {opened['cpp']:.3f} s, in Python {opened['python']:.3f} s; then, with the libraries and CUDA's "
     )
     note += f"context but no engine, {held['cpp']:.0f} MB were resident, in Python {held['python']:.0f} MB"
-    note = "; ".join(filter(None, (note, options.note, UNSUPPORTED if device.capability == (9, 0) else "")))
+    unsupported = UNSUPPORTED if device.capability == (9, 0) else ""
+    note = "; ".join(filter(None, (note, f"C++'s start: {', '.join(parts)}", *memory, options.note, unsupported)))
     rows = (
         ("start_s", "start_s", "s", 1),
         ("picture_ms", "picture_s", "ms", 1000),
