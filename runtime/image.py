@@ -31,8 +31,7 @@ def to_images(decoded: NDArray[np.float32]) -> list[Image.Image]:
     """
     batch, _, height, width = decoded.shape
     pixels = np.empty((batch, height, width, 3), np.uint8)
-    # On several threads, and by parts that are not small: each pass lets go of Python's lock, and to get it back among many threads
-    # takes longer than a small part's pass.
+    # On several threads, and by parts that are not small: each pass lets go of Python's lock, and has to get it back among others.
     rows = max(-(-height // MAX_THREADS), -(-PART_PIXELS // width))
     parts = [(number, slice(start, start + rows)) for number in range(batch) for start in range(0, height, rows)]
     if not all(each(lambda part: _to_levels(decoded, pixels, *part), parts)):

@@ -66,7 +66,7 @@ def encode_png(pixels: NDArray[np.uint8], text: dict[str, str]) -> bytes:
 
 def _stripe(rows: NDArray[np.uint8], start: int) -> _Stripe:
     """Some rows, filtered and compressed."""
-    # In few calls: each lets go of Python's lock, and to get it back among many threads takes longer than a small one's work.
+    # In few calls: each lets go of Python's lock, and has to get it back among the other threads.
     stripe = rows[start : start + STRIPE_ROWS]
     filtered = np.empty((len(stripe), 1 + rows.shape[1]), np.uint8)
     filtered[:, 0] = UP
