@@ -52,12 +52,10 @@ def _convolved(
     """input: (B, C, H, W). The arguments of torch.nn.functional.conv2d."""
     batch, channels, height, width = input.shape
     largest = batch * max(channels, weight.shape[0]) * height * width
-    plain = {stride, dilation} <= {1, (1, 1)} if isinstance(stride, int | tuple) and isinstance(dilation, int | tuple) else False
-    if largest <= most or not plain or isinstance(padding, str):
-        return conv2d(input, weight, bias, stride, padding, dilation, groups)
-    above, beside = (padding, padding) if isinstance(padding, int) else padding
+    above, beside = (padding, padding) if isinstance(padding, int | str) else padding
     kernel = weight.shape[2]
-    if above >= kernel:  # rows of nothing but padding
+    dense = stride in (1, (1, 1)) and dilation in (1, (1, 1))
+    if largest <= most or not dense or isinstance(above, str) or above >= kernel:  # the last: rows of nothing but padding
         return conv2d(input, weight, bias, stride, padding, dilation, groups)
     out_height = height + 2 * above - kernel + 1
     rows = max(1, most * height // largest)
