@@ -69,7 +69,7 @@ def command() -> str:
     """What was typed, without the machine's folders."""
     script = Path(sys.argv[0]).resolve()
     name = script.relative_to(ROOT) if script.is_relative_to(ROOT) else Path(script.name)
-    return shlex.join(["python", str(name), *sys.argv[1:]])
+    return shlex.join(["python", str(name), *(word.removeprefix(f"{ROOT}{os.sep}") for word in sys.argv[1:])])
 
 
 def record(

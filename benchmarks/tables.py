@@ -36,6 +36,7 @@ WORDS = {  # figure: what it is, in the order of the table
     "step_ratio_int8": "… in INT8",
     "decode_1024px_bf16_ms": "DC-AE decode, 1024 px, bf16",
     "decode_1024px_fp8_ms": "… in FP8",
+    "decode_1024px_int8_ms": "… in INT8",
     "decode_4096px_bf16_ms": "DC-AE decode, 4096 px, no tiles, bf16",
     "decode_4096px_bf16_peak_gb": "DC-AE decode, 4096 px, no tiles, bf16: peak memory of the GPU",
     "encode_text_bf16_ms": "Gemma-2-2B, two texts of 300 tokens, bf16",
