@@ -129,7 +129,7 @@ def text_attention() -> Iterator[Case]:
         keys, values = half(4, 2, 1, heads, keys_count, dim), half(4, 2, 1, heads, keys_count, dim)
         bias = torch.full((2, keys_count), -10000.0, device="cuda", dtype=torch.float16)
         bias[0, :1] = bias[1, :40] = 0  # an empty prompt, and one of forty tokens
-        constants = module.plan("fp16", keys_count, dim)
+        constants, chosen = module.plan(90, "fp16", keys_count, dim)
 
         def launch(plan: Plan, given=(q, keys, values, bias, out), tokens=tokens, heads=heads, constants=constants) -> Call:  # type: ignore[no-untyped-def]
             blocks = {name: plan[name] for name in ("BLOCK_M", "BLOCK_N")}
@@ -138,8 +138,7 @@ def text_attention() -> Iterator[Case]:
                 *given, None, tokens, keys_count, 3, None, **{**constants, **blocks}, **options
             )
 
-        source = {"BLOCK_M": constants["BLOCK_M"], "BLOCK_N": constants["BLOCK_N"]}
-        source |= {"num_warps": module.NUM_WARPS, "num_stages": module.NUM_STAGES}
+        source = {"BLOCK_M": constants["BLOCK_M"], "BLOCK_N": constants["BLOCK_N"], **chosen}
         plans = grid_of(BLOCK_M=(64, 128), BLOCK_N=(32, 64), num_warps=(4, 8), num_stages=(1, 2))
         yield Case(f"{module.OP} 2x{tokens} tokens, {heads} heads of {dim} fp16", plans, launch, source)
 

@@ -5,8 +5,9 @@ leaves it and k and v inside the text projection's whole outputs. Nothing is sca
 nothing joined after it.
 
 A program takes BLOCK_M tokens of one head of one picture through the keys, BLOCK_N at a time, with a running softmax
-(FlashAttention, arXiv:2205.14135). A text is short and padded to 300 keys, so the loop ends behind the last key that can count.
-A key as far below the best as padding is adds exactly nothing, so the result is the whole loop's to the last bit.
+(FlashAttention, arXiv:2205.14135). Its blocks are powers of two: the 72 channels of a head of Sana-0.6B are 64 and 16, not 128.
+A text is short and padded to 300 keys, so the loop ends behind the last key that can count. A key as far below the best as padding
+is adds exactly nothing, so the result is the whole loop's to the last bit.
 
 Where an FP8 product follows, a build for TensorRT gives a node an `out_scale`, known before: its outputs are then bits (kB, N, H D)
 int8, those of e4m3(out / out_scale), and that number for each token, (kB, N) fp32. A row's own largest number would need all heads.
@@ -14,12 +15,13 @@ int8, those of e4m3(out / out_scale), and that number for each token, (kB, N) fp
 Precision: scores, softmax and sums in fp32; products of half-precision inputs on tensor cores, with the probabilities in v's type.
 
 Dimensions: k texts of B pictures, kB together; H heads, N tokens, L keys, D channels per head. q, out (kB, N, H D); keys, values
-(blocks, k, B, H, L, D); bias (kB, L).
+(blocks, k, B, H, L, D); bias (kB, L). In the kernel the first FIRST_D of D channels, and E for the REST_D that may follow.
 """
 
 import functools
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -38,18 +40,38 @@ if TYPE_CHECKING:
 
 OP = "CrossAttention"
 DOMAIN = "sana"
+LEAST = 16  # channels that a tensor core takes
 MAX_HEAD_DIM = 128  # of 256 channels neither keys and values of two steps nor the sums would fit
-# Tokens of a program and keys of a step. Measured in fp16 on an H200 with the heads of Sana-1.6B and 0.6B, 1024 to 4096 px; fp32 is
-# reasoned: it has no tensor cores, and its sums leave few registers.
-BLOCK_M = {"fp16": 64, "bf16": 64, "fp32": 32}
-BLOCK_N = {"fp16": 32, "bf16": 32, "fp32": 32}
-NUM_WARPS, NUM_STAGES = 4, 2  # of a program; loads under way
 # A key whose bias is this far below the highest of its text counts for nothing: exp of -104 is 0 in fp32, so the scores of two keys
 # would have to differ by 4896. Padding has -10000, half of which leaves as much room for scores as for a bias that is meant.
 # Without any live key all have the same bias, so that all count, as in the truth.
 FAR = 5000.0
 LOG2E = tl.constexpr(math.log2(math.e))
 LOWEST = tl.constexpr(-1e38)  # where the running maximum starts: a number, so that a step in which every bias is -inf is no NaN
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """m tokens of a program, n keys of a step, the program's warps, and how many steps' loads are under way."""
+
+    m: int
+    n: int
+    num_warps: int
+    num_stages: int
+
+
+# Measured in fp16 on an H200: of heads of 112 channels (Sana-1.6B) with 1024 to 16,384 tokens; of 72 (Sana-0.6B) with 1024, where
+# 300 live keys take 16.0 us instead of 20.7 in one part, and 40 take 7.2 instead of 8.1.
+WHOLE, IN_PARTS = Blocks(64, 32, 4, 2), Blocks(128, 64, 4, 1)
+# Reasoned: tensor cores that read nothing from shared memory leave too few registers for 64 keys.
+NARROW_PARTS = Blocks(128, 32, 8, 1)
+FP32 = Blocks(32, 32, 4, 2)  # reasoned: it has no tensor cores, and its sums leave few registers
+
+
+@triton.jit
+def _part(rows, at, live, channels, D: tl.constexpr):
+    """Channels of rows that begin at `at`, both (rows, 1) with `live`."""
+    return tl.load(rows + at + channels[None, :], mask=live & (channels < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -67,7 +89,8 @@ def kernel(
     D: tl.constexpr,
     SCALE: tl.constexpr,
     FAR: tl.constexpr,
-    PADDED_D: tl.constexpr,
+    FIRST_D: tl.constexpr,
+    REST_D: tl.constexpr,
     PADDED_L: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -75,10 +98,14 @@ def kernel(
     """out_scales and out_scale: both None, or out is of bits."""
     first, head, picture = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     heads, pictures = tl.num_programs(1), tl.num_programs(2)
-    m, d = tl.arange(0, BLOCK_M), tl.arange(0, PADDED_D)
+    m, d = tl.arange(0, BLOCK_M), tl.arange(0, FIRST_D)
     tokens = (picture.to(tl.int64) * n_tokens + first) * heads * D + head * D  # int64: 64 pictures of 4096 px pass 2**31 elements
-    at_MD, live_MD = m[:, None] * (heads * D) + d[None, :], (first + m < n_tokens)[:, None] & (d < D)[None, :]
-    q_MD = tl.load(q + tokens + at_MD, mask=live_MD, other=0.0)
+    at_M, live_M = m[:, None] * (heads * D), (first + m < n_tokens)[:, None]
+    q_MD = _part(q + tokens, at_M, live_M, d, D)
+    if REST_D:
+        e = FIRST_D + tl.arange(0, REST_D)
+        q_ME = _part(q + tokens, at_M, live_M, e, D)
+        rest_ME = tl.zeros((BLOCK_M, REST_D), tl.float32)
 
     text = ((block * pictures + picture).to(tl.int64) * heads + head) * n_keys * D
     bias += picture.to(tl.int64) * n_keys
@@ -88,44 +115,82 @@ def kernel(
     end = tl.max(tl.where(bias_L > best - FAR, every_L + 1, 0), axis=0)
 
     top_M = tl.full((BLOCK_M,), LOWEST, tl.float32)
-    sum_M, out_MD = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, PADDED_D), tl.float32)
+    sum_M, out_MD = tl.zeros((BLOCK_M,), tl.float32), tl.zeros((BLOCK_M, FIRST_D), tl.float32)
     for start in range(0, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        at_ND, live_ND = n[:, None] * D + d[None, :], (n < n_keys)[:, None] & (d < D)[None, :]
-        k_ND = tl.load(keys + text + at_ND, mask=live_ND, other=0.0)
-        v_ND = tl.load(values + text + at_ND, mask=live_ND, other=0.0)
+        at_N, live_N = n[:, None] * D, (n < n_keys)[:, None]
+        k_ND = _part(keys + text, at_N, live_N, d, D)
+        v_ND = _part(values + text, at_N, live_N, d, D)
         bias_N = tl.load(bias + n, mask=n < n_keys, other=float("-inf")).to(tl.float32) - best
         # ieee: for fp32 inputs; the default, TF32, has 10 bits of mantissa. Half precision products are exact in fp32 anyway.
-        scores_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * (SCALE * LOG2E) + (bias_N * LOG2E)[None, :]
+        products_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        if REST_D:
+            k_NE = _part(keys + text, at_N, live_N, e, D)
+            products_MN = tl.dot(q_ME, tl.trans(k_NE), products_MN, input_precision="ieee")
+        scores_MN = products_MN * (SCALE * LOG2E) + (bias_N * LOG2E)[None, :]
         new_top_M = tl.maximum(top_M, tl.max(scores_MN, axis=1))
         p_MN, shrink_M = tl.exp2(scores_MN - new_top_M[:, None]), tl.exp2(top_M - new_top_M)
         sum_M = sum_M * shrink_M + tl.sum(p_MN, axis=1)
-        out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None], input_precision="ieee")
+        p_MN = p_MN.to(v_ND.dtype)
+        out_MD = tl.dot(p_MN, v_ND, out_MD * shrink_M[:, None], input_precision="ieee")
+        if REST_D:
+            v_NE = _part(values + text, at_N, live_N, e, D)
+            rest_ME = tl.dot(p_MN, v_NE, rest_ME * shrink_M[:, None], input_precision="ieee")
         top_M = new_top_M
     if out_scales is None:
-        out_MD *= tl.div_rn(1.0, sum_M)[:, None]  # as in plugins/qkv_linear_attention.py
+        factor_M = tl.div_rn(1.0, sum_M)  # as in plugins/qkv_linear_attention.py
     else:
-        out_MD = e4m3(out_MD * (1.0 / (sum_M * out_scale))[:, None])
+        factor_M = 1.0 / (sum_M * out_scale)
         if head == 0:
             scales = out_scales + picture.to(tl.int64) * n_tokens + first
             tl.store(scales + m, tl.full((BLOCK_M,), 0.0, tl.float32) + out_scale, mask=first + m < n_tokens)
-    tl.store(out + tokens + at_MD, out_MD.to(out.dtype.element_ty), mask=live_MD)
+    _store(out + tokens, at_M, live_M, d, out_MD * factor_M[:, None], D)
+    if REST_D:
+        _store(out + tokens, at_M, live_M, e, rest_ME * factor_M[:, None], D)
 
 
-def plan(dtype: str, n_keys: int, head_dim: int) -> dict[str, Any]:
-    """The kernel's constants. Raises ValueError for what it has no blocks for."""
+@triton.jit
+def _store(rows, at, live, channels, x, D: tl.constexpr):
+    if rows.dtype.element_ty == tl.int8:
+        x = e4m3(x)
+    tl.store(rows + at + channels[None, :], x.to(rows.dtype.element_ty), mask=live & (channels < D)[None, :])
+
+
+def blocks(capability: int, dtype: str, head_dim: int) -> Blocks:
+    """Of an SM such as 89. m is the same for all."""
+    if dtype == "fp32":
+        return FP32
+    if not parts(head_dim)[1]:
+        return WHOLE
+    return IN_PARTS if 90 <= capability < 120 else NARROW_PARTS
+
+
+def plan(capability: int, dtype: str, n_keys: int, head_dim: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """The kernel's constants, and Triton's options. Raises ValueError for what it has no blocks for."""
     cubin.check_type(OP, dtype)
     if not 1 <= head_dim <= MAX_HEAD_DIM or n_keys < 1:
         raise ValueError(f"{OP}: got {n_keys} keys, head_dim {head_dim}; expected 1 or more, and 1 to {MAX_HEAD_DIM}")
-    return {
+    first, rest = parts(head_dim)
+    chosen = blocks(capability, dtype, head_dim)
+    constants = {
         "D": head_dim,
         "SCALE": head_dim**-0.5,
         "FAR": FAR,
-        "PADDED_D": max(16, triton.next_power_of_2(head_dim)),  # 16: the least that a tensor core takes
+        "FIRST_D": first,
+        "REST_D": rest,
         "PADDED_L": triton.next_power_of_2(n_keys),
-        "BLOCK_M": BLOCK_M[dtype],
-        "BLOCK_N": BLOCK_N[dtype],
+        "BLOCK_M": chosen.m,
+        "BLOCK_N": chosen.n,
     }
+    return constants, {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
+
+
+def parts(head_dim: int) -> tuple[int, int]:
+    """The blocks that a head's channels are in: one of all, and 0; or two, where that is a quarter less at least."""
+    whole = max(LEAST, triton.next_power_of_2(head_dim))
+    first = whole // 2
+    rest = max(LEAST, triton.next_power_of_2(max(1, head_dim - first)))
+    return (first, rest) if first >= LEAST and first + rest <= whole * 3 // 4 else (whole, 0)
 
 
 def launch(
@@ -156,20 +221,23 @@ def launch(
             f"{OP}: got q, keys, values, bias, out {seen}, block {block}; expected (kB, N, H D), twice (blocks, k, B, H, L, D), "
             "(kB, L), (kB, N, H D), contiguous, of one dtype"
         )
+    import torch
+
     dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(str(q.dtype), str(q.dtype))
-    constants = plan(dtype, n_keys, head_dim)
+    major, minor = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)  # a CPU: Triton's interpreter
+    constants, options = plan(10 * major + minor, dtype, n_keys, head_dim)
     if out.numel() == 0:
         return
-    grid = (math.ceil(q.shape[1] / BLOCK_M[dtype]), heads, texts * batch)
+    grid = (math.ceil(q.shape[1] / constants["BLOCK_M"]), heads, texts * batch)
     scales, scale = quantized or (None, None)
     numbers = (q.shape[1], n_keys, block, scale)
-    kernel[grid](q, keys, values, bias, out, scales, *numbers, **constants, num_warps=NUM_WARPS, num_stages=NUM_STAGES)
+    kernel[grid](q, keys, values, bias, out, scales, *numbers, **constants, **options)
 
 
 @functools.cache
 def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int, quantized: bool = False) -> Cubin:
     """For an SM such as 89. n_keys: L. Raises ValueError for one that has no fp8, if quantized."""
-    sizes = plan(dtype, n_keys, head_dim)
+    sizes, options = plan(capability, dtype, n_keys, head_dim)
     kinds, constants = output_kinds(OP, capability, dtype, quantized)
     tensors = dict.fromkeys(("q", "keys", "values", "bias"), f"*{dtype}")
     numbers = dict.fromkeys(("n_tokens", "n_keys", "block"), "i32")
@@ -181,8 +249,7 @@ def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int, quant
         signature=tensors | outputs | numbers | {"out_scale": kinds["out_scale"]} | dict.fromkeys(sizes, "constexpr"),
         constants=sizes | constants,
         aligned=(*tensors, *outputs),
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        **options,
     )
 
 
@@ -194,7 +261,7 @@ def compile_cubins(
     dtype "fp16", "bf16" or "fp32" of all tensors; n_keys: L, which a graph has to fix. out_scale: of bits, where they are the
     output. Raises ValueError where `plan` does. The function body reads `block`.
     """
-    plan(dtype, n_keys, head_dim)
+    constants, _ = plan(cubin.CAPABILITIES[0], dtype, n_keys, head_dim)  # raises for what there is no kernel for
     outputs, more_args, last_args = quantized_outputs(dtype, [["dim", 0, 0], ["dim", 0, 1]], heads * head_dim, out_scale)
     pictures, tokens = ["dim", 0, 0], ["dim", 0, 1]
     found = cubin.attributes(
@@ -203,7 +270,7 @@ def compile_cubins(
         lambda capability: compile_cubin(capability, dtype, n_keys, head_dim, out_scale is not None),
         inputs=[dtype] * 4,
         outputs=outputs,
-        grid=[["ceildiv", tokens, BLOCK_M[dtype]], heads, pictures],
+        grid=[["ceildiv", tokens, constants["BLOCK_M"]], heads, pictures],
         args=[
             *(["in", i] for i in range(4)),
             *more_args,

@@ -14,6 +14,7 @@ from parity.bound import assert_parity
 from parity.interpreter import interpret
 
 from plugins import cross_attention as op
+from plugins.cubin import CAPABILITIES
 from plugins.launch import Launch, evaluate
 from sana_ref import attention_ops
 from sana_ref.transformer import MASKED
@@ -51,11 +52,13 @@ class Case:
 
 
 def cases(dtypes):
-    """One token and one key; around the steps over either; each padded size of a head; no key, one, some and all; 300 keys."""
+    """One token and one key; around the steps over either; each block of a head, in parts and whole; no key, one, some and all."""
     for dtype in dtypes:
         yield Case(1, 1, 16, (1,), dtype=dtype)
         yield Case(63, 64, 16, (64, 1, 33, 0), texts=2, dtype=dtype)
         yield Case(65, 65, 72, (65, 64), blocks=3, block=2, dtype=dtype)
+        yield Case(129, 140, 72, (140, 0), dtype=dtype)
+        yield Case(128, 64, 96, (64, 9), texts=2, heads=1, dtype=dtype)
         yield Case(70, 70, 112, (3, 0), texts=2, heads=3, blocks=2, block=1, dtype=dtype)
         yield Case(33, 300, 112, (300, 129), heads=1, dtype=dtype)
         yield Case(40, 130, 20, (130, 2, 70, 64, 0, 128), texts=2, blocks=2, block=1, dtype=dtype)
@@ -210,18 +213,33 @@ def test_padding_is_far_and_what_is_meant_is_near():
     assert op.FAR > 1000
 
 
-def test_launch_description():
+@pytest.mark.parametrize("head_dim", [112, 72])
+def test_launch_description(head_dim):
     """What the plugin computes from the JSON: the grid covers all tokens of each head and picture."""
-    launch = Launch.from_json(op.compile_cubins(["sm89"], "fp16", heads=20, n_keys=300, head_dim=112, block=7)["launch"])
-    text = (20, 2, 3, 20, 300, 112)
-    for tokens in (1, 64, 65, 1024):
-        dims = [(6, tokens, 2240), text, text, (6, 300)]
+    width = 20 * head_dim
+    launch = Launch.from_json(op.compile_cubins(["sm89"], "fp16", heads=20, n_keys=300, head_dim=head_dim, block=7)["launch"])
+    text, block_m = (20, 2, 3, 20, 300, head_dim), op.blocks(89, "fp16", head_dim).m
+    for tokens in (1, 64, 65, 128, 129, 1024):
+        dims = [(6, tokens, width), text, text, (6, 300)]
         blocks, *others = (evaluate(size, dims) for size in launch.grid)
         assert others == [20, 6]
-        assert (blocks - 1) * op.BLOCK_M["fp16"] < tokens <= blocks * op.BLOCK_M["fp16"]
-        assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [6, tokens, 2240]
+        assert (blocks - 1) * block_m < tokens <= blocks * block_m
+        assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [6, tokens, width]
         args = json.loads(launch.to_json())["args"]
         assert [evaluate(arg[1], dims) for arg in args if arg[0] == "i32"] == [tokens, 300, 7]
+
+
+def test_blocks_of_a_head():
+    """No more channels than in one block, a quarter less where there are two; and one grid serves every architecture."""
+    for head_dim in range(1, op.MAX_HEAD_DIM + 1):
+        first, rest = op.parts(head_dim)
+        whole = max(16, 2 ** (head_dim - 1).bit_length())
+        assert first + rest >= head_dim
+        assert (first, rest) == (whole, 0) or ((first, rest) == (whole // 2, rest) and 16 <= rest <= whole // 4)
+        for dtype in DTYPES:
+            assert len({op.blocks(capability, dtype, head_dim).m for capability in CAPABILITIES}) == 1
+    assert op.parts(72) == (64, 16)
+    assert op.parts(112) == (128, 0)
 
 
 SLOW = [(sm, dtype) for sm in ("sm89", "sm90", "sm120") for dtype in DTYPES] + [("sm80", "bf16"), ("sm80", "fp32")]
@@ -229,7 +247,8 @@ SLOW = [(sm, dtype) for sm in ("sm89", "sm90", "sm120") for dtype in DTYPES] + [
 
 @pytest.mark.parametrize(("target", "dtype"), [("sm80", "fp16"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)])
 def test_cubins(target, dtype):
-    """Of the largest head: what compiles has the shared memory of every GPU."""
+    """Of the largest head, whole and in parts: what compiles has the shared memory of every GPU."""
+    op.compile_cubins([target], dtype, heads=2, n_keys=300, head_dim=96, block=1)
     attributes = op.compile_cubins([target], dtype, heads=2, n_keys=300, head_dim=112, block=1)
     launch = Launch.from_json(attributes["launch"])
     assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"

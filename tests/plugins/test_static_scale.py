@@ -17,13 +17,14 @@ BLOCK, HEADS = 1, 2
 # By op: the shape of its inputs and of its output. Odd sizes: masks of tokens, columns, channels and heads take part.
 SHAPES = {
     "cross": ([(2, 70, 2 * 20), (2, 2, 1, HEADS, 33, 20), (2, 2, 1, HEADS, 33, 20), (2, 33)], (2, 70, 2 * 20)),
+    "cross in parts": ([(2, 130, 2 * 39), (2, 2, 1, HEADS, 33, 39), (2, 2, 1, HEADS, 33, 39), (2, 33)], (2, 130, 2 * 39)),
     "linear": ([(2, 70, 3 * HEADS * 32)], (2, 70, HEADS * 32)),
     "conv": ([(2, 3, 5, 2 * 70), (2 * 70, 1, 3, 3), (2 * 70,)], (2, 3, 5, 70)),
 }
 
 
 def truth(name, tensors):
-    if name == "cross":
+    if name.startswith("cross"):
         return attention_ops.cross_attention_truth(*tensors, BLOCK)
     if name == "linear":
         return ops.qkv_linear_attention_truth(tensors[0], HEADS)
@@ -58,7 +59,7 @@ import torch
 from plugins import cross_attention, gated_depthwise_conv, qkv_linear_attention
 def run(name, tensors, bits, scales, scale):
     quantized = scales, scale
-    if name == "cross":
+    if name.startswith("cross"):
         cross_attention.launch(*tensors, bits, {BLOCK}, quantized)
     elif name == "linear":
         qkv_linear_attention.launch(*tensors, bits, {HEADS}, quantized=quantized)
@@ -138,8 +139,10 @@ def test_kernel_on_gpu(name, dtype):
 
 
 def attributes(name, targets, out_scale):
-    if name == "cross":
-        return cross_attention.compile_cubins(targets, "fp16", heads=20, n_keys=300, head_dim=112, block=7, out_scale=out_scale)
+    if name.startswith("cross"):
+        heads, head_dim = (20, 112) if name == "cross" else (16, 72)
+        sizes = {"heads": heads, "n_keys": 300, "head_dim": head_dim, "block": 7}
+        return cross_attention.compile_cubins(targets, "fp16", **sizes, out_scale=out_scale)
     if name == "linear":
         return qkv_linear_attention.compile_cubins(qkv_linear_attention.APPLY, targets, "fp16", 70, 32, out_scale=out_scale)
     return gated_depthwise_conv.compile_cubins(targets, "fp16", 2 * 5600, out_scale)
@@ -147,6 +150,7 @@ def attributes(name, targets, out_scale):
 
 DIMS = {
     "cross": ([(6, 65, 2240), *[(20, 2, 3, 20, 300, 112)] * 2, (6, 300)], [6, 65, 2240]),
+    "cross in parts": ([(6, 130, 1152), *[(28, 2, 3, 16, 300, 72)] * 2, (6, 300)], [6, 130, 1152]),
     "linear": ([(2, 70, 3 * 2240), (2, 70, 1, 33, 32)], [2, 70, 2240]),
     "conv": ([(3, 33, 18, 2 * 5600), (2 * 5600, 1, 3, 3), (2 * 5600,)], [3, 33, 18, 5600]),
 }
