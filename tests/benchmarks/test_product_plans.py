@@ -1,0 +1,62 @@
+"""Algorithms of cuBLASLt, timed."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import product_plans
+from benchmarks.product_plans import MATRIX, ROW
+
+
+def test_refused(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["product_plans.py"])
+    with pytest.raises(SystemExit):
+        product_plans.main()
+    assert "got no GPU; expected one" in capsys.readouterr().err
+
+
+def test_the_sizes_are_those_of_a_block():
+    assert (2048, 11200, 2240) in product_plans.SIZES
+    assert (2048, 1152, 2880) in product_plans.SIZES
+
+
+def test_what_is_wrong_is_not_the_best():
+    def row(scales, named, place, **result):
+        return {"scales": scales, "named for": named, "place": place, "tile": f"tile {place}", **result}
+
+    found = [
+        row(ROW, ROW, 0, us=20.0, rms=0.1),
+        row(MATRIX, MATRIX, 0, us=15.0, rms=0.2),
+        row(MATRIX, MATRIX, 1, us=14.0, rms=0.21),
+        row(ROW, MATRIX, 0, us=5.0, rms=3.0),
+        row(ROW, MATRIX, 1, refused="no"),
+        row(ROW, MATRIX, 2, us=16.0, rms=0.1),
+        row(ROW, MATRIX, 3, us=6.0, rms=float("nan")),
+    ]
+    by_row, by_matrix, mixed = product_plans.summary(found)
+    assert "first 20.0 us; best 20.0 us, tile 0" in by_row
+    assert "first 15.0 us; best 14.0 us, tile 1, place 1; 2 of 2" in by_matrix
+    assert "first 5.0 us; best 16.0 us, tile 2, place 2; 1 of 4 run and are right" in mixed
+    assert product_plans.summary(found[:3] + found[4:5])[2].endswith("none is right; 0 of 1 run and are right")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with FP8")
+def test_the_engines_own_is_right(monkeypatch, tmp_path):
+    out = tmp_path / "plans.json"
+    monkeypatch.setattr(product_plans, "SIZES", product_plans.SIZES[4:5])
+    monkeypatch.setattr("sys.argv", ["product_plans.py", "--out", str(out)])
+    assert product_plans.main() == 0
+    (rows,) = json.loads(out.read_text())["products"].values()
+    first = rows[0]
+    assert (first["scales"], first["named for"], first["place"]) == (ROW, ROW, 0)
+    assert first["us"] > 0
+    assert first["rms"] < 0.01 * rows_rms(1152)
+
+
+def rows_rms(depth):
+    """What the results' own root mean square is at least, of numbers of 1 each and scales of 1 on average."""
+    return depth**0.5
