@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 2 for what cannot be asked, 1 for what failed; the message goes to stderr."""
+    """0; 2 for what cannot be asked, 1 for what failed, 130 after Ctrl-C; the message goes to stderr."""
     options = _parser().parse_intermixed_args(argv)
     try:
         recipe = load_recipe(options.recipe, options.overrides)
@@ -61,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SanaError as error:
         print(f"calibrate: {error}", file=sys.stderr)
         return 2 if isinstance(error, SpecError) else 1
+    except KeyboardInterrupt:
+        print("calibrate: interrupted. Finished runs are kept, and read when it is started again.", file=sys.stderr)
+        return 130
     return 0
 
 

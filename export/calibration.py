@@ -111,9 +111,9 @@ def _observe_run(reference: SanaReference, run: Run, groups: Mapping[str, Sequen
 class Observer:
     """Of one group in one run: sees (texts, tokens, depth) at every step."""
 
-    def __init__(self, group: str, num_tokens: int, rows: int, *, where: str = "", keep: str = "keep") -> None:
-        """num_tokens: that the group sees in the run; rows: how many to keep; keep: as of Statistics."""
-        self.group, self.where, self.keep = group, where, keep
+    def __init__(self, group: str, num_tokens: int, rows: int, *, where: str = "") -> None:
+        """num_tokens: that the group sees in the run; rows: how many to keep."""
+        self.group, self.where = group, where
         self.steps: list[Tensor] = []  # (texts,) each
         self.rows: list[Tensor] = []
         self.channels = torch.zeros(())
@@ -129,7 +129,7 @@ class Observer:
             at = int(torch.nonzero(~channels.isfinite())[0])
             raise CheckpointError(
                 f"{self.group}: activations reach {float(channels[at])} in channel {at} at {self.where}; expected finite numbers. "
-                f"Keep this group precise ({self.keep} in the recipe), or mend the checkpoint."
+                "Mend the checkpoint: this is in fp32, with nothing quantized."
             )
         self.steps.append(largest)
         self.channels = torch.maximum(self.channels.to(x.device), channels)

@@ -206,12 +206,15 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0; 1 or 2 with a message if it cannot be."""
+    """0; 1 or 2 with a message if it cannot be; 130 after Ctrl-C."""
     try:
         _run(_parser().parse_intermixed_args(argv))
     except SanaError as error:
         print(f"choose_recipe: {error}", file=sys.stderr)
         return 2 if isinstance(error, SpecError) else 1
+    except KeyboardInterrupt:
+        print("choose_recipe: interrupted. Finished runs are kept, and read when it is started again.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -16,6 +16,7 @@ from export.components import Component
 from export.decoder_scales import calibrated_convs
 from export.fp8_nodes import has_static_scale
 from export.qdq_nodes import is_dynamic
+from export.quantization_plan import check_weights
 from export.reference import loaded, run_module
 from export.references import decoder_inputs, denoiser_inputs
 from export.request import BuildRequest
@@ -87,9 +88,13 @@ def denoiser_plan(
     if not request.targets and kind != "nvfp4":
         return uniform_plan(kind, groups)
     cases, depends = denoiser_inputs(runner, everything, ranges)
+    formats: dict[str, Format] = {
+        group: kind if _fits(kind, parameters[names[0]].shape) else "none" for group, names in groups.items()
+    }
 
     def make() -> QuantizationPlan:
         module = loaded(component.module, runner.loader(component), component.dtype)
+        check_weights(module.get_submodule("transformer"), formats)
         with InputRanges(module.get_submodule("transformer")) as found:
             for inputs in cases().values():
                 run_module(module, component, inputs)
@@ -99,9 +104,9 @@ def denoiser_plan(
             return for_cublas(uniform_plan(kind, groups, scales))
         layers = {
             group: LayerPlan(format=kind, input_scale=static_scale(kind, largest[group]))
-            if _fits(kind, parameters[names[0]].shape)
+            if each == kind
             else LayerPlan(format="none")
-            for group, names in groups.items()
+            for group, each in formats.items()
         }
         return QuantizationPlan(layers=layers, notes={"method": "largest activation in the inputs of the parity check"})
 

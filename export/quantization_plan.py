@@ -8,6 +8,7 @@ machine give the same plan, bit for bit; what was done before is read from the s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engines.errors import SpecError
+from engines.errors import CheckpointError, SpecError
 from engines.store import Store, digest_of
 from export.calibration import OBSERVERS, Statistics, observe
 from export.calibration_data import draw_all, plan_runs
@@ -31,7 +32,7 @@ from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, groups_of
 from sana_ref.quantize_ops import BLOCK, finite_range, round_nvfp4, round_static
 from sana_ref.quantized import quantize_layer, static_scale
 
-__all__ = ["PLAN", "PLANNERS", "calibrate", "make_plan", "plan_groups", "plan_layer", "smoothing"]
+__all__ = ["PLAN", "PLANNERS", "calibrate", "check_weights", "make_plan", "plan_groups", "plan_layer", "smoothing"]
 
 PLAN = "plan.safetensors"
 PLANNERS = (*OBSERVERS, "export/calibrators.py", "export/quantization_plan.py", "export/calibration_report.py", "export/recipe.py")
@@ -78,6 +79,7 @@ def calibrate(
 
     def make(folder: Path) -> None:
         reference = SanaReference(checkpoint, device=device)
+        check_weights(reference.denoiser.transformer, formats)
         drawn = draw_all(reference, specs, store, progress)
         statistics = observe(reference, drawn, rows=recipe.calibration.rows, store=store, progress=progress)
         with progress.stage("calibration: scales") as stage:
@@ -110,6 +112,24 @@ def _check_depths(checkpoint: Checkpoint, formats: dict[str, Format]) -> None:
                 f"{group}: got nvfp4 for a depth of {depth}; expected a multiple of {BLOCK}, which share a scale. "
                 f"Keep this group precise (keep: [{group}]), or give it fp8."
             )
+
+
+def check_weights(transformer: nn.Module, formats: Mapping[str, Format]) -> None:
+    """Raises CheckpointError naming a weight that is not finite, or all zeros and to be quantized.
+
+    Before anything is run: what goes through such a layer is as bad in those behind it, and the first of them would be named.
+    """
+    parameters = {name: parameter.detach() for name, parameter in transformer.named_parameters()}
+    for name, parameter in parameters.items():
+        least, most = (float(x) for x in parameter.aminmax())  # NaN if any is
+        if not math.isfinite(most - least):
+            raise CheckpointError(
+                f"{name}: got NaN or infinity in a weight; expected finite numbers. Mend the checkpoint: all layers "
+                "behind it would get them, quantized or not."
+            )
+    for group, names in groups_of(parameters).items():
+        if formats[group] != "none":
+            finite_range(torch.stack([parameters[name].abs().amax() for name in names]), f"{group}.weight")
 
 
 def plan_groups(

@@ -27,7 +27,7 @@ from export.calibration_report import write_report
 from export.calibrators import check_version
 from export.fingerprint import code, versions
 from export.progress import Pace, Progress
-from export.quantization_plan import PLAN, PLANNERS, plan_groups
+from export.quantization_plan import PLAN, PLANNERS, check_weights, plan_groups
 from export.recipe import Recipe
 from runtime.prompt import PromptCutWarning, PromptTokenizer, Tokens
 from sana_ref.checkpoint import Checkpoint
@@ -83,6 +83,7 @@ def calibrate_text(
     def make(folder: Path) -> None:
         tokenizer = PromptTokenizer(checkpoint.tokenizer_path, checkpoint.prompt)
         encoder = checkpoint.text_encoder(torch.float32, device).eval()
+        check_weights(encoder, formats)
         statistics = _observe(encoder, tokenizer, texts, seen, store=store, progress=progress)
         with progress.stage("calibration of the text encoder: scales") as stage:
             plan, reports = plan_groups(encoder, own, formats, statistics)
@@ -136,7 +137,7 @@ def _observe_text(
     device = next(encoder.parameters()).device
     ids, mask = (torch.from_numpy(array).to(device) for array in (tokens.ids, tokens.mask))
     where = f"the text {text[:60]!r}"
-    observers = {group: Observer(group, int(mask.sum()), rows, where=where, keep=KEEP) for group in groups}
+    observers = {group: Observer(group, int(mask.sum()), rows, where=where) for group in groups}
     with torch.inference_mode(), watching(encoder, groups, observers, mask > 0):
         encoder(ids, mask)
     return {name: tensor for observer in observers.values() for name, tensor in observer.found().items()}

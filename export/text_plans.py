@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from engines.errors import SpecError
 from engines.spec import ComponentName, ShapeRange, Target
 from export.components import Component
-from export.quantization_plan import PLAN
+from export.quantization_plan import PLAN, check_weights
 from export.reference import loaded, run_module
 from export.references import text_inputs
 from export.request import BuildRequest
@@ -87,6 +87,7 @@ def text_plan(
 
     def make() -> QuantizationPlan:
         module = loaded(component.module, runner.loader(component), component.dtype)
+        check_weights(module.get_submodule("encoder"), dict.fromkeys(groups, "int8"))
         with InputRanges(module.get_submodule("encoder")) as found:
             for case in inputs.values():
                 run_module(module, component, case)

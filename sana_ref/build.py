@@ -33,6 +33,12 @@ def check_fit(model: nn.Module, source: TensorSource, where: str) -> None:
             f"{where}: {len(missing)} tensors are missing, first {missing[0]!r} of shape {expected[missing[0]]}"
             f"{_nearest(missing[0], extra)}. The weights belong to another config, or the download is not complete."
         )
+    quantizers = [name for name in extra if "_quantizer." in name]
+    if quantizers:
+        raise CheckpointError(
+            f"{where}: got {quantizers[0]!r}, a range of ModelOpt: these weights are quantized, and would be quantized again. Use "
+            "the repository's unquantized ones."
+        )
     if extra:
         raise CheckpointError(
             f"{where}: got {len(extra)} tensors that config.json has no place for, first {extra[0]!r} of shape "

@@ -1,12 +1,16 @@
 """Builds in 8 and 4 bits: the plan that they follow, and what they refuse."""
 
 import json
+import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_build import quiet, request, said, tiny
 
-from engines.errors import SpecError
+from engines.errors import CheckpointError, SpecError
 from engines.spec import Precision, Target
 from export import plans
 from export.build import _of_components, build
@@ -139,6 +143,18 @@ def test_a_range_that_is_none(tmp_path):
         broken.write_bytes(path.read_bytes().replace(b"0.05", bad.ljust(4)))
         with pytest.raises(SpecError, match=f"{GROUP}`?.input_scale"):
             check_request(request(tmp_path / "out", precision=Precision.INT8, plan=broken))
+
+
+def test_a_weight_that_is_not_finite_is_named_without_a_calibration(tmp_path):
+    """And not the layer behind it, whose activations are not finite either."""
+    folder = Path(shutil.copytree(tiny(), tmp_path / "bad"))
+    (path,) = (folder / "transformer").glob("*.safetensors")
+    tensors, name = load_file(path), "transformer_blocks.0.attn1.to_k.weight"
+    tensors[name][3, 5] = math.nan
+    save_file(tensors, path)
+    asked = request(tmp_path / "out", precision=Precision.INT8, targets=(Target.SM80,), components=("denoiser",))
+    with pytest.raises(CheckpointError, match=f"^{name}: got NaN or infinity in a weight"):
+        build(replace(asked, model=str(folder)), quiet())
 
 
 @pytest.mark.slow

@@ -94,7 +94,8 @@ def test_activations_that_are_not_finite_are_named(folder, seen, tmp_path, value
     broken = SanaReference(folder)
     with torch.no_grad():
         broken.denoiser.transformer.transformer_blocks[1].scale_shift_table[0, 7] = value
-    with pytest.raises(CheckpointError, match=rf"transformer_blocks\.1\.attn1\.to_qkv: {words} in channel \d+ at step 1 of 2"):
+    said = rf"transformer_blocks\.1\.attn1\.to_qkv: {words} in channel \d+ at step 1 of 2.*Mend the checkpoint"
+    with pytest.raises(CheckpointError, match=said):
         observe(broken, runs, rows=10, store=Store(tmp_path), progress=quiet())
 
 
@@ -258,6 +259,51 @@ def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path):
     save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, path)
     with pytest.raises(CheckpointError, match=rf"'{name}' is stored as F8_E4M3; .* quantized"):
         checkpoints.load(folder)
+
+
+def test_a_checkpoint_that_modelopt_quantized_in_simulation_is_not_quantized_again(tmp_path):
+    """Its weights have 16 or 32 bits still, and ranges beside them."""
+    folder = write(tmp_path)
+    (path,) = (folder / "transformer").glob("*.safetensors")
+    name = "transformer_blocks.1.ff.conv_point.input_quantizer._amax"
+    save_file({**load_file(path), name: torch.tensor(3.0)}, path)
+    with pytest.raises(CheckpointError, match=rf"got '{name}', .* these weights are quantized"):
+        checkpoints.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "keys", "words"),
+    [
+        (("to_q",), math.nan, [], r"attn1\.to_q\.weight: got NaN or infinity in a weight"),
+        (("to_q",), math.inf, [f"keep=['{QKV}']"], r"attn1\.to_q\.weight: got NaN or infinity in a weight"),
+        (("to_q", "to_k", "to_v"), 0.0, [], r"attn1\.to_qkv\.weight: got a range of 0"),
+    ],
+)
+def test_a_weight_without_a_range_is_named_before_anything_is_drawn(tmp_path, names, value, keys, words):
+    """And not the layer behind it, whose activations are as bad."""
+    folder, nothing = write(tmp_path / "bad"), Store(tmp_path / "store")
+    (path,) = (folder / "transformer").glob("*.safetensors")
+    tensors = load_file(path)
+    for name in names:
+        weight = tensors[f"transformer_blocks.0.attn1.{name}.weight"]
+        (weight if value == 0 else weight[3, 5]).fill_(value)
+    save_file(tensors, path)
+    progress = quiet()
+    with pytest.raises(CheckpointError, match=rf"^transformer_blocks\.0\.{words}"):
+        calibrate(checkpoints.load(folder), load_recipe("int8", [*SMALL, *keys]), store=nothing, progress=progress)
+    assert progress.stages == []
+
+
+def test_interrupt_ends_quietly(folder, store, tmp_path, capsys, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("export.quantization_plan.draw_all", interrupted)
+    out = tmp_path / "calibration"
+    words = ["--model", str(folder), "--recipe", "int8", "--out", str(out), "--cache", str(tmp_path / "store"), *SMALL]
+    assert calibrate_command(words) == 130
+    assert "interrupted. Finished runs are kept" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_notes_hold_the_recipe(folder, store):

@@ -116,3 +116,15 @@ def test_from_a_model_to_a_recipe(folder, store, tmp_path, capsys):
     ):
         assert main([*words, *SMALL, *change]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_interrupt_ends_quietly(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("export.quantization_plan.draw_all", interrupted)
+    out = tmp_path / "mine.yaml"
+    words = ["--model", str(folder), "--recipe", "nvfp4", "--budget", "size<=0.6", "--out", str(out), "--cache", str(tmp_path)]
+    assert main([*words, *SMALL]) == 130
+    assert "interrupted. Finished runs are kept" in capsys.readouterr().err
+    assert not out.exists()
