@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,14 +23,15 @@ from engines.errors import CheckpointError, SpecError
 from engines.store import Store, digest_of
 from export.budget import Budget
 from export.calibration_data import SOURCES, Run, draw, draw_all, plan_runs
-from export.choose_recipe import Chosen, Sizes, choose, combined, offers, recipe_text, sizes_of
+from export.choose_recipe import Chosen, Sizes, check_size, choose, combined, offers, recipe_text, sizes_of
 from export.fingerprint import code
 from export.progress import Progress
 from export.quantization_plan import make_plan
 from export.recipe import Recipe
-from export.sensitivity import measure
+from export.sensitivity import Table, measure
 from runtime.image import to_images
-from sana_ref.checkpoint import Checkpoint
+from sana_ref.build import empty
+from sana_ref.checkpoint import KINDS, Checkpoint
 from sana_ref.pipeline import SanaReference
 from sana_ref.quantization import Format, QuantizationPlan, groups_of, plan_digest
 from sana_ref.quantize_ops import BLOCK
@@ -79,16 +81,19 @@ def choose_for(
     kept = {group for group, kind in recipe.model_copy(update={"formats": ()}).formats_of(list(groups)).items() if kind == "none"}
     if recipe.formats:
         progress.say("  the recipe's own formats are not read: the budget chooses them")
+    thin = {group for group, names in groups.items() if shapes[names[0]][1] % BLOCK}
+    precise = {kind: kept | thin if kind == "nvfp4" else kept for kind in offered}
+    sizes, sides = sizes_of(empty(partial(KINDS["transformer"][2], checkpoint.transformer_config)))
+    unmeasured: Table = {group: {kind: 0.0 for kind in offered if group not in precise[kind]} for group in groups}
+    check_size(offers(unmeasured, sides, recipe), sizes, budget)  # shapes tell, before anything is drawn
     plans: dict[Format, QuantizationPlan] = {}
     for kind in offered:
-        thin = {group for group, names in groups.items() if kind == "nvfp4" and shapes[names[0]][1] % BLOCK}
-        whole = recipe.model_copy(update={"format": kind, "keep": tuple(sorted(kept | thin)), "formats": ()})
+        whole = recipe.model_copy(update={"format": kind, "keep": tuple(sorted(precise[kind])), "formats": ()})
         progress.say(f"  every group in {kind}:")
         plans[kind] = make_plan(checkpoint, whole, store=store, progress=progress, device=device)
     reference = SanaReference(checkpoint, dtype=torch.float32, device=device)
     runs = draw_all(reference, plan_runs(checkpoint, recipe.calibration)[:WHOLE_RUNS], store, progress)
     table = measure(reference, plans, runs[:num_runs], store=store, progress=progress)
-    sizes, sides = sizes_of(reference.denoiser.transformer)
     with progress.stage("choice of formats") as stage:
 
         def cost(formats: Mapping[str, Format]) -> dict[str, float]:

@@ -32,7 +32,7 @@ from sana_ref.quantization import FORMATS, Format, QuantizationPlan, groups_of
 from sana_ref.quantize_ops import BLOCK
 from sana_ref.text_projection import is_text_parameter
 
-__all__ = ["Chosen", "Measure", "Sizes", "choose", "group_bytes", "recipe_text", "sizes_of"]
+__all__ = ["Chosen", "Measure", "Sizes", "check_size", "choose", "group_bytes", "recipe_text", "sizes_of"]
 
 Allocation = dict[str, Choice]
 Measure = Callable[[Mapping[str, Format]], Mapping[str, float]]  # formats of groups -> metrics of Budget: lpips, psnr_db, error
@@ -49,6 +49,10 @@ class Sizes:
 
     def ratio(self, allocation: Mapping[str, Choice]) -> float:
         return (self.fixed + sum(choice.num_bytes for choice in allocation.values())) / self.half
+
+    def room(self, ratio: float) -> float:
+        """Bytes of groups that a size of `ratio` leaves."""
+        return ratio * self.half - self.fixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,21 +82,26 @@ def sizes_of(transformer: nn.Module) -> tuple[Sizes, dict[str, tuple[int, int]]]
     return Sizes(fixed=half - 2 * sum(columns * depth for columns, depth in shapes.values()), half=half), shapes
 
 
+def check_size(choices: Mapping[str, Sequence[Choice]], sizes: Sizes, budget: Budget) -> None:
+    """Raises SpecError if even the smallest formats are too large for the budget. Errors of choices are not read."""
+    smallest = {group: min(offered, key=lambda choice: choice.num_bytes) for group, offered in choices.items()}
+    if budget.size is not None and sum(choice.num_bytes for choice in smallest.values()) > sizes.room(budget.size):
+        raise SpecError(
+            f"budget: got {budget}; the smallest that the formats allow is size {sizes.ratio(smallest):.4g}. "
+            f"Allow more, or offer a smaller format. The largest groups: {_names(smallest, lambda choice: choice.num_bytes)}."
+        )
+
+
 def choose(choices: Mapping[str, Sequence[Choice]], sizes: Sizes, budget: Budget, measure: Measure) -> Chosen:
     """The allocation for `budget`; `measure` is called with what is chosen, and its word holds.
 
     With `size` alone: the least error that fits. Otherwise the smallest for which everything asked holds.
     Raises SpecError if the budget cannot be met, naming the groups that stand in the way.
     """
+    check_size(choices, sizes, budget)
     front = pareto_front(choices)
-    limit = front.num_bytes[-1] if budget.size is None else budget.size * sizes.half - sizes.fixed
-    best = front.least_error(float(limit))
-    if best is None:
-        smallest = front.allocation(0)
-        raise SpecError(
-            f"budget: got {budget}; the smallest that the formats allow is size {sizes.ratio(smallest):.4g}. "
-            f"Allow more, or offer a smaller format. The largest groups: {_names(smallest, lambda choice: choice.num_bytes)}."
-        )
+    best = front.least_error(float(front.num_bytes[-1]) if budget.size is None else sizes.room(budget.size))
+    assert best is not None  # check_size
 
     def of(state: int) -> Chosen:
         allocation = front.allocation(state)

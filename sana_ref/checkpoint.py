@@ -34,7 +34,7 @@ from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from sana_ref.transformer import SanaTransformer2DModel, SanaTransformerConfig
 from sana_ref.variants import VARIANTS
 
-__all__ = ["COMPONENTS", "Checkpoint", "load"]
+__all__ = ["COMPONENTS", "KINDS", "Checkpoint", "load"]
 
 ComponentName = Literal["transformer", "vae", "text_encoder"]
 Config: TypeAlias = SanaTransformerConfig | AutoencoderDCConfig | Gemma2Config

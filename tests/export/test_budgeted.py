@@ -92,6 +92,15 @@ def test_what_cannot_be_met_names_the_layers_in_the_way(budget, words):
         chosen_for(budget)
 
 
+def test_a_size_that_no_format_has_is_answered_before_anything_is_drawn():
+    progress = quiet()
+    with pytest.raises(
+        SpecError, match=r"the smallest that the formats allow is size .* The largest groups: transformer_blocks\.0\."
+    ):
+        chosen_for("lpips<=0.99, size<=0.01", progress=progress)
+    assert progress.stages == []
+
+
 @pytest.mark.slow
 def test_nothing_is_measured_twice(monkeypatch):
     first = chosen_for("lpips<=0.99")
