@@ -64,7 +64,7 @@ def calibrate(
     check_version()
     groups = groups_of(checkpoint.sources["transformer"].shapes)
     formats = recipe.formats_of(list(groups))
-    _check_depths(checkpoint, formats)
+    _check_shapes(checkpoint, recipe, formats)
     specs = plan_runs(checkpoint, recipe.calibration)
     runs = [spec.key(checkpoint, torch.float32, device) for spec in specs]
     key = digest_of(
@@ -103,7 +103,7 @@ def _content(recipe: Recipe) -> dict[str, object]:
     return recipe.model_dump(mode="json", exclude={"calibration": {"prompts"}, **dict.fromkeys(of_text, True)})
 
 
-def _check_depths(checkpoint: Checkpoint, formats: dict[str, Format]) -> None:
+def _check_shapes(checkpoint: Checkpoint, recipe: Recipe, formats: dict[str, Format]) -> None:
     shapes = checkpoint.sources["transformer"].shapes
     for group, names in groups_of(shapes).items():
         depth = shapes[names[0]][1]
@@ -112,6 +112,13 @@ def _check_depths(checkpoint: Checkpoint, formats: dict[str, Format]) -> None:
                 f"{group}: got nvfp4 for a depth of {depth}; expected a multiple of {BLOCK}, which share a scale. "
                 f"Keep this group precise (keep: [{group}]), or give it fp8."
             )
+        _check_rank(recipe, group, formats[group], (sum(shapes[name][0] for name in names), depth))
+
+
+def _check_rank(recipe: Recipe, group: str, kind: Format, shape: tuple[int, ...]) -> None:
+    """shape: of the group's weight, (columns, depth)."""
+    if kind == "nvfp4" and recipe.low_rank > min(shape):
+        raise SpecError(f"low_rank: got {recipe.low_rank} for {group}, whose weight is {shape}; expected at most its sides.")
 
 
 def check_weights(transformer: nn.Module, formats: Mapping[str, Format]) -> None:
@@ -181,10 +188,7 @@ def plan_layer(group: str, kind: Format, recipe: Recipe, weight: Tensor, channel
     With `awq` every exponent is tried, with all else that the recipe asks for, and the least error of the layer's result is kept.
     """
     finite_range(weight, f"{group}.weight")
-    if kind == "nvfp4" and recipe.low_rank > min(weight.shape):
-        raise SpecError(
-            f"low_rank: got {recipe.low_rank} for {group}, whose weight is {tuple(weight.shape)}; expected at most its sides."
-        )
+    _check_rank(recipe, group, kind, tuple(weight.shape))
     exact = F.linear(rows, weight)
     choices: list[tuple[float | None, Tensor | None]] = [(None, None)]
     if recipe.smoothquant is not None:

@@ -249,6 +249,10 @@ def test_a_wrong_recipe_is_answered_before_anything_is_drawn(folder, tmp_path):
         calibrate(checkpoint, load_recipe("int8", ["keep=[transformer_blocks.9.attn2.to_q]"]), store=nothing)
     with pytest.raises(SpecError, match="got 3 calibration prompts; expected 65"):
         calibrate(checkpoint, load_recipe("int8", ["calibration.num_prompts=65"]), store=nothing)
+    progress = quiet()
+    with pytest.raises(SpecError, match=rf"low_rank: got 65 for {QKV}, whose weight is \(192, 64\)"):
+        calibrate(checkpoint, load_recipe("nvfp4", [*SMALL, "low_rank=65"]), store=nothing, progress=progress)
+    assert progress.stages == []
 
 
 def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path):
