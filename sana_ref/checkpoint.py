@@ -205,6 +205,11 @@ def _folder(path_or_id: str | Path, revision: str | None, variant: str | None, c
 def _load_folder(
     name: str, folder: Path, variant: str | None, components: Collection[ComponentName], *, from_hub: bool
 ) -> Checkpoint:
+    if (folder / "manifest.json").is_file() and not (folder / "model_index.json").exists():
+        raise CheckpointError(
+            f"{folder}: got a bundle, which holds engines and no checkpoint's weights; expected a checkpoint. A bundle draws: "
+            f"sana generate {folder} PROMPT."
+        )
     index = read_json(folder / "model_index.json")
     configs: dict[ComponentName, Config] = {}
     sources: dict[ComponentName, TensorSource] = {}

@@ -189,6 +189,12 @@ def test_missing_config(folder, name):
         load(folder)
 
 
+def test_a_bundle_is_no_checkpoint(tmp_path):
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"got a bundle, .* expected a checkpoint. A bundle draws: sana generate"):
+        load(tmp_path)
+
+
 def test_missing_tokenizer(folder):
     (folder / "tokenizer" / "tokenizer.json").unlink()
     checkpoint = load(folder)
