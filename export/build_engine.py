@@ -107,7 +107,7 @@ def _build(options: argparse.Namespace) -> None:
     from export.request import BuildRequest, parse_components, targets_of
 
     precision, quantization = quantization_of(settings)
-    targets = targets_of(",".join(settings.target))
+    targets = targets_of(",".join(settings.target), precision)
     request = BuildRequest(
         model=settings.checkpoint,
         out=settings.out,

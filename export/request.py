@@ -14,6 +14,7 @@ from engines.spec import (
     Precision,
     ShapeRange,
     Target,
+    check_precision,
     nearest,
     parse_targets,
 )
@@ -55,16 +56,27 @@ def parse_components(text: str) -> tuple[ComponentName, ...]:
     return tuple(name for name in COMPONENTS if name in words)
 
 
-def targets_of(text: str) -> tuple[Target, ...]:
-    """As engines.spec.parse_targets, but "current" raises NoGpuError where there is none, which says why and what to do."""
+def targets_of(text: str, precision: Precision = Precision.FP16) -> tuple[Target, ...]:
+    """As engines.spec.parse_targets, but "current" raises NoGpuError where there is none, which says why and what to do.
+
+    precision: what is to be built; the message names architectures that have it.
+    """
+
+    def fits(target: Target) -> bool:
+        try:
+            check_precision(precision, [target])
+        except SpecError:
+            return False
+        return True
 
     def current() -> Target | None:
         try:
             device_info()
         except NoGpuError as error:
+            names = ",".join(target for target in AHEAD_OF_TIME_TARGETS if fits(target))
             raise NoGpuError(
-                f"--target current: {error} To build without a GPU, name architectures ({','.join(AHEAD_OF_TIME_TARGETS)}), "
-                "or take onnx: portable graphs alone."
+                f"--target current: {error} To build without a GPU, name architectures ({names}), or "
+                "take onnx: portable graphs alone."
             ) from None
         return current_target()
 

@@ -48,11 +48,12 @@ def test_bad_input(capsys, options, code, words):
 
 
 @pytest.mark.skipif(not NO_GPU, reason="this machine has a GPU")
-def test_current_without_a_gpu(capsys):
-    code, said = answer(capsys, "--target", "current")
+@pytest.mark.parametrize(("precision", "names"), [("fp16", "sm80,sm86,sm89,sm120,sm121"), ("nvfp4", "sm120,sm121")])
+def test_current_without_a_gpu(capsys, precision, names):
+    code, said = answer(capsys, "--target", "current", "--precision", precision)
     assert code == 1
     assert "--target current: got no NVIDIA driver" in said
-    assert "sm80,sm86,sm89,sm120,sm121" in said
+    assert f"name architectures ({names})" in said
 
 
 def test_half_a_download(capsys, tmp_path):
