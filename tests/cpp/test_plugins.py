@@ -52,13 +52,23 @@ def build_with(shell_used: str, out: Path, launch: str = "") -> subprocess.Compl
 
 @pytest.mark.slow
 def test_the_same_engine(plugins, tmp_path):
-    """Byte for byte: types, formats, shapes, workspace and serialised fields are the same."""
-    engines = []
-    for name, used in (("python", native.PYTHON), ("cpp", str(plugins / "libsana_plugins.so"))):
-        done = build_with(used, tmp_path / name)
-        assert done.returncode == 0, done.stderr
-        engines.append((tmp_path / name / "engine").read_bytes())
-    assert engines[0] == engines[1]
+    """Byte for byte: types, formats, shapes, workspace and serialised fields are the same.
+
+    TensorRT numbers its tensors in one of two ways, by chance: of a dozen engines that one shell built, three differed from the
+    others in twenty bytes. So each shell builds until an engine is one of the other's.
+    """
+    engines: dict[str, set[bytes]] = {"python": set(), "cpp": set()}
+    for attempt in range(6):
+        for name, used in (("python", native.PYTHON), ("cpp", str(plugins / "libsana_plugins.so"))):
+            out = tmp_path / f"{name}{attempt}"
+            done = build_with(used, out)
+            assert done.returncode == 0, done.stderr
+            engines[name].add((out / "engine").read_bytes())
+        if engines["python"] & engines["cpp"]:
+            return
+    raise AssertionError(
+        f"got engines of {[{len(each) for each in found} for found in engines.values()]} bytes; expected one in common"
+    )
 
 
 @pytest.mark.slow
