@@ -16,6 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # started as a file: the folder of this script is on the path, the repository is not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from engines.arguments import ArgumentParser
 from engines.errors import SanaError, SpecError
 
 __all__ = ["main"]
@@ -23,7 +24,7 @@ __all__ = ["main"]
 
 def _parser() -> argparse.ArgumentParser:
     """Flags have no defaults here: one that is left out says nothing, and configs/build.yaml holds."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="build_engine",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from engines.arguments import ArgumentParser
 from engines.atomic import make_temporary, remove_dead, replace_folder
 from engines.errors import SanaError, SpecError
 from export.progress import Progress
@@ -26,7 +27,7 @@ _PREFIX = ".new-calibration-"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m export.calibrate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

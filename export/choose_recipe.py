@@ -19,6 +19,7 @@ from pathlib import Path
 import yaml
 from torch import nn
 
+from engines.arguments import ArgumentParser
 from engines.errors import SanaError, SpecError
 from engines.spec import nearest
 from engines.store import Store
@@ -178,7 +179,7 @@ def combined(plans: Mapping[Format, QuantizationPlan], formats: Mapping[str, For
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m export.choose_recipe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

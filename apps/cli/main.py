@@ -18,6 +18,7 @@ from typing import TextIO
 
 from apps.cli import config, generate, inspect, replay, verify
 from apps.cli.program import PROGRAMS
+from engines.arguments import ArgumentParser
 from engines.errors import SanaError
 
 __all__ = ["COMMANDS", "main"]
@@ -65,7 +66,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sana", description="From a checkpoint to pictures.", allow_abbrev=False)
+    parser = ArgumentParser(prog="sana", description="From a checkpoint to pictures.", allow_abbrev=False)
     parser.add_argument("--version", action=_Version)
     commands = parser.add_subparsers(dest="command", metavar="command")
     for name, program in PROGRAMS.items():
