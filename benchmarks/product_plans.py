@@ -25,6 +25,7 @@ from benchmarks.figures import machine, versions
 from benchmarks.graph_timing import graph_ms
 from plugins import cublas_lt
 
+CAPABILITY = (9, 0)  # the only one for which cuBLASLt has a scale a row
 TOKENS = 2048  # 1024 px, two texts
 DIMS = (2240, 1152)  # of Sana-1.6B, Sana-0.6B
 SIZES = tuple((TOKENS, columns, depth) for d in DIMS for columns, depth in ((d, d), (3 * d, d), (5 * d, d), (d, d * 5 // 2)))
@@ -138,6 +139,8 @@ def main() -> int:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("got no GPU; expected one: algorithms are measured")
+    if (capability := torch.cuda.get_device_capability()) != CAPABILITY:
+        parser.error(f"got a GPU of compute capability {capability}; expected {CAPABILITY}, where engines multiply with cuBLASLt")
     found = {}
     for size in SIZES:
         name = " x ".join(map(str, size))

@@ -9,12 +9,16 @@ from benchmarks import product_plans
 from benchmarks.product_plans import MATRIX, MIXED, ROW
 
 
-def test_refused(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.mark.parametrize(
+    ("capability", "message"), [(None, "got no GPU; expected one"), ((8, 9), r"capability (8, 9); expected (9, 0)")]
+)
+def test_refused(monkeypatch, capsys, capability, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr("sys.argv", ["product_plans.py"])
     with pytest.raises(SystemExit):
         product_plans.main()
-    assert "got no GPU; expected one" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_the_sizes_are_those_of_a_block():
@@ -46,7 +50,10 @@ def test_what_is_wrong_is_not_the_best():
 
 @pytest.mark.gpu
 @pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="needs a GPU with FP8")
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != product_plans.CAPABILITY,
+    reason="needs a GPU of compute capability 9.0, for which alone cuBLASLt has a scale a row",
+)
 def test_the_engines_own_is_right(monkeypatch, tmp_path):
     out = tmp_path / "plans.json"
     monkeypatch.setattr(product_plans, "SIZES", product_plans.SIZES[4:5])
