@@ -1,7 +1,7 @@
 """Products through cuBLASLt, without it: a library that does on host memory what cublasLt.h says stands in for it."""
 
 import ctypes
-from ctypes import c_float, c_int, c_int32, c_uint64, c_void_p
+from ctypes import c_float, c_int, c_int8, c_int32, c_uint64, c_void_p
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ class Library:
         self.workspaces: list[tuple[int | None, int]] = []
         self.needs, self.refuses = [0] * 8, set()  # workspace of each algorithm; those that are refused
         self.ran: list[int] = []
+        self.named: dict[int, list[tuple[int, float]]] = {}  # by the mode of scales: what the heuristic answers, and its waves
         self.asked: list[tuple[int, int]] = []  # preferences
 
     def __getattr__(self, name):
@@ -46,12 +47,12 @@ class Library:
         self._new(pointer, {})
 
     def _MatmulDescSetAttribute(self, description, attribute, value, size):
-        kind = {3: c_int32, 7: c_int32, 8: c_void_p}[attribute]
+        kind = {3: c_int32, 7: c_int32, 8: c_void_p, 17: c_void_p, 18: c_void_p, 25: c_int8, 31: c_int32, 32: c_int32}[attribute]
         assert size.value == ctypes.sizeof(kind)
         self.made[description.value][attribute] = ctypes.cast(value, ctypes.POINTER(kind))[0]
 
     def _MatrixLayoutCreate(self, pointer, dtype, height, width, stride):
-        assert dtype == 0
+        assert dtype in (0, 2, 28)
         assert stride.value >= height.value
         self._new(pointer, (height.value, width.value, stride.value))
 
@@ -63,9 +64,24 @@ class Library:
         self.asked.append((attribute, ctypes.cast(value, ctypes.POINTER(kind))[0]))
 
     def _MatmulAlgoGetHeuristic(self, handle, description, a, b, c, d, preference, wanted, result, found):
+        modes = [self.made[description.value].get(attribute) for attribute in (31, 32)]
+        if modes[0] is not None:
+            assert modes[0] == modes[1]
+            answers = self.named[modes[0]]
+            ctypes.cast(found, ctypes.POINTER(c_int))[0] = len(answers)
+            for place, (number, waves) in enumerate(answers):
+                result[place].algo[0], result[place].waves = number, waves
+            return
         ctypes.cast(found, ctypes.POINTER(c_int))[0] = min(wanted, self.algorithms)
         for number in range(min(wanted, self.algorithms)):
             result[number].algo[0], result[number].workspace = number, self.needs[number]
+
+    def _MatmulAlgoCheck(self, handle, description, a, b, c, d, algo, result):
+        assert [self.made[description.value][attribute] for attribute in (31, 32)] == [3, 3]
+        number = ctypes.cast(algo, ctypes.POINTER(c_uint64))[0]
+        found = ctypes.cast(result, ctypes.POINTER(cublas_lt._Heuristic))[0]
+        found.waves, found.workspace = dict(self.named[0])[number], self.needs[number]
+        return 15 if number in self.refuses else 0
 
     def _matrix(self, address, layout):
         height, width, stride = self.made[layout.value]
@@ -159,6 +175,25 @@ def test_without_a_workspace_those_that_need_none(library):
         run_once(library)
 
 
+@pytest.mark.parametrize(
+    ("own", "others", "refuses", "needs", "order"),
+    [
+        (2.18, [(1, 0.97), (2, 1.7), (3, 1.1)], set(), {}, [1, 2, 0]),  # as 2240 columns of 2048 rows are; 3 is as bad
+        (2.18, [(1, 0.97), (2, 1.7)], {1}, {}, [2, 0]),
+        (2.18, [(1, 0.97)], set(), {1: 64 << 20}, [0]),
+        (10.7, [(1, 0.99)], set(), {}, [0]),  # well filled: as it was
+        (0.0, [(1, 0.99)], set(), {}, [0]),  # cuBLASLt does not say
+    ],
+)
+def test_fp8_takes_blocks_that_fill_their_waves(library, own, others, refuses, needs, order):
+    library.named, library.refuses = {3: [(0, own)], 0: others}, refuses
+    library.needs = [needs.get(number, 0) for number in range(8)]
+    product = cublas_lt.Product("fp8", bias=True, context_id=1)
+    product.prepare(2048, 2240, 2240)
+    assert [each.algo[0] for each in product._candidates] == order
+    assert [library.made[product._description.value][attribute] for attribute in (31, 32)] == [3, 3]
+
+
 def test_all_refused(library):
     library.algorithms, library.refuses = 2, {0, 1}
     with pytest.raises(cublas_lt.CublasError, match=r"got status 7 .* for \(5, 3, 4\), x 0x.*, workspace 0x0"):
@@ -227,3 +262,26 @@ def test_on_a_gpu(dtype):
         out.zero_()
         graph.replay()
         assert torch.equal(out, first)
+
+
+@pytest.mark.gpu
+def test_fp8_on_a_gpu():
+    """As exact as PyTorch with a scale a row, at sizes whose blocks fill their waves and at others."""
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no GPU of compute capability 9.0, where cuBLASLt has a scale a row")
+    torch.manual_seed(0)
+    for rows, columns, depth in ((2048, 2240, 2240), (2048, 2240, 5600), (2048, 1152, 2880), (2048, 11200, 2240), (77, 112, 64)):
+        x, w = (torch.randn(size, device="cuda").to(torch.float8_e4m3fn) for size in ((rows, depth), (columns, depth)))
+        x_scale, w_scale = (0.5 + torch.rand(size, device="cuda") for size in (rows, columns))
+        bias, out = torch.randn(columns, device="cuda").half(), torch.empty(rows, columns, device="cuda", dtype=torch.half)
+        workspace = torch.empty(cublas_lt.WORKSPACE, dtype=torch.uint8, device="cuda")
+        product = cublas_lt.Product("fp8", bias=True, context_id=1)
+        product.prepare(rows, columns, depth)
+        addresses = [tensor.data_ptr() for tensor in (x, w, bias, out, workspace)]
+        scales = {"x_scale": x_scale.data_ptr(), "w_scale": w_scale.data_ptr()}
+        product.run(*addresses, torch.cuda.current_stream().cuda_stream, **scales)
+        exact = (x.double() * x_scale.double()[:, None]) @ (w.double() * w_scale.double()[:, None]).T + bias.double()
+        peer = torch._scaled_mm(x, w.t(), x_scale[:, None], w_scale[None], out_dtype=torch.bfloat16, use_fast_accum=True)
+        peer_error = (peer.double() + bias.double() - exact).norm()
+        assert (out.double() - exact).norm() <= 2 * peer_error, (rows, columns, depth)
