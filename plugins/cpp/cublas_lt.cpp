@@ -2,7 +2,10 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <sstream>
@@ -13,9 +16,10 @@ namespace {
 constexpr int kCandidates = 8;
 constexpr int kCompute32F = 68, kScale32F = 0;
 constexpr int kTransposeA = 3, kEpilogue = 7, kBiasPointer = 8;
-constexpr std::int32_t kTransposed = 1, kWithBias = 4, kANumberARow = 3;
+constexpr std::int32_t kTransposed = 1, kWithBias = 4, kANumber = 0, kANumberARow = 3;
 constexpr int kScalePointers[] = {17, 18}, kScaleModes[] = {31, 32};  // of A, of B
 constexpr int kFastAccumulation = 25;
+constexpr float kWellFilled = 0.8f;
 constexpr int kMaxWorkspace = 1, kAlignments[] = {5, 6, 7, 8};  // preferences
 constexpr int kInvalidValue = 7, kNotSupported = 15;            // refusals: nothing was queued
 
@@ -35,6 +39,7 @@ struct Library {
     int (*preference_destroy)(void*);
     int (*preference_set)(void*, int, const void*, std::size_t);
     int (*heuristic)(void*, void*, void*, void*, void*, void*, void*, int, void*, int*);
+    int (*check)(void*, void*, void*, void*, void*, void*, const void*, void*);
     int (*matmul)(void*, void*, const void*, const void*, void*, const void*, void*, const void*, const void*, void*, void*, void*,
                   const void*, void*, std::size_t, void*);
 };
@@ -78,6 +83,7 @@ Library opened() {
     find(library, "cublasLtMatmulPreferenceDestroy", out.preference_destroy);
     find(library, "cublasLtMatmulPreferenceSetAttribute", out.preference_set);
     find(library, "cublasLtMatmulAlgoGetHeuristic", out.heuristic);
+    find(library, "cublasLtMatmulAlgoCheck", out.check);
     find(library, "cublasLtMatmul", out.matmul);
     return out;
 }
@@ -116,7 +122,7 @@ LtProduct::LtProduct(const std::string& type, bool bias, unsigned long long cont
     describe(kTransposeA, &kTransposed, sizeof kTransposed);
     if (bias_) describe(kEpilogue, &kWithBias, sizeof kWithBias);
     if (scaled_) {
-        for (const int mode : kScaleModes) describe(mode, &kANumberARow, sizeof kANumberARow);
+        scale_by(kANumberARow);
         const std::int8_t fast = 1;
         describe(kFastAccumulation, &fast, sizeof fast);
     }
@@ -131,6 +137,14 @@ void LtProduct::describe(int attribute, const void* value, std::size_t size) {
     ok(library().desc_set(description_, attribute, value, size), "cublasLtMatmulDescSetAttribute");
 }
 
+void LtProduct::scale_by(std::int32_t mode) {
+    for (const int attribute : kScaleModes) describe(attribute, &mode, sizeof mode);
+}
+
+float LtProduct::filled(const Heuristic& algorithm) {
+    return algorithm.waves > 0 ? algorithm.waves / std::ceil(algorithm.waves) : 1;
+}
+
 void LtProduct::prepare(std::int64_t rows, std::int64_t columns, std::int64_t depth) {
     free_layouts();
     const auto layout = [this](int type, std::int64_t height, std::int64_t width) {
@@ -142,6 +156,36 @@ void LtProduct::prepare(std::int64_t rows, std::int64_t columns, std::int64_t de
     layout(type_, depth, columns);
     layout(type_, depth, rows);
     layout(out_type_, columns, rows);
+    size_ = {rows, columns, depth};
+    candidates_ = named();
+    if (scaled_ && !candidates_.empty() && filled(candidates_.front()) < kWellFilled) {
+        scale_by(kANumber);
+        const std::vector<Heuristic> others = named();  // if it throws, so does the engine's build: nothing is run afterwards
+        scale_by(kANumberARow);
+        const float own = filled(candidates_.front());
+        std::vector<Heuristic> better;
+        for (const Heuristic& each : others) {
+            const std::optional<Heuristic> accepted = checked(each);
+            if (accepted && filled(*accepted) > own) better.push_back(*accepted);
+        }
+        candidates_.insert(candidates_.begin(), better.begin(), better.end());
+    }
+    if (candidates_.empty()) {
+        throw CublasError("got no algorithm for " + std::to_string(rows) + " x " + std::to_string(columns) + " x " +
+                          std::to_string(depth) + "; expected one");
+    }
+}
+
+std::optional<LtProduct::Heuristic> LtProduct::checked(const Heuristic& algorithm) const {
+    Heuristic found{};
+    void *w = layouts_[0], *x = layouts_[1], *out = layouts_[2];
+    const int status = library().check(lt_, description_, w, x, out, out, algorithm.algo, &found);
+    std::copy(std::begin(algorithm.algo), std::end(algorithm.algo), std::begin(found.algo));
+    const bool runs = status == 0 && found.state == 0 && found.workspace <= kProductWorkspace - kWorkspaceAlignment;
+    return runs ? std::optional(found) : std::nullopt;
+}
+
+std::vector<LtProduct::Heuristic> LtProduct::named() {
     void* preference = nullptr;
     ok(library().preference_create(&preference), "cublasLtMatmulPreferenceCreate");
     std::vector<Heuristic> answers(kCandidates);
@@ -161,14 +205,9 @@ void LtProduct::prepare(std::int64_t rows, std::int64_t columns, std::int64_t de
         throw;
     }
     ok(library().preference_destroy(preference), "cublasLtMatmulPreferenceDestroy");
-    size_ = {rows, columns, depth};
     answers.resize(static_cast<std::size_t>(found));
     std::erase_if(answers, [](const Heuristic& each) { return each.state != 0; });
-    candidates_ = std::move(answers);
-    if (candidates_.empty()) {
-        throw CublasError("got no algorithm for " + std::to_string(rows) + " x " + std::to_string(columns) + " x " +
-                          std::to_string(depth) + "; expected one");
-    }
+    return answers;
 }
 
 void LtProduct::point(std::uint64_t bias, std::uint64_t w_scale, std::uint64_t x_scale) {

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -47,6 +48,10 @@ class LtProduct {
         int reserved[4];
     };
 
+    static float filled(const Heuristic& algorithm);  // how much of its waves; 1 where cuBLASLt does not say
+    std::vector<Heuristic> named();                   // what the heuristic answers, best first
+    std::optional<Heuristic> checked(const Heuristic& algorithm) const;  // as it would run for this description, if it would
+    void scale_by(std::int32_t mode);
     void describe(int attribute, const void* value, std::size_t size);
     void point(std::uint64_t bias, std::uint64_t w_scale, std::uint64_t x_scale);
     void free_layouts();
