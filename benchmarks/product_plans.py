@@ -3,9 +3,9 @@
     python benchmarks/product_plans.py --out benchmarks/results/product_plans_h200.json
 
 For products of a block of Sana-1.6B and 0.6B: microseconds in a CUDA graph of every algorithm that cuBLASLt's heuristic names where
-x and w have a scale a row each, as those of engines have (plugins/cublas_lt.py takes the first), where each has one for all of it,
-and where w has one a row and x one for all; and, with scales a row, of the second's. The best is that of the right ones: with
-at most twice the error of the engines' own.
+x and w have a scale a row each, as those of engines have, and where each has one for all of it; and of the second's with scales a
+row. The best is that of the right ones: with at most twice the error of the heuristic's first. Engines take what
+plugins/cublas_lt.py prepares.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterator
-from ctypes import byref, c_int32, c_size_t, c_uint16, c_uint32, sizeof
+from ctypes import byref, c_size_t, c_uint16, c_uint32, sizeof
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,16 @@ from benchmarks.graph_timing import graph_ms
 from plugins import cublas_lt
 
 CAPABILITY = (9, 0)  # the only one for which cuBLASLt has a scale a row
-TOKENS = 2048  # 1024 px, two texts
+TOKENS = (512, 2048, 8192)  # 512, 1024 and 2048 px, two texts
 DIMS = (2240, 1152)  # of Sana-1.6B, Sana-0.6B
-SIZES = tuple((TOKENS, columns, depth) for d in DIMS for columns, depth in ((d, d), (3 * d, d), (5 * d, d), (d, d * 5 // 2)))
+SIZES = tuple(
+    (n, columns, depth) for n in TOKENS for d in DIMS for columns, depth in ((d, d), (3 * d, d), (5 * d, d), (d, d * 5 // 2))
+)
 CALLS = 8  # in a graph
 ANSWERS = 64  # that the heuristic is asked for
-ROW, MATRIX, MIXED = "a scale a row", "a scale a matrix", "a scale a row of w"
-SCALES = {ROW: (3, 3), MATRIX: (0, 0), MIXED: (3, 0)}  # modes of w and of x: cublasLtMatmulMatrixScale_t
-WAYS = ((ROW, ROW), (MATRIX, MATRIX), (MIXED, MIXED), (ROW, MATRIX), (MIXED, MATRIX))  # scales, and for which algorithms were named
+ROW, MATRIX, ENGINES = "a scale a row", "a scale a matrix", "engines"
+SCALES = {ROW: cublas_lt.A_NUMBER_A_ROW, MATRIX: cublas_lt.A_NUMBER}
+WAYS = ((ROW, ROW), (MATRIX, MATRIX), (ROW, MATRIX), (ROW, ENGINES))  # scales, and for which, or by what, algorithms were named
 TILES = {18: "128x64", 19: "64x256", 20: "128x128", 23: "128x256", 24: "256x128", 28: "96x128", 29: "128x160", 31: "192x128",
          184: "144x128", 197: "168x128", 201: "176x128", 209: "192x192", 458: "192x96"}  # fmt: skip
 _CONFIG = {"id": (0, c_uint32), "tile": (1, c_uint32), "custom": (5, c_uint32), "stages": (6, c_uint32), "cluster": (8, c_uint16)}
@@ -55,40 +57,23 @@ class Bench:
         self.bias = torch.randn(columns, device="cuda", generator=generator).half()
         self.out = torch.empty(rows, columns, device="cuda", dtype=torch.half)
         self.workspace = torch.empty(cublas_lt.WORKSPACE, device="cuda", dtype=torch.uint8)
-        of_w, of_x = SCALES[self.scales]
-        x_scale, w_scale = (self.x_scale if of_x else self.x_scale[:1]), (self.w_scale if of_w else self.w_scale[:1])
+        x_scale, w_scale = (scale if self.scales == ROW else scale[:1] for scale in (self.x_scale, self.w_scale))
         exact = (self.x.double() * x_scale.double()[:, None]) @ (self.w.double() * w_scale.double()[:, None]).T
         self.exact = exact + self.bias.double()
         self.product = cublas_lt.Product("fp8", bias=True, context_id=1)
-        for attribute, mode in zip(cublas_lt._SCALE_MODES, SCALES[self.scales], strict=True):
-            self.product._describe(attribute, c_int32(mode))
-        candidates, cublas_lt.CANDIDATES = cublas_lt.CANDIDATES, ANSWERS
-        try:
-            self.product.prepare(*self.size)
-        except cublas_lt.CublasError:  # the heuristic names none
-            pass
-        finally:
-            cublas_lt.CANDIDATES = candidates
-        self.answers = list(self.product._candidates)
+        self.product.prepare(*self.size)
+        self.prepared = self.product.candidates
+        self.product.scale_by(SCALES[self.scales])
+        self.named = self.product.named(ANSWERS)
 
     def __call__(self) -> None:
         x, w, bias, out, workspace = (t.data_ptr() for t in (self.x, self.w, self.bias, self.out, self.workspace))
         scales = {"x_scale": self.x_scale.data_ptr(), "w_scale": self.w_scale.data_ptr()}
         self.product.run(x, w, bias, out, workspace, torch.cuda.current_stream().cuda_stream, **scales)
 
-    def accepts(self, algorithm: Any) -> Any:
-        """The algorithm as cuBLASLt would run it here, or None."""
-        w, x, out = self.product._layouts
-        found = cublas_lt._Heuristic()
-        status = cublas_lt._library().cublasLtMatmulAlgoCheck(
-            self.product._lt, self.product._description, w, x, out, out, byref(algorithm), byref(found)
-        )
-        found.algo = algorithm.algo
-        return None if status or found.state or found.workspace > cublas_lt._USABLE else found
-
     def measured(self, algorithm: Any) -> dict[str, Any]:
         """us and the error (root mean square, of the result's), or why there are none."""
-        self.product._candidates = [algorithm]
+        self.product.candidates = [algorithm]
         self.out.fill_(torch.nan)
         try:
             us = 1000 * graph_ms([self] * CALLS) / CALLS
@@ -113,9 +98,9 @@ def rows(size: tuple[int, int, int]) -> Iterator[dict[str, Any]]:
     benches = {scales: Bench(size, scales) for scales in SCALES}
     for scales, named in WAYS:
         bench = benches[scales]
-        for place, algorithm in enumerate(benches[named].answers):
+        for place, algorithm in enumerate(bench.prepared[:1] if named == ENGINES else benches[named].named):
             way = {"scales": scales, "named for": named, "place": place, **config(algorithm)}
-            accepted = algorithm if scales == named else bench.accepts(algorithm)
+            accepted = bench.product.checked(algorithm) if (scales, named) == (ROW, MATRIX) else algorithm
             yield way | (bench.measured(accepted) if accepted is not None else {"refused": "cublasLtMatmulAlgoCheck"})
 
 
@@ -129,7 +114,8 @@ def summary(found: list[dict[str, Any]]) -> list[str]:
         best = min(right, key=lambda row: float(row["us"]), default=None)
         what = f"best {best['us']} us, {best.get('tile')}, place {best['place']}" if best else "none is right"
         first = f"first {tried[0].get('us')} us; " if tried else ""
-        lines.append(f"{scales}, algorithms for {named}: {first}{what}; {len(right)} of {len(tried)} run and are right")
+        whose = f"algorithms {'of' if named == ENGINES else 'for'} {named}"
+        lines.append(f"{scales}, {whose}: {first}{what}; {len(right)} of {len(tried)} run and are right")
     return lines
 
 

@@ -31,8 +31,10 @@ _COMPUTE_32F, _SCALE_32F = 68, 0
 _TRANSPOSE_A, _EPILOGUE, _BIAS_POINTER = 3, 7, 8  # attributes of a product
 _TRANSPOSED, _WITH_BIAS = 1, 4
 _SCALE_POINTERS, _SCALE_MODES = (17, 18), (31, 32)  # of A, of B
-_A_NUMBER, _A_NUMBER_A_ROW = 0, 3  # modes
-WELL_FILLED = 0.8  # of its waves. Measured on an H200: below, blocks of 192 x 192 are faster by a fifth; above, slower by up to 5 %
+A_NUMBER, A_NUMBER_A_ROW = 0, 3  # modes
+# Of its waves. Measured on an H200 with 2048 rows (benchmarks/product_plans.py): below, the heuristic's own takes 1.2 to 1.5 times
+# as long as the first of the others; above, the others are slower by up to 13 %.
+WELL_FILLED = 0.8
 _FAST_ACCUMULATION = 25  # fp8: sums keep fewer bits than fp32 has between two promotions, as PyTorch's default for inference does
 _REFUSALS = (7, 15)  # CUBLAS_STATUS_INVALID_VALUE, CUBLAS_STATUS_NOT_SUPPORTED: nothing was queued
 _MAX_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # preferences
@@ -121,17 +123,18 @@ class Product:
         if bias:
             self._describe(_EPILOGUE, c_int32(_WITH_BIAS))
         if self._scaled:
-            self._scale_by(_A_NUMBER_A_ROW)
+            self.scale_by(A_NUMBER_A_ROW)
             self._describe(_FAST_ACCUMULATION, c_int8(1))
         self._bias = bias
         self._layouts: list[c_void_p] = []
-        self._candidates: list[_Heuristic] = []  # best first
+        self.candidates: list[_Heuristic] = []  # best first
         self._size = (0, 0, 0)
 
     def _describe(self, attribute: int, value: Any) -> None:
         _call("cublasLtMatmulDescSetAttribute", self._description, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
 
-    def _scale_by(self, mode: int) -> None:
+    def scale_by(self, mode: int) -> None:
+        """fp8: x and w have A_NUMBER each, or A_NUMBER_A_ROW, as they have unless this says otherwise."""
         for attribute in _SCALE_MODES:
             self._describe(attribute, c_int32(mode))
 
@@ -143,23 +146,23 @@ class Product:
             layout = c_void_p()
             _call("cublasLtMatrixLayoutCreate", byref(layout), kind, c_uint64(height), c_uint64(width), c_int64(height))
             self._layouts.append(layout)
-        self._size, self._candidates = (rows, columns, depth), self._named()
-        if self._scaled and self._candidates and _filled(self._candidates[0]) < WELL_FILLED:
-            self._scale_by(_A_NUMBER)
+        self._size, self.candidates = (rows, columns, depth), self.named(CANDIDATES)
+        if self._scaled and self.candidates and _filled(self.candidates[0]) < WELL_FILLED:
+            self.scale_by(A_NUMBER)
             try:
-                others = self._named()
+                others = self.named(CANDIDATES)
             finally:
-                self._scale_by(_A_NUMBER_A_ROW)
-            own = _filled(self._candidates[0])
-            accepted = (each for each in map(self._checked, others) if each is not None)
-            self._candidates = [each for each in accepted if _filled(each) > own] + self._candidates
-        if not self._candidates:
+                self.scale_by(A_NUMBER_A_ROW)
+            own = _filled(self.candidates[0])
+            accepted = (each for each in map(self.checked, others) if each is not None)
+            self.candidates = [each for each in accepted if _filled(each) > own] + self.candidates
+        if not self.candidates:
             raise CublasError(f"got no algorithm for {rows} x {columns} x {depth}; expected one")
 
-    def _named(self) -> list[_Heuristic]:
-        """What the heuristic answers, best first."""
+    def named(self, most: int) -> list[_Heuristic]:
+        """What the heuristic answers for the size that was prepared, best first."""
         w, x, out = self._layouts
-        preference, found, answers = c_void_p(), c_int(), (_Heuristic * CANDIDATES)()
+        preference, found, answers = c_void_p(), c_int(), (_Heuristic * most)()
         _call("cublasLtMatmulPreferenceCreate", byref(preference))
         try:
             for attribute, value in (
@@ -171,13 +174,13 @@ class Product:
             self._point(ALIGNMENT, (ALIGNMENT, ALIGNMENT))
             _call(
                 "cublasLtMatmulAlgoGetHeuristic", self._lt, self._description, w, x, out, out, preference,
-                CANDIDATES, answers, byref(found),
+                most, answers, byref(found),
             )  # fmt: skip
         finally:
             _call("cublasLtMatmulPreferenceDestroy", preference)
         return [each for each in answers[: found.value] if not each.state]
 
-    def _checked(self, algorithm: _Heuristic) -> _Heuristic | None:
+    def checked(self, algorithm: _Heuristic) -> _Heuristic | None:
         """The algorithm as it would run for this description; None if it would not."""
         w, x, out = self._layouts
         found = _Heuristic()
@@ -200,10 +203,10 @@ class Product:
         w_layout, x_layout, out_layout = self._layouts
         while True:
             if not workspace:
-                self._candidates = [each for each in self._candidates if not each.workspace]
-            if not self._candidates:
+                self.candidates = [each for each in self.candidates if not each.workspace]
+            if not self.candidates:
                 raise CublasError(f"got no algorithm for {self._size} without a workspace; expected one")
-            algorithm = self._candidates[0]
+            algorithm = self.candidates[0]
             # TensorRT aligns a workspace to less than cuBLASLt accepts, even where the algorithm needs none.
             given = -(-workspace // _WORKSPACE_ALIGNMENT) * _WORKSPACE_ALIGNMENT if algorithm.workspace else 0
             status = self._run(
@@ -213,13 +216,13 @@ class Product:
             )  # fmt: skip
             if not status:
                 return
-            if status not in _REFUSALS or len(self._candidates) == 1:
+            if status not in _REFUSALS or len(self.candidates) == 1:
                 raise CublasError(
                     f"cublasLtMatmul: got status {status} (CUBLAS_STATUS_…, cublas_api.h) for {self._size}, x {x:#x}, w {w:#x}, "
                     f"bias {bias:#x}, out {out:#x}, workspace {given:#x}, of which the algorithm needs {algorithm.workspace} "
                     "bytes; expected 0"
                 )
-            del self._candidates[0]  # for this size it is out
+            del self.candidates[0]  # for this size it is out
 
     def _free_layouts(self) -> None:
         while self._layouts:

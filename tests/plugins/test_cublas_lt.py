@@ -190,7 +190,7 @@ def test_fp8_takes_blocks_that_fill_their_waves(library, own, others, refuses, n
     library.needs = [needs.get(number, 0) for number in range(8)]
     product = cublas_lt.Product("fp8", bias=True, context_id=1)
     product.prepare(2048, 2240, 2240)
-    assert [each.algo[0] for each in product._candidates] == order
+    assert [each.algo[0] for each in product.candidates] == order
     assert [library.made[product._description.value][attribute] for attribute in (31, 32)] == [3, 3]
 
 
