@@ -119,13 +119,17 @@ def kernel(
     for start in range(0, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         at_N, live_N = n[:, None] * D, (n < n_keys)[:, None]
+        # All first: with the rest's loads behind the first's products, the ptxas of Triton 3.6 made code for sm_90 that reads
+        # beside its shared memory (128 tokens, 64 keys, one stage).
         k_ND = _part(keys + text, at_N, live_N, d, D)
         v_ND = _part(values + text, at_N, live_N, d, D)
+        if REST_D:
+            k_NE = _part(keys + text, at_N, live_N, e, D)
+            v_NE = _part(values + text, at_N, live_N, e, D)
         bias_N = tl.load(bias + n, mask=n < n_keys, other=float("-inf")).to(tl.float32) - best
         # ieee: for fp32 inputs; the default, TF32, has 10 bits of mantissa. Half precision products are exact in fp32 anyway.
         products_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
         if REST_D:
-            k_NE = _part(keys + text, at_N, live_N, e, D)
             products_MN = tl.dot(q_ME, tl.trans(k_NE), products_MN, input_precision="ieee")
         scores_MN = products_MN * (SCALE * LOG2E) + (bias_N * LOG2E)[None, :]
         new_top_M = tl.maximum(top_M, tl.max(scores_MN, axis=1))
@@ -134,7 +138,6 @@ def kernel(
         p_MN = p_MN.to(v_ND.dtype)
         out_MD = tl.dot(p_MN, v_ND, out_MD * shrink_M[:, None], input_precision="ieee")
         if REST_D:
-            v_NE = _part(values + text, at_N, live_N, e, D)
             rest_ME = tl.dot(p_MN, v_NE, rest_ME * shrink_M[:, None], input_precision="ieee")
         top_M = new_top_M
     if out_scales is None:
