@@ -212,6 +212,50 @@ def test_products_need_cublas(plugins, tmp_path):
     assert lines[-1].startswith("error got no cuBLASLt (/nowhere/libcublasLt.so.13: cannot open")
 
 
+PRODUCT_WITH = """
+import os
+from plugins import cublas_lt
+cublas_lt.paths = lambda: [os.environ["SANA_CUBLASLT"]]
+product = cublas_lt.Product("fp8", bias=True, context_id=1)
+product.prepare(2048, 2240, 5600)
+product.run(4096, 8192, 20480, 65536, 0, 7, x_scale=12288, w_scale=16384)
+"""
+
+
+@pytest.mark.parametrize(
+    ("answers", "taken"),
+    [
+        ({"FAKE_LT_3": "9:2.18:0", "FAKE_LT_0": "1:1.9:0 2:0.97:0 3:1.1:0"}, [1]),
+        ({"FAKE_LT_3": "9:2.18:0", "FAKE_LT_0": "1:1.9:0 2:0.97:0", "FAKE_LT_CHECK": " 1 "}, [2]),
+        ({"FAKE_LT_3": "9:2.18:0", "FAKE_LT_0": "1:1.9:4096 2:0.97:67108864", "FAKE_LT_CHECK": " 3 "}, [9]),
+        ({"FAKE_LT_3": "9:2.18:0", "FAKE_LT_0": "1:1.9:0 2:0.97:0", "FAKE_LT_REFUSES": " 1 2 "}, [1, 2, 9]),
+        ({"FAKE_LT_3": "9:10.7:0 8:2.1:0", "FAKE_LT_0": "1:1.0:0"}, [9]),
+        ({"FAKE_LT_3": "9:0:0", "FAKE_LT_0": "1:1.0:0"}, [9]),
+    ],
+    ids=["first that fills its waves", "does not run so", "workspace", "refused", "own fills its waves", "not said"],
+)
+def test_the_same_product(plugins, tmp_path, answers, taken):
+    """In FP8: the same algorithm, and all that cuBLASLt is told."""
+    shapes = [(2048, 5600), (2240, 5600), (2048,), (2240,), (2240,)]
+    sizes = Product(rows=["dim", 0, 0], columns=["dim", 1, 0], depth=["dim", 0, 1])
+    launch = Launch(
+        op="Fp8Linear",
+        inputs=["int8", "int8", "fp32", "fp32", "fp16"],
+        outputs=[Output(type="fp16", shape=[["dim", 0, 0], ["dim", 1, 0]])],
+        grid=[1, 1, 1],
+        args=[],
+        kernels={},
+        product=sizes,
+    )
+    library = {"SANA_CUBLASLT": str(plugins / "fake" / "libfake_cublaslt.so")} | answers
+    lines = live(plugins, tmp_path, launch.to_json(), *shapes, **library)
+    python = [sys.executable, "-c", PRODUCT_WITH]
+    environment = os.environ | library | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(python, capture_output=True, text=True, env=environment, check=True)
+    assert [line for line in lines if not line.startswith("field ")] == [*done.stdout.splitlines(), "enqueue 0"]
+    assert [int(line.split(" by ")[1].split(",")[0]) for line in lines if line.startswith("multiply")] == taken
+
+
 def test_which_is_used(monkeypatch, tmp_path):
     monkeypatch.setenv(native.VARIABLE, native.PYTHON)
     assert native.library_path() is None
