@@ -6,14 +6,15 @@
 A latent cell is 32 x 32 px and one token, so 8192 px are 65,536 tokens. Timed are sana::relu_linear_attention, PyTorch's
 scaled_dot_product_attention of as many heads and channels, and a whole Sana transformer of one block. The exponent is the slope of
 log time over log pixels: 1 where twice the pixels take twice as long, 2 where they take four times as long. Small sizes, where the
-launch is most of the time, are left out of it; where the data no longer fit a CPU's caches, each pixel costs more. What would take
-longer than --limit-s is not run, and said to be so. The sweep is written to benchmarks/history/scaling_sweep.json, from where
-latency.py --report takes it.
+launch is most of the time, are left out of it; where the data no longer fit a CPU's caches, each pixel costs more. Memory that was
+freed is kept there: from the kernel anew, it takes longer than linear attention. What would take longer than --limit-s is not run,
+and said to be so. The sweep is written to benchmarks/history/scaling_sweep.json, from where latency.py --report takes it.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import html
 import math
 import os
@@ -35,7 +36,8 @@ from benchmarks.latency_history import HISTORY
 from benchmarks.latency_timing import Task, TorchEvents, cpu_clock
 from benchmarks.plots import Axis, Series, chart
 from benchmarks.training_step import TEXT_TOKENS, ours
-from engines.errors import SanaError, SpecError
+from benchmarks.writable import check_writable
+from engines.errors import NoGpuError, SanaError, SpecError
 from engines.spec import PX_PER_LATENT
 from engines.strict import read_bounded, validate_json
 from sana_ref import ops
@@ -45,6 +47,8 @@ SIDES = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # px
 HEAD_DIM = 32
 NAMES = {"linear": "linear attention", "quadratic": "softmax attention", "block": "a Sana transformer of one block"}
 FILE = HISTORY / "scaling_sweep.json"
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -124,13 +128,28 @@ def _lazily(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     return call
 
 
+def keep_freed_memory() -> None:
+    """Have malloc keep what is freed for what is allocated next. Where it is not glibc's, nothing changes.
+
+    By default glibc asks the kernel anew for every tensor over 32 MB, which is one of 8 heads from 5600 px: a page fault for every
+    4 KiB, and linear attention seemed to grow with the power of 1.6 of the pixels.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 @torch.inference_mode()
 def sweep(sides: Sequence[int], *, heads: int, device: str, repeats: int = 5, limit_s: float = 20.0) -> Sweep:
     """Medians of `repeats` samples after one for warm-up; of what takes over 2 s, one. A sample that the last size lets expect to
     take over limit_s is not taken.
 
-    Raises SpecError for sides that are no multiples of 32 px, or that do not grow.
+    Raises SpecError for sides that are no multiples of 32 px, or that do not grow; and for a number that is not above 0.
     """
+    for name, number in (("--heads", heads), ("--repeats", repeats), ("--limit-s", limit_s)):
+        if not number > 0:
+            raise SpecError(f"{name}: got {number}; expected a number above 0.")
     if list(sides) != sorted(set(sides)) or any(side % PX_PER_LATENT or side < PX_PER_LATENT for side in sides):
         raise SpecError(f"--sides: got {', '.join(map(str, sides))}; expected growing multiples of {PX_PER_LATENT} px.")
     dtype = torch.float16 if device == "cuda" else torch.float32
@@ -209,6 +228,7 @@ def write(found: Sweep, path: Path = FILE) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """0; 2 if it could not be measured or written; 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sides", default=",".join(map(str, SIDES)), help=f"px (default: {','.join(map(str, SIDES))})")
     parser.add_argument("--heads", type=int, help="of 32 channels (default: 70, Sana-1.6B's; on a CPU 8, sana-tiny's)")
@@ -217,20 +237,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--limit-s", type=float, default=20.0, help="what would take longer is not run")
     parser.add_argument("--out", type=Path, default=FILE)
     options = parser.parse_args(arguments)
-    heads = options.heads or (70 if options.device == "cuda" else 8)
-    if options.device == "cpu":
-        torch.set_num_threads(1)
+    heads = (70 if options.device == "cuda" else 8) if options.heads is None else options.heads
     try:
-        sides = [int(side) for side in options.sides.split(",")]
-        found = sweep(sides, heads=heads, device=options.device, repeats=options.repeats, limit_s=options.limit_s)
-    except (SanaError, ValueError) as error:
-        print(error, file=sys.stderr)
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise NoGpuError("--device: got cuda, but PyTorch sees no GPU; expected cpu.")
+        check_writable("--out", options.out)
+        if options.device == "cpu":
+            torch.set_num_threads(1)
+            keep_freed_memory()
+        found = sweep(_numbers(options.sides), heads=heads, device=options.device, repeats=options.repeats, limit_s=options.limit_s)
+        for name, title in NAMES.items():
+            exponent = found.exponent(name)
+            print(f"{title}: " + ("not known" if exponent is None else f"pixels to the power of {exponent:.2f}"))
+        write(found, options.out)
+    except (SanaError, OSError) as error:
+        print(f"scaling_sweep: {error}", file=sys.stderr)
         return 2
-    for name, title in NAMES.items():
-        exponent = found.exponent(name)
-        print(f"{title}: " + ("not known" if exponent is None else f"pixels to the power of {exponent:.2f}"))
-    write(found, options.out)
+    except KeyboardInterrupt:
+        print("scaling_sweep: interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
+
+
+def _numbers(text: str) -> list[int]:
+    if not all(word.isdecimal() for word in text.split(",")):
+        raise SpecError(f"--sides: got {text!r}; expected px, such as {SIDES[0]},{SIDES[1]}.")
+    return [int(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -13,6 +16,8 @@ from benchmarks import latency, scaling_sweep
 from benchmarks.latency_history import History
 from benchmarks.latency_timing import Sample
 from engines.errors import ManifestError, SpecError
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -49,7 +54,8 @@ def test_what_would_take_too_long_is_not_run(planted: list[str]) -> None:
     assert scaling_sweep.sweep([512], heads=2, device="cpu").exponent("linear") is None
 
 
-def test_the_page_has_it(planted: list[str], tmp_path: Path) -> None:
+def test_the_page_has_it(planted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling_sweep, "keep_freed_memory", lambda: None)  # of this process, that lives on
     out, report = tmp_path / "scaling_sweep.json", tmp_path / "page.html"
     assert scaling_sweep.main(["--sides", "512,1024,2048", "--device", "cpu", "--out", str(out)]) == 0
     assert scaling_sweep.read(out) is not None
@@ -72,8 +78,68 @@ def test_sides_grow(sides: list[int]) -> None:
         scaling_sweep.sweep(sides, heads=2, device="cpu")
 
 
-def test_bad_sides_on_the_command_line() -> None:
-    assert scaling_sweep.main(["--sides", "500"]) == 2
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--sides", "500"], "got 500; expected growing multiples of 32 px"),
+        (["--sides", "512,big"], "got '512,big'; expected px, such as 512,1024"),
+        (["--heads", "0"], "--heads: got 0; expected a number above 0"),
+        (["--heads", "-2"], "--heads: got -2; expected a number above 0"),
+        (["--repeats", "0"], "--repeats: got 0; expected a number above 0"),
+        (["--limit-s", "nan"], "--limit-s: got nan; expected a number above 0"),
+        (["--device", "cuda"], "PyTorch sees no GPU; expected cpu"),
+        (["--out", "/dev/null/sweep.json"], "--out: got /dev/null/sweep.json, where nothing can be written (Not a directory)"),
+        (["--out", "/"], "--out: got /, which is a folder; expected the name of a file in it"),
+    ],
+)
+def test_what_cannot_be_swept_is_said(
+    planted: list[str],
+    arguments: list[str],
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(scaling_sweep, "keep_freed_memory", lambda: None)
+    common = ["--sides", "512", "--device", "cpu", "--out", str(tmp_path / "sweep.json")]
+    assert scaling_sweep.main([*common, *arguments]) == 2
+    assert why in capsys.readouterr().err
+    assert not planted  # nothing was timed
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(*arguments: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scaling_sweep, "sweep", interrupted)
+    monkeypatch.setattr(scaling_sweep, "keep_freed_memory", lambda: None)
+    assert scaling_sweep.main(["--device", "cpu", "--out", str(tmp_path / "sweep.json")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library's malloc is not glibc's")
+def test_freed_memory_is_not_taken_from_the_kernel_again(tmp_path: Path) -> None:
+    """Linear attention at 6144 px, with tensors of 38 MB: 46,085 page faults each time without, or 90 where pages have 2 MiB.
+
+    The least of three samples: glibc before 2.38 now and then leaves a freed block unused.
+    """
+    program = f"""
+import resource, sys, torch
+from benchmarks import scaling_sweep
+assert scaling_sweep.main(["--sides", "64", "--heads", "4", "--device", "cpu", "--out", {str(tmp_path / "sweep.json")!r}]) == 0
+def faults(call):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+with torch.inference_mode():
+    call = scaling_sweep.tasks(6144, 8, "cpu", torch.float32)["linear"]
+    call()
+    print(min(faults(call) for _ in range(3)), file=sys.stderr)
+"""
+    found = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert int(found.stderr.split()[-1]) < 16
 
 
 @torch.inference_mode()
