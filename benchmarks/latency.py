@@ -16,13 +16,18 @@ fp16 bundle and a quantised one of the same model (--bundle A B) also step_ratio
 from __future__ import annotations
 
 import argparse
+import math
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.latency_history import HISTORY, History, new_run
 from benchmarks.latency_run import GEMM
 from benchmarks.latency_work import WORKS
+from benchmarks.writable import check_writable
+from engines.arguments import ArgumentParser
 from engines.errors import RequestError, SanaError
 
 THIS_RUN = "this run"
@@ -53,7 +58,7 @@ def components(text: str) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = made.add_argument_group("what is measured")
     what.add_argument(
         "--bundle", type=Path, nargs="+", default=[], help="folders; sana-tiny unless given, built if it is not there"
@@ -80,7 +85,11 @@ def parser() -> argparse.ArgumentParser:
     then.add_argument("--history", type=Path, default=HISTORY, help="the folder that runs are appended to")
     then.add_argument("--no-history", action="store_true", help="append nothing")
     then.add_argument("--check", action="store_true", help="exit code 1 if something is slower than in the last accepted run")
-    then.add_argument("--against", default=GEMM, help=f"what --check takes ratios to: {GEMM} or a peer, such as diffusers_eager")
+    then.add_argument(
+        "--against",
+        default=GEMM,
+        help=f"what --check takes ratios to: {GEMM} or a peer, such as diffusers_eager; of pictures {GEMM}",
+    )
     then.add_argument("--percent", type=float, default=2.0, help="a regression is more than this for certain, and …")
     then.add_argument("--floor-ms", type=float, default=0.02, help="… more than this")
     then.add_argument("--confirm", type=int, default=1, help="how often what looks slower is measured again")
@@ -93,13 +102,42 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0; 1 if something is not exact enough or slower; 2 if it could not be measured."""
+    """The exit code: 0; 1 if something is not exact enough or slower, and for nothing else; 2 if it could not be measured; 130
+    after Ctrl-C."""
     options = parser().parse_args(arguments)
     try:
+        check(options)
         return run(options)
-    except SanaError as error:
-        print(error, file=sys.stderr)
-        return 2
+    except (SanaError, OSError) as error:
+        print(f"latency: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("latency: interrupted", file=sys.stderr)
+        return 130
+    except Exception:  # Python's own exit code would be 1, which says that something is slower
+        traceback.print_exc()
+    return 2
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be told before anything is measured. Raises SanaError."""
+    for name, least in {"rounds": 3, "pictures": 3, "steps": 1, "threads": 1, "confirm": 0}.items():
+        if (number := getattr(options, name)) < least:
+            raise RequestError(f"--{name}: got {number}; expected at least {least}.")
+    for name in ("percent", "floor_ms"):
+        if not (math.isfinite(number := getattr(options, name)) and number >= 0):
+            raise RequestError(f"--{name.replace('_', '-')}: got {number}; expected a number from 0.")
+    if options.sizes and (options.width or options.height):
+        raise RequestError("--sizes: got --width or --height as well; expected one of them. Use --sizes 1024x768.")
+    if options.accept is not None and options.no_history:
+        raise RequestError("--accept: got --no-history as well; expected one of them.")
+    if options.accept not in (None, THIS_RUN) and (options.bundle or options.check or options.record):
+        raise RequestError(f"--accept {options.accept}: got more to do; a run of before is accepted without measuring. Call twice.")
+    if not options.no_history:
+        check_writable("--history", options.history, folder=True)
+    if options.report:
+        check_writable("--report", options.report)
+    if options.check or not options.no_history:
+        History(options.history).read()
 
 
 def run(options: argparse.Namespace) -> int:
@@ -128,13 +166,16 @@ def _measured(options: argparse.Namespace) -> int:
     prepare_torch(gpu, options.threads)
     words = options.peers if options.peers is not None else "eager" if options.model else "none"
     if words != "none":
-        from benchmarks.latency_peers import parse_peers
+        from benchmarks.latency_peers import PEERS, parse_peers
 
         options.peers = parse_peers(words)
         if options.model is None:
             raise RequestError(f"--peers: got {words}; expected a --model as well: peers have its weights.")
+        known = [PEERS[word] for word in options.peers]
     else:
-        options.peers = []
+        options.peers, known = [], []
+    if options.against not in (GEMM, *known):
+        raise RequestError(f"--against: got {options.against!r}; expected {', '.join([GEMM, *known])}. Add it to --peers.")
     if options.record and options.model is None:
         raise RequestError("--record: expected --model as well: figures say how exact they are.")
     run_name = new_run()
@@ -159,4 +200,5 @@ def prepare_torch(gpu: bool, num_threads: int) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # as after Ctrl-C, what was measured is kept
     raise SystemExit(main())

@@ -40,7 +40,7 @@ class Plan:
     least_ms: float = 5.0  # of one sample
     peers: Sequence[str] = ()
     model: Path | None = None
-    against: str = GEMM  # the yardstick that --check judges by
+    against: str = GEMM  # the yardstick that --check judges by; pictures always by the GEMM
     note: str = ""
     energy_s: float = 1.0  # how long energy is counted
 
@@ -113,7 +113,7 @@ def measure(engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint
             for name, peer in _peers(stack, engine, work, bench, plan, checkpoint).items():
                 references[name] = replace(peer.task, calls=calls_for(peer.task, plan.least_ms))
                 errors[name] = peer.rms_error
-        against = gemm if plan.against == GEMM else plan.against
+        against = _yardstick(work, bench, plan)
         if against not in references:
             raise RequestError(f"--against: got {plan.against!r}; measured here were {', '.join(references)}. Add it to --peers.")
         rounds = interleave(
@@ -124,6 +124,11 @@ def measure(engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint
         )
         joules = bench.meter.joules(lambda: task.stopwatch(task.call), least_s=plan.energy_s)
     return _record(engine, work, bench, plan, rounds, errors, memory=memory, joules=joules, kernels=bench.kernels(engine, work))
+
+
+def _yardstick(work: Work, bench: Bench, plan: Plan) -> str:
+    """By what it is judged. A picture has no peers."""
+    return bench.yardstick.name if plan.against == GEMM or work.component == "picture" else plan.against
 
 
 def _peers(stack: ExitStack, engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -183,7 +188,7 @@ def _record(
         rounds=len(rounds.samples),
         device=Times(p50=device.p50, p90=device.p90, p99=device.p99),
         wall=Times(p50=wall.p50, p90=wall.p90, p99=wall.p99),
-        yardstick=bench.yardstick.name if plan.against == GEMM else plan.against,
+        yardstick=_yardstick(work, bench, plan),
         references=references,
         memory_bytes=memory,
         energy_j=joules,

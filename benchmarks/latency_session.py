@@ -17,7 +17,7 @@ from benchmarks.latency_figures import record_figures
 from benchmarks.latency_history import History, Record
 from benchmarks.latency_run import Bench, Plan, measure
 from benchmarks.latency_work import Work, graph_inputs
-from engines.errors import NoGpuError, RequestError
+from engines.errors import BuildError, NoGpuError, RequestError
 from engines.gpu import device_info
 from engines.spec import ComponentName
 from runtime import SanaEngine
@@ -118,27 +118,48 @@ class Session:
         )  # fmt: skip
 
     def __call__(self) -> int:
-        """The exit code."""
+        """The exit code. Where it is interrupted, or a work fails, what was measured before is kept, and not accepted."""
+        records: list[tuple[Work, Record]] = []
+        try:
+            code, kept = self.measured(records)
+        except BaseException:  # Ctrl-C above all
+            self.keep([found for _, found in records], accept=False)
+            raise
+        self.keep(kept, accept=self.options.accept is not None)
+        return code
+
+    def measured(self, records: list[tuple[Work, Record]]) -> tuple[int, list[Record]]:
+        """The exit code, and the records to keep. records: what is measured is appended."""
         gpu = has_gpu() and self.options.backend != "onnxruntime"
         bench = self.bench(gpu)
         with self.open() as engine:
             if gpu and engine.backend != "tensorrt":
                 bench = self.bench(False)
+            for work in works(self.options, engine):  # before hours may pass
+                work.check(engine)
+            self.check_model(engine)
             wrong, errors = complaints(engine, self.checkpoint, asked_sizes(self.options, engine), self.options.components)
             if wrong:
                 print("\n".join(["the engine is not exact enough; nothing is timed", *wrong]))
-                return 1
-            records = []
+                return 1, []
             for work in works(self.options, engine):
                 records.append((work, measure(engine, work, bench, self.plan, self.checkpoint)))
                 print(row(records[-1][1]), flush=True)
             self.records = [found for _, found in records]
             if self.options.record and not self.record(engine, self.records, errors):
-                return 1
+                return 1, []
         kept, slower = self.check(records, bench) if self.options.check else ([found for _, found in records], [])
-        if not self.options.no_history:
-            self.keep(kept)
-        return 1 if slower else 0
+        return 1 if slower else 0, kept
+
+    def check_model(self, engine: SanaEngine) -> None:
+        """Raises RequestError if the peers would have other weights. On a GPU `complaints` compares outputs, and nothing of several
+        GB is read for a digest."""
+        checkpoint = self.checkpoint
+        if checkpoint is not None and engine.backend != "tensorrt" and checkpoint.digest != engine.manifest.model_digest:
+            raise RequestError(
+                f"--model: got {self.options.model} (digest {checkpoint.digest[:12]}); {self.bundle} was made from "
+                f"{engine.manifest.model} (digest {engine.manifest.model_digest[:12]}). Give that one, or build from this one."
+            )
 
     def open(self) -> SanaEngine:
         return SanaEngine(self.bundle, backend=self.options.backend, num_threads=self.options.threads, progress=False)
@@ -195,10 +216,13 @@ class Session:
             )
         return kept, slower
 
-    def keep(self, records: Sequence[Record]) -> None:
+    def keep(self, records: Sequence[Record], *, accept: bool) -> None:
+        """Append them to the history, if it is to have them. accept: not only the first of their kind."""
+        if self.options.no_history or not records:
+            return
         done = []
         for found in records:
-            accepted = self.options.accept is not None or self.history.last_accepted(found.key) is None
+            accepted = accept or self.history.last_accepted(found.key) is None
             done.append(found.model_copy(update={"accepted": accepted}))
         self.history.append(done)
         print(f"run {self.run}, {'accepted' if all(each.accepted for each in done) else 'kept'}: {self.history.folder}")
@@ -213,9 +237,10 @@ def has_gpu() -> bool:
 
 
 def tiny_bundle() -> Path:
-    """sana-tiny's bundle, built first where there is none. Raises CalledProcessError if that fails."""
+    """sana-tiny's bundle, built first where there is none. Raises BuildError if that fails."""
     if not (TINY_BUNDLE / "manifest.json").is_file():
         target = "current" if has_gpu() else "onnx"
         command = [sys.executable, str(ROOT / "export" / "build_engine.py"), "--model", str(TINY), "--precision", "fp16"]
-        subprocess.run([*command, "--target", target, "--out", str(TINY_BUNDLE)], check=True)
+        if subprocess.run([*command, "--target", target, "--out", str(TINY_BUNDLE)]).returncode:
+            raise BuildError(f"{TINY_BUNDLE}: the build failed, as said above. Mend that, or give --bundle.")
     return TINY_BUNDLE

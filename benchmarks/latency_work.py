@@ -24,6 +24,7 @@ from runtime.graphs import Loop
 from runtime.image import png_bytes
 from runtime.noise import normal, normal_batch
 from runtime.prompt import PromptTemplate, PromptTokenizer
+from runtime.request import check_request
 from runtime.schedule import make_schedule
 
 __all__ = ["WORKS", "Arrays", "Work", "component_inputs", "graph_inputs", "open_task", "queued", "step_inputs"]
@@ -58,6 +59,10 @@ class Work:
             raise RequestError(
                 f"--batches: got {self.batch}; the bundle takes 1 to {ranges.max_batch}. Build it with a larger one."
             )
+        if component == "text_encoder":
+            component_inputs(engine, self)  # its length
+        if component == "picture":
+            check_request(engine.manifest, prompts=TEXT, steps=self.steps, width=self.width, height=self.height)
 
 
 def step_inputs(engine: SanaEngine, width: int, height: int, batch: int = 1) -> Arrays:

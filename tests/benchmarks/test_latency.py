@@ -145,14 +145,114 @@ def test_an_engine_that_is_not_exact_is_not_timed(plant: Plant, tmp_path: Path, 
         (["--peers", "eager"], "expected a --model as well"),
         (["--peers", "fastest", "--model", "x"], "expected some of eager, reduce-overhead, max-autotune, or none"),
         (["--record"], "expected --model"),
-        (["--rounds", "2"], "expected at least 3"),
+        (["--rounds", "2"], "--rounds: got 2; expected at least 3"),
+        (["--pictures", "2"], "--pictures: got 2; expected at least 3"),
+        (["--threads", "0"], "--threads: got 0; expected at least 1"),
+        (["--confirm", "-1"], "--confirm: got -1; expected at least 0"),
+        (["--steps", "0"], "--steps: got 0; expected at least 1"),
+        (["--percent", "nan"], "--percent: got nan; expected a number from 0"),
+        (["--floor-ms", "-1"], "--floor-ms: got -1.0; expected a number from 0"),
+        (["--sizes", "64", "--width", "64"], "got --width or --height as well"),
+        (["--accept", "--no-history"], "--accept: got --no-history as well"),
+        (["--accept", "0123456789ab"], "--accept 0123456789ab: got more to do"),
+        (["--history", "/dev/null/history"], "--history: got /dev/null/history, where nothing can be written (Not a directory)"),
+        (["--report", "/"], "--report: got /, which is a folder"),
+        # What is wrong with the last work, before the first is measured:
+        (["--sizes", "64,65"], "got 65 px; expected a multiple of 32"),
+        (["--batches", "1,9"], "the bundle takes 1 to 4"),
+        (["--components", "denoiser,picture", "--steps", "5000"], "steps: got 5000; expected an integer from 1 to 1000"),
+        (["--components", "denoiser,text_encoder", "--text-tokens", "9999"], "--text-tokens: got 9999; expected"),
     ],
 )
 def test_what_cannot_be_measured_is_said(
-    plant: Plant, program: Callable[..., int], arguments: list[str], why: str, capsys: pytest.CaptureFixture[str]
+    plant: Plant,
+    program: Callable[..., int],
+    arguments: list[str],
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
     assert program(*arguments) == 2
     assert why in capsys.readouterr().err
+
+
+def test_a_damaged_history_is_said_before_anything_is_measured(
+    plant: Plant, program: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "history").mkdir()
+    (tmp_path / "history" / "fake.jsonl").write_text('{"schema_version": 1')
+    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
+    assert program("--check") == program() == 2
+    assert "fake.jsonl:1: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("CUDA out of memory"), 2, "RuntimeError: CUDA out of memory"),
+        (OSError(28, "No space left on device"), 2, "latency: [Errno 28] No space left on device"),
+        (KeyboardInterrupt(), 130, "latency: interrupted"),
+    ],
+)
+def test_exit_code_one_says_nothing_but_slower(
+    plant: Plant,
+    program: Callable[..., int],
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object) -> Record:
+        raise error
+
+    monkeypatch.setattr(latency_session, "measure", fails)
+    assert program("--check") == code
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--check"], ["--accept"], []])
+def test_what_was_measured_before_an_interruption_is_kept(
+    plant: Plant, program: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    program()
+    real = latency_session.measure
+
+    def interrupted(engine: SanaEngine, work: Work, *more: object) -> Record:
+        if work.component == "decoder":
+            raise KeyboardInterrupt
+        return real(engine, work, *more)
+
+    monkeypatch.setattr(latency_session, "measure", interrupted)
+    assert program("--components", "text_encoder,denoiser,decoder,picture", *arguments) == 130
+    found = runs(tmp_path)
+    assert [each.component for each in found] == ["denoiser", "text_encoder", "denoiser"]
+    assert [each.accepted for each in found] == [True, True, False]  # the first of its kind, as always; and no more
+    assert program("--no-history", "--components", "denoiser,decoder") == 130
+    assert runs(tmp_path) == found
+
+
+def test_pictures_have_no_peers_to_be_judged_by(bundle: Path) -> None:
+    bench = Bench(gpu=False, run="0" * 12, yardstick=cpu_gemm(SMALL), meter=EnergyMeter(None))
+    work = Work(component="picture", width=64, height=64, batch=1, steps=1)
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        found = measure(engine, work, bench, Plan(pictures=3, against="diffusers_eager"))
+    assert found.yardstick == bench.yardstick.name
+
+
+def test_peers_with_other_weights_are_refused(
+    plant: Plant, program: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
+    assert program("--model", str(latency_session.TINY), "--peers", "none") == 2
+    assert "Give that one, or build from this one" in capsys.readouterr().err
+
+
+def test_a_misspelt_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        latency.main(["--chek"])
+    assert "did you mean --check?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--sizes", "1x2x3"], ["--sizes", "big"], ["--batches", "0"], ["--components", "dit"]])
