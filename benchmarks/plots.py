@@ -90,12 +90,16 @@ def _ticks(scale: _Scale) -> list[tuple[float, str]]:
     if scale.log:
         powers = range(math.floor(math.log10(scale.low)), math.ceil(math.log10(scale.high)) + 1)
         steps = (1,) if len(powers) > 4 else (1, 2, 5)
-        values = [step * 10.0**power for power in powers for step in steps]
-    else:
-        rough = (scale.high - scale.low) / 5
-        unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough)
-        values = [step * n for n in range(math.ceil(scale.low / step), math.floor(scale.high / step) + 1)]
+        found = _within(scale, [step * 10.0**power for power in powers for step in steps])
+        if len(found) > 1:
+            return found  # else the axis is shorter than from one such number to the next: as a linear one
+    rough = (scale.high - scale.low) / 5
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(unit * n for n in (1, 2, 5, 10) if unit * n >= rough)
+    return _within(scale, [step * n for n in range(math.ceil(scale.low / step), math.floor(scale.high / step) + 1)])
+
+
+def _within(scale: _Scale, values: Sequence[float]) -> list[tuple[float, str]]:
     return [(value, _short(value)) for value in values if scale.low <= value <= scale.high]
 
 

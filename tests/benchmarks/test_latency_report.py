@@ -91,6 +91,15 @@ def test_charts_of_few_or_equal_points(points: list[tuple[float, float]]) -> Non
     ET.fromstring(chart("t", Axis(label="x"), Axis(label="y"), [Series(name="s", points=points)]))
 
 
+@pytest.mark.parametrize("values", [[745.0], [119.2, 159.2], [1267.0], [0.03], [1.0, 2.0], [3.0, 70_000.0]])
+def test_a_logarithmic_axis_has_numbers(values: list[float]) -> None:
+    series = Series(name="s", points=[(1.0, value) for value in values])
+    text = chart("t", Axis(label="x"), Axis(label="ms", log=True), [series])
+    found = [each.text or "" for each in ET.fromstring(text).iter("text") if each.attrib.get("text-anchor") == "end"]
+    assert 2 <= len(found) <= 10
+    assert len({*found}) == len(found)
+
+
 def test_what_cannot_be_drawn_is_refused() -> None:
     with pytest.raises(RequestError, match="expected at least one"):
         chart("t", Axis(label="x"), Axis(label="y"), [])
