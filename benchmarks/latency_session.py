@@ -17,6 +17,7 @@ from benchmarks.latency_figures import record_figures
 from benchmarks.latency_history import History, Record
 from benchmarks.latency_run import Bench, Plan, measure
 from benchmarks.latency_work import Work, graph_inputs
+from engines.bundle import Bundle
 from engines.errors import BuildError, NoGpuError, RequestError
 from engines.gpu import device_info
 from engines.spec import ComponentName
@@ -104,6 +105,7 @@ class Session:
     """One run of the program over one bundle."""
 
     def __init__(self, options: argparse.Namespace, bundle: Path, run: str) -> None:
+        Bundle.open(bundle, verify=False)  # that of the last session too, before the first measures
         self.options, self.bundle, self.run = options, bundle, run
         self.history, self.limits = History(options.history), Limits(percent=options.percent, floor_ms=options.floor_ms)
         self.records: list[Record] = []  # what was measured
@@ -138,6 +140,10 @@ class Session:
             for work in works(self.options, engine):  # before hours may pass
                 work.check(engine)
             self.check_model(engine)
+            if self.options.record and engine.backend != "tensorrt":
+                raise RequestError(
+                    f"--record: got {engine.backend}; figures are of engines beside a --model. benchmarks/picture.py is for CPUs."
+                )
             wrong, errors = complaints(engine, self.checkpoint, asked_sizes(self.options, engine), self.options.components)
             if wrong:
                 print("\n".join(["the engine is not exact enough; nothing is timed", *wrong]))
@@ -177,10 +183,7 @@ class Session:
         return bench
 
     def record(self, engine: SanaEngine, records: Sequence[Record], errors: dict[str, Any]) -> bool:
-        if self.checkpoint is None or engine.backend != "tensorrt":
-            raise RequestError(
-                f"--record: got {engine.backend}; figures are of engines beside a --model. benchmarks/picture.py is for CPUs."
-            )
+        assert self.checkpoint is not None  # latency.py asks for --model
         options = self.options
         return record_figures(
             engine, self.checkpoint, records, errors, steps=options.steps, pictures=options.pictures, note=options.note

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks.latency_timing import Call, Sample, StreamMarks, Task, cpu_clock
 from engines.errors import RequestError
-from engines.spec import PX_PER_LATENT, ComponentName
+from engines.spec import COMPONENTS, PX_PER_LATENT, ComponentName
 from runtime import SanaEngine
 from runtime.cuda import Slot
 from runtime.graphs import Loop
@@ -49,6 +49,12 @@ class Work:
         ranges, component = engine.manifest.ranges, self.component
         if component not in WORKS:
             raise RequestError(f"--components: got {component!r}; expected some of {', '.join(WORKS)}.")
+        needed = {"picture": COMPONENTS, "denoiser": ("text_projection", "denoiser")}.get(component, (component,))
+        if missing := [name for name in needed if name not in engine.manifest.components]:
+            raise RequestError(
+                f"--components: got {component}, without {', '.join(missing)} in {engine.bundle.path}; expected what can be done "
+                f"with {', '.join(engine.manifest.components)}."
+            )
         for name, side in (("width", self.width), ("height", self.height)) if component != "text_encoder" else ():
             if side % PX_PER_LATENT or not ranges.min_side <= side <= ranges.max_side:
                 raise RequestError(

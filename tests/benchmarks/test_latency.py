@@ -255,6 +255,45 @@ def test_a_misspelt_option_is_answered_with_the_nearest(capsys: pytest.CaptureFi
     assert "did you mean --check?" in capsys.readouterr().err
 
 
+def test_the_second_bundle_is_looked_for_before_the_first_is_measured(
+    plant: Plant, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
+    assert latency.main(["--bundle", str(bundle), str(tmp_path / "missing"), "--no-history"]) == 2
+    assert "missing: got nothing; expected the folder of a bundle" in capsys.readouterr().err
+
+
+def test_figures_are_of_engines(
+    plant: Plant, program: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(latency_session.Session, "check_model", lambda *_: None)
+    assert program("--record", "--model", str(latency_session.TINY)) == 2
+    assert "--record: got onnxruntime; figures are of engines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        (
+            "denoiser,text_encoder",
+            "got text_encoder, without text_encoder in .*; expected what can be done with text_projection, denoiser",
+        ),
+        ("denoiser,picture", "got picture, without text_encoder, decoder in "),
+    ],
+)
+def test_a_bundle_that_has_not_all_components(asked: str, why: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        there = ("text_projection", "denoiser")
+        files = {name: entry for name, entry in engine.manifest.files.items() if name.startswith(there)}
+        part = engine.manifest.model_copy(update={"files": files})
+        monkeypatch.setattr(engine, "manifest", part)
+        works = [Work(component=each, width=64, height=64, batch=1) for each in asked.split(",")]
+        works[0].check(engine)
+        with pytest.raises(RequestError, match=why):
+            works[1].check(engine)
+
+
 @pytest.mark.parametrize("arguments", [["--sizes", "1x2x3"], ["--sizes", "big"], ["--batches", "0"], ["--components", "dit"]])
 def test_bad_lists_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
