@@ -77,7 +77,7 @@ class LaunchPlan:
 
 
 def plan(*, batch: int, heads: int, head_dim: int, dtype: str) -> LaunchPlan:
-    """How to launch for inputs (batch, heads, any, head_dim) of "fp16", "bf16" or "fp32".
+    """How to launch for inputs (batch, heads, any, head_dim) of "fp16", "bf16" or "fp32". Reasoned.
 
     The tiles keep registers from spilling by more than a few bytes, and shared memory within MAX_SHARED, on every architecture: S
     is head_dim**2 fp32 in registers (64 KiB at 128) and again in shared memory, where the product with q reads it.
