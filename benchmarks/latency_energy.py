@@ -1,4 +1,4 @@
-"""Joules that a GPU has used, as NVML counts them, where it does."""
+"""Joules that a GPU has used and the clock that it ran at, as NVML has them, where it does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class EnergyMeter:
 
     def __init__(self, bus_id: str | None, *, nvml: Any = None) -> None:
         """bus_id: the GPU's PCI address as CUDA gives it, "0000:1b:00.0"; None without a GPU. nvml: a module in pynvml's place."""
-        self.why, self._handle = "", None
+        self.why, self._handle, self._clocks = "", None, False
         if bus_id is None:
             self.why = "not measured: there is no GPU"
             return
@@ -28,10 +28,22 @@ class EnergyMeter:
             return
         try:
             self._nvml.nvmlInit()
-            self._handle = self._nvml.nvmlDeviceGetHandleByPciBusId(bus_id.encode())
-            self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)
+            self._device = self._nvml.nvmlDeviceGetHandleByPciBusId(bus_id.encode())
+            self._clocks = True
+            self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._device)
+            self._handle = self._device
         except self._nvml.NVMLError as error:
-            self._handle, self.why = None, f"not measured: NVML says {error}"
+            self.why = f"not measured: NVML says {error}"
+
+    def clock_mhz(self) -> float | None:
+        """Of the multiprocessors, now. None if NVML does not say."""
+        if not self._clocks:
+            return None
+        try:
+            return float(self._nvml.nvmlDeviceGetClockInfo(self._device, self._nvml.NVML_CLOCK_SM))
+        except self._nvml.NVMLError:
+            self._clocks = False
+            return None
 
     def joules(self, call: Callable[[], object], *, least_s: float = LEAST_S) -> float | None:
         """Of one call, which must wait for its own work: the mean over as many as take `least_s`. None if NVML does not say."""

@@ -120,6 +120,7 @@ def record_figures(
                 times[f"{stage}_ms"],
                 f"rms error {ratio:.2f} x PyTorch's",
                 words,
+                _clock(found[component]),
                 "" if draws else "by itself, in one CUDA graph",
                 peer=_peers(found[component]) | ({} if floor is None else {"floor": round(floor.ms, 4)}),
             )
@@ -131,13 +132,13 @@ def record_figures(
         name = f"{sprint}{size}_{px}_{picture.steps}step_" + ("" if sprint == "sprint_" else f"{picture.precision}_")
         words = f"prompt to PNG; GPU {picture.device.p50:.1f} ms, p90 {picture.device.p90:.1f}; in all {picture.wall.p50:.1f} ms"
         if sprint == "sprint_":
-            keep(f"{name}gpu_ms", picture.device.p50, words)
-        keep(f"{name}wall_ms" if sprint == "sprint_" else f"{name}ms", picture.wall.p50, words)
+            keep(f"{name}gpu_ms", picture.device.p50, words, _clock(picture))
+        keep(f"{name}wall_ms" if sprint == "sprint_" else f"{name}ms", picture.wall.p50, words, _clock(picture))
     for text in records:
         if (text.component, text.batch) == ("text_encoder", 2) and size != "tiny":
             name = f"encode_text_{text.precision}_ms" if text.width else f"encode_text_instructed_{text.precision}_ms"
             words = f"{text.width} tokens" if text.width else "with the instruction"
-            keep(name, text.device.p50, words, f"p90 {text.device.p90:.2f} ms", peer=_peers(text))
+            keep(name, text.device.p50, words, f"p90 {text.device.p90:.2f} ms", _clock(text), peer=_peers(text))
     return True
 
 
@@ -174,6 +175,10 @@ def _same(found: Record) -> tuple[object, ...]:
 
 def _unsupported() -> str:
     return UNSUPPORTED if device_info().capability == (9, 0) else ""
+
+
+def _clock(found: Record) -> str:
+    return f"GPU at {found.clock_mhz:.0f} MHz" if found.clock_mhz else ""
 
 
 def _peers(found: Record) -> dict[str, float]:

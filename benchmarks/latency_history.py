@@ -99,6 +99,7 @@ class Record(_Model):
     memory_bytes: int  # the most: of the GPU, beyond what was in use before the bundle was opened; of the process, on a CPU
     energy_j: Positive | None  # of the whole GPU, for one run of the work; none where NVML does not say
     energy_note: str
+    clock_mhz: Positive | None = None  # of the GPU's multiprocessors, median after the samples; none where NVML does not say
     kernels: Kernels | None = None
     machine: str
     versions: dict[str, str]

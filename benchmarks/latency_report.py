@@ -87,7 +87,8 @@ def _now(by_key: Mapping[Key, list[Record]]) -> str:
         times = (now.device.p50, now.device.p90, now.device.p99, now.wall.p50)
         parts.append(
             f"<tr><td>{html.escape(now.title)}<br><span class=small>{html.escape(now.machine)}; {now.date[:10]}; commit "
-            f"{html.escape(now.commit)}; bundle {now.bundle[:12]}{'; ' + html.escape(now.note) if now.note else ''}</span>"
+            f"{html.escape(now.commit)}; bundle {now.bundle[:12]}{f'; GPU at {now.clock_mhz:.0f} MHz' if now.clock_mhz else ''}"
+            f"{'; ' + html.escape(now.note) if now.note else ''}</span>"
             + "".join(f"<td>{ms:.3f}" for ms in times)
             + f"<td>{yardstick.ratio:.4f}<td>{change}<td>{peers}<td>{now.memory_bytes / 1e6:.0f}<td>{energy}</tr>"
         )

@@ -14,7 +14,18 @@ import numpy as np
 from benchmarks import figures
 from benchmarks.latency_energy import EnergyMeter
 from benchmarks.latency_history import Kernels, Record, Reference, Times
-from benchmarks.latency_timing import Rounds, Stopwatch, Task, calls_for, interleave, peak_memory, percentiles, reset_peak_memory
+from benchmarks.latency_timing import (
+    Call,
+    Rounds,
+    Sample,
+    Stopwatch,
+    Task,
+    calls_for,
+    interleave,
+    peak_memory,
+    percentiles,
+    reset_peak_memory,
+)
 from benchmarks.latency_work import Work, component_inputs, open_task
 from benchmarks.latency_yardstick import cpu_gemm, gpu_gemm
 from engines.errors import RequestError
@@ -116,14 +127,30 @@ def measure(engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint
         against = _yardstick(work, bench, plan)
         if against not in references:
             raise RequestError(f"--against: got {plan.against!r}; measured here were {', '.join(references)}. Add it to --peers.")
+        clocks: list[float] = []
         rounds = interleave(
-            task,
+            replace(task, stopwatch=_noting(task.stopwatch, bench.meter, clocks)),
             list(references.values()),
             rounds=plan.pictures if picture else plan.rounds,
             warm_up=1 if picture else plan.warm_up,
         )
         joules = bench.meter.joules(lambda: task.stopwatch(task.call), least_s=plan.energy_s)
-    return _record(engine, work, bench, plan, rounds, errors, memory=memory, joules=joules, kernels=bench.kernels(engine, work))
+    clock_mhz = float(np.median(clocks[-len(rounds.samples) :])) if clocks else None
+    kernels = bench.kernels(engine, work)
+    return _record(engine, work, bench, plan, rounds, errors, memory=memory, joules=joules, clock_mhz=clock_mhz, kernels=kernels)
+
+
+def _noting(stopwatch: Stopwatch, meter: EnergyMeter, clocks: list[float]) -> Stopwatch:
+    """It also appends the GPU's clock after each sample, before it falls."""
+
+    def watch(call: Call) -> Sample:
+        found = stopwatch(call)
+        clock = meter.clock_mhz()
+        if clock:
+            clocks.append(clock)
+        return found
+
+    return watch
 
 
 def _yardstick(work: Work, bench: Bench, plan: Plan) -> str:
@@ -160,6 +187,7 @@ def _record(
     *,
     memory: int,
     joules: float | None,
+    clock_mhz: float | None,
     kernels: Kernels | None,
 ) -> Record:
     references = {}
@@ -193,6 +221,7 @@ def _record(
         memory_bytes=memory,
         energy_j=joules,
         energy_note=bench.meter.why,
+        clock_mhz=clock_mhz,
         kernels=kernels,
         machine=figures.machine() if bench.gpu else figures.machine().rpartition(", ")[2],
         versions=figures.versions() | bench.extra_versions,

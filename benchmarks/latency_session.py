@@ -84,10 +84,11 @@ def row(found: Record) -> str:
         if other.rms_error is not None
     )
     energy = f"{found.energy_j:.3g} J" if found.energy_j else f"energy {found.energy_note}"
+    clock = f"; GPU at {found.clock_mhz:.0f} MHz" if found.clock_mhz else ""
     return (
         f"{found.title}: p50 {found.device.p50:.3f}, p90 {found.device.p90:.3f}, p99 {found.device.p99:.3f} ms "
         f"(wall {found.wall.p50:.3f}); {yardstick.ratio:.4f} of {found.yardstick} ({yardstick.ms:.3f} ms){peers}; "
-        f"{found.memory_bytes / 1e6:.0f} MB; {energy}"
+        f"{found.memory_bytes / 1e6:.0f} MB; {energy}{clock}"
     )
 
 

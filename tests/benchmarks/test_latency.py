@@ -17,6 +17,7 @@ from benchmarks import latency, latency_run, latency_session
 from benchmarks.latency_check import Limits
 from benchmarks.latency_energy import EnergyMeter
 from benchmarks.latency_history import History, Record, Times
+from benchmarks.latency_report import page
 from benchmarks.latency_run import Bench, Plan, measure
 from benchmarks.latency_timing import Sample, Stopwatch
 from benchmarks.latency_work import WORKS, Work, component_inputs, open_task
@@ -311,6 +312,20 @@ def test_a_record_says_all(bundle: Path) -> None:
     assert found.memory_bytes > 10 << 20
     assert found.energy_j is None
     assert found.energy_note == "not measured: there is no GPU"
+    assert found.clock_mhz is None
+
+
+def test_the_clock_of_the_gpu_is_noted(bundle: Path) -> None:
+    """What it was after the samples, and not when it was idle before or is afterwards."""
+    readings = iter([300, 1000, *[1700, 1750, 1800], 210])
+    meter = EnergyMeter(None)
+    meter.clock_mhz = lambda: float(next(readings))  # type: ignore[method-assign]
+    bench = Bench(gpu=False, run="0" * 12, yardstick=cpu_gemm(SMALL), meter=meter)
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        found = measure(engine, Work(component="denoiser", width=64, height=64, batch=1), bench, Plan(rounds=3, warm_up=2))
+    assert found.clock_mhz == 1750
+    assert latency_session.row(found).endswith("; GPU at 1750 MHz")
+    assert "GPU at 1750 MHz" in page([found])
 
 
 @pytest.fixture

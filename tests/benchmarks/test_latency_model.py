@@ -111,7 +111,7 @@ def test_figures_have_the_peers_beside_them(
     size = {"width": 64, "height": 64}
     records = [
         record(component="text_encoder", width=0, height=0),
-        record(peers={"diffusers_eager": 30.0, "torch_compile_max_autotune": 15.0}, **size),
+        record(peers={"diffusers_eager": 30.0, "torch_compile_max_autotune": 15.0}, clock_mhz=1755.0, **size),
         record(component="decoder", precision=precision, peers={"diffusers_eager": 50.0}, **size),
     ]
     checkpoint = SimpleNamespace(sources={"transformer": SimpleNamespace(shapes={"weight": (parameters,)})})
@@ -122,7 +122,7 @@ def test_figures_have_the_peers_beside_them(
     assert step["peer"] == {"diffusers_eager": 30.0, "torch_compile_max_autotune": 15.0, "floor": 0.875}
     assert step["value"] == pytest.approx(1.0)  # the fake's events are a millisecond apart
     assert step["note"].startswith(
-        "rms error 1.00 x PyTorch's; floor: products 0.75 ms, traffic 0.12; random weights; TensorRT for RTX on compute capability "
+        "rms error 1.00 x PyTorch's; floor: products 0.75 ms, traffic 0.12; GPU at 1755 MHz; random weights; TensorRT for "
     )
     decode = {name for name in found if name.startswith("decode")}
     assert decode == {f"decode_{'tiny_' if parameters < 100_000_000 else ''}64px_{precision}_ms"}

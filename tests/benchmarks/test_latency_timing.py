@@ -98,9 +98,10 @@ def test_peak_memory_sees_what_was_held() -> None:
 
 class Nvml(SimpleNamespace):
     NVMLError = RuntimeError
+    NVML_CLOCK_SM = 1
 
     def __init__(self, *, supported: bool = True) -> None:
-        super().__init__(mJ=0, supported=supported)
+        super().__init__(mJ=0, MHz=1755, supported=supported)
 
     def nvmlInit(self) -> None:
         pass
@@ -113,6 +114,12 @@ class Nvml(SimpleNamespace):
         if not self.supported:
             raise RuntimeError("Not Supported")
         return self.mJ
+
+    def nvmlDeviceGetClockInfo(self, handle: str, kind: int) -> int:
+        assert (handle, kind) == ("0000:1b:00.0", self.NVML_CLOCK_SM)
+        if not self.MHz:
+            raise RuntimeError("Not Supported")
+        return self.MHz
 
 
 def test_energy_of_a_call() -> None:
@@ -132,6 +139,16 @@ def test_why_there_is_no_energy() -> None:
     refused = EnergyMeter("0000:1b:00.0", nvml=Nvml(supported=False))
     assert refused.why == "not measured: NVML says Not Supported"
     assert refused.joules(lambda: None) is None
+
+
+def test_the_gpus_clock() -> None:
+    """Also of a GPU whose energy NVML does not say."""
+    nvml = Nvml(supported=False)
+    meter = EnergyMeter("0000:1b:00.0", nvml=nvml)
+    assert meter.clock_mhz() == 1755
+    nvml.MHz = 0
+    assert meter.clock_mhz() is None
+    assert EnergyMeter(None).clock_mhz() is None
 
 
 def test_no_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
