@@ -52,17 +52,25 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit that was measured, marked if files differ from it; SANA_COMMIT, if set, for a copy outside of its repository."""
+    """The commit that was measured, marked if files differ from it, other than those that benchmarks append to.
+
+    SANA_COMMIT, if set, for a copy outside of its repository; "unknown" where git does not say.
+    """
     if said := os.environ.get("SANA_COMMIT"):
         return said
     if not (ROOT / ".git").exists():
         return "unknown"
-    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True)
-    changed = subprocess.run(
-        ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
+    appended = (":!benchmarks/results", ":!benchmarks/history")
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *appended)
+    except (OSError, subprocess.CalledProcessError):  # not installed; or a folder of somebody else's
+        return "unknown"
+    return head + ("+changes" if changed else "")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def command() -> str:
