@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.figures import ROOT
 from engines.atomic import locked
-from engines.errors import RequestError
+from engines.errors import ManifestError, RequestError
 from engines.strict import MAX_JSON_BYTES, read_bounded, validate_json
 
 __all__ = ["HISTORY", "History", "Kernel", "Kernels", "Key", "Record", "Reference", "Times", "new_run"]
@@ -138,7 +138,12 @@ class History:
         for path in sorted(self.folder.glob("*.jsonl")) if self.folder.is_dir() else []:
             for number, line in enumerate(read_bounded(path, limit=MOST_BYTES).splitlines(), 1):
                 if line.strip():
-                    records.append(validate_json(Record, line, source=f"{path}:{number}"))
+                    try:
+                        records.append(validate_json(Record, line, source=f"{path}:{number}"))
+                    except ManifestError as error:  # its remedy is for a bundle
+                        raise ManifestError(
+                            f"{error}\nThat line is no record of a run. Remove it, or restore the file: git checkout."
+                        ) from None
         return sorted(records, key=lambda record: record.date)
 
     def last_accepted(self, key: Key) -> Record | None:

@@ -53,6 +53,7 @@ def test_several_programs_append_at_once(tmp_path: Path) -> None:
         ('{"schema_version": 1', "ends too early"),
         (record().model_dump_json().replace('"batch"', '"bach"'), "bach"),
         (record().model_dump_json().replace('"p50":20.0', '"p50":-1'), "p50"),
+        ('"\xff', "Remove it, or restore the file"),
     ],
 )
 def test_a_damaged_line_is_named(tmp_path: Path, line: str, why: str) -> None:
