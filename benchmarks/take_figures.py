@@ -97,7 +97,7 @@ GROUPS: Mapping[str, Group] = {
         figures={
             "formats": _latency("@fp16 @fp8 @int8", "denoiser", "--sizes", "1024", "--peers", "none"),
             "1024px": _latency("@fp16 @fp8", "denoiser", "--sizes", "1024", *COMPILED),
-            "2048px": _latency("@fp16 @fp8", "denoiser", "--sizes", "2048", "--peers", "reduce-overhead"),
+            "2048px": _latency("@fp16 @fp8", "denoiser", "--sizes", "2048", *COMPILED),
             "4096px": _latency("@fp16 @fp8", "denoiser", "--sizes", "4096", "--peers", "reduce-overhead"),
         },
     ),
@@ -105,7 +105,7 @@ GROUPS: Mapping[str, Group] = {
         about="steps of Sana-0.6B in fp16 and FP8",
         checkpoint=("--variant", "sana_600m_1024px", "--small-text-encoder"),
         bundles={"fp16": _STEP, "fp8": (*_STEP, *_FP8)},
-        figures={"1024px": _latency("@fp16 @fp8", "denoiser", "--sizes", "1024", "--peers", "reduce-overhead")},
+        figures={"1024px": _latency("@fp16 @fp8", "denoiser", "--sizes", "1024", *COMPILED)},
     ),
     "whole": Group(
         about="Sana-1.6B with Gemma: texts, pictures, start, memory, launches",
