@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import triton
@@ -148,7 +148,8 @@ def norms() -> Iterator[Case]:
     for tokens, dim, quantized in ((1024, 2240, False), (4096, 2240, False), (1024, 1152, False), (1024, 2240, True)):
         x, branch, hidden, normed = (half(2, tokens, dim) for _ in range(4))
         time, table = half(2, 6 * dim), half(6, dim)
-        variant = module.Variant(dim=dim, rows=(0, 1, 5), time_rows=6, gate_time_rows=6, quantized=quantized)
+        kind: Literal["fp8"] | None = "fp8" if quantized else None
+        variant = module.Variant(dim=dim, rows=(0, 1, 5), time_rows=6, gate_time_rows=6, quantized=kind)
         bits, scale = torch.empty(2, tokens, dim, device="cuda", dtype=torch.int8), torch.empty(2, tokens, device="cuda")
         outputs = (hidden, bits, scale) if quantized else (hidden, normed)
 
@@ -156,7 +157,7 @@ def norms() -> Iterator[Case]:
             inputs, written = (*given, *given[2:]), (*outputs, None)[:3]  # the gate's time and table are the same
             rows, tokens = 2 * given[0].shape[1], given[0].shape[1]
             return lambda: module.norm_kernel[(rows,)](
-                *inputs, *written, tokens, 1e-6, **variant.constants, num_warps=plan["num_warps"]
+                *inputs, *written, tokens, 1e-6, None, **variant.constants, num_warps=plan["num_warps"]
             )
 
         name = f"{module.GATED} 2x{tokens}x{dim} fp16{' to fp8' if quantized else ''}"

@@ -27,7 +27,8 @@ from plugins import (
     relu_linear_attention,
     static_quantize,
 )
-from plugins.static_scale import OUT_SCALE
+from plugins.eight_bits import Kind
+from plugins.static_scale import OUT_KIND, OUT_SCALE
 
 __all__ = ["add_cubins", "has_kernel"]
 
@@ -35,8 +36,14 @@ _TYPE_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorPro
 
 
 def _out_scale(node: onnx.NodeProto) -> float | None:
-    """What export/fp8_nodes.py or export/quantized_conv_nodes.py gave the node."""
+    """What export/fp8_nodes.py, export/int8_nodes.py or export/quantized_conv_nodes.py gave the node."""
     return next((attribute.f for attribute in node.attribute if attribute.name == OUT_SCALE), None)
+
+
+def _out_bits(node: onnx.NodeProto) -> dict[str, Any]:
+    """The same, with its kind."""
+    kind = next((attribute.s.decode() for attribute in node.attribute if attribute.name == OUT_KIND), "fp8")
+    return {"out_scale": _out_scale(node), "out_kind": kind}
 
 
 def _relu_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
@@ -51,12 +58,12 @@ def _cross_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: 
     heads, length, head_dim = (dim.dim_value for dim in keys.shape.dim[3:])
     (block,) = (attribute.i for attribute in node.attribute if attribute.name == "block")
     sizes = {"heads": heads, "n_keys": length, "head_dim": head_dim, "block": block}
-    return cross_attention.compile_cubins(targets, _TYPE_NAMES[keys.elem_type], **sizes, out_scale=_out_scale(node))
+    return cross_attention.compile_cubins(targets, _TYPE_NAMES[keys.elem_type], **sizes, **_out_bits(node))
 
 
 def _gated_depthwise_conv(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     x = type_of[node.input[0]]
-    return gated_depthwise_conv.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value, _out_scale(node))
+    return gated_depthwise_conv.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value, **_out_bits(node))
 
 
 def _qkv_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
@@ -66,7 +73,7 @@ def _qkv_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targ
     heads, head_dim = given["split"][2 if interleaved else 3], given["split"][4]
     eps = given.get("eps", qkv_linear_attention.EPS)
     dtype = _TYPE_NAMES[qkv.elem_type]
-    options = {"interleaved": interleaved, "out_scale": _out_scale(node)}
+    options = {"interleaved": interleaved, **_out_bits(node)}
     return qkv_linear_attention.compile_cubins(node.op_type, targets, dtype, heads, head_dim, eps, **options)
 
 
@@ -119,15 +126,17 @@ def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: I
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     dim = x.shape.dim[-1].dim_value
     widths = [type_of[name].shape.dim[-1].dim_value for name in (node.input[2], node.input[-2])]  # of time and gate_time
+    # the one by export/fp8_nodes.py, the other by export/int8_nodes.py
+    kind: Kind | None = "fp8" if given.get("quantized") else "int8" if OUT_SCALE in given else None
     variant = modulated_norm.Variant(
         dim=dim,
         rows=tuple(given["rows"]),
         time_rows=widths[0] // dim,
         gate_time_rows=widths[1] // dim,
         rms=bool(given["rms"]),
-        quantized=bool(given.get("quantized", 0)),  # export/fp8_nodes.py
+        quantized=kind,
     )
-    return modulated_norm.compile_cubins(targets, _TYPE_NAMES[x.elem_type], variant, given["eps"])
+    return modulated_norm.compile_cubins(targets, _TYPE_NAMES[x.elem_type], variant, given["eps"], _out_scale(node))
 
 
 def _multiscale_projection(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ A program takes BLOCK_M tokens of one head of one picture through the keys, BLOC
 A text is short and padded to 300 keys, so the loop ends behind the last key that can count. A key as far below the best as padding
 is adds exactly nothing, so the result is the whole loop's to the last bit.
 
-Where an FP8 product follows, a build for TensorRT gives a node an `out_scale`, known before: its outputs are then bits (kB, N, H D)
-int8, those of e4m3(out / out_scale), and that number for each token, (kB, N) fp32. A row's own largest number would need all heads.
+Where an FP8 or INT8 product follows, a build for TensorRT gives a node an `out_scale`, known before (plugins/static_scale.py): its
+outputs are then bits (kB, N, H D) int8 and, of FP8, that number for each token, (kB, N) fp32. A row's own largest number would need
+all heads.
 
 Precision: scores, softmax and sums in fp32; products of half-precision inputs on tensor cores, with the probabilities in v's type.
 
@@ -29,8 +30,8 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.fp8_quantize import e4m3
-from plugins.static_scale import check_outputs, output_kinds, quantized_outputs
+from plugins.eight_bits import Kind
+from plugins.static_scale import check_outputs, output_kinds, quantized_outputs, static_bits
 
 if TYPE_CHECKING:
     import onnx
@@ -95,7 +96,7 @@ def kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out_scales and out_scale: both None, or out is of bits."""
+    """out_scale: None, or out is of bits; out_scales: None but for FP8."""
     first, head, picture = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     heads, pictures = tl.num_programs(1), tl.num_programs(2)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, FIRST_D)
@@ -140,22 +141,23 @@ def kernel(
         if REST_D:
             rest_ME = tl.dot(p_MN, v_NE, rest_ME * shrink_M[:, None], input_precision="ieee")
         top_M = new_top_M
-    if out_scales is None:
+    if out_scale is None:
         factor_M = tl.div_rn(1.0, sum_M)  # as in plugins/qkv_linear_attention.py
     else:
         factor_M = 1.0 / (sum_M * out_scale)
+    if out_scales is not None:
         if head == 0:
             scales = out_scales + picture.to(tl.int64) * n_tokens + first
             tl.store(scales + m, tl.full((BLOCK_M,), 0.0, tl.float32) + out_scale, mask=first + m < n_tokens)
-    _store(out + tokens, at_M, live_M, d, out_MD * factor_M[:, None], D)
+    _store(out + tokens, at_M, live_M, d, out_MD * factor_M[:, None], out_scales, D)
     if REST_D:
-        _store(out + tokens, at_M, live_M, e, rest_ME * factor_M[:, None], D)
+        _store(out + tokens, at_M, live_M, e, rest_ME * factor_M[:, None], out_scales, D)
 
 
 @triton.jit
-def _store(rows, at, live, channels, x, D: tl.constexpr):
+def _store(rows, at, live, channels, x, out_scales, D: tl.constexpr):
     if rows.dtype.element_ty == tl.int8:
-        x = e4m3(x)
+        x = static_bits(x, out_scales)
     tl.store(rows + at + channels[None, :], x.to(rows.dtype.element_ty), mask=live & (channels < D)[None, :])
 
 
@@ -207,8 +209,8 @@ def launch(
 ) -> None:
     """Write the attention of q (kB, N, H D) to a block's keys and values into out: contiguous, one dtype, on the current GPU.
 
-    Shapes as in the module's docstring; fp16, bf16 or fp32. quantized: out is int8; also write these scales. Raises ValueError
-    unless that holds and D is at most MAX_HEAD_DIM.
+    Shapes as in the module's docstring; fp16, bf16 or fp32. quantized: out is int8; also write these scales, if any. Raises
+    ValueError unless that holds and D is at most MAX_HEAD_DIM.
     """
     tensors = (q, keys, values, bias, out)
     fits = q.ndim == 3 and keys.ndim == 6 and keys.shape == values.shape and out.shape == q.shape and 0 <= block < keys.shape[0]
@@ -238,8 +240,8 @@ def launch(
 
 
 @functools.cache
-def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int, quantized: bool = False) -> Cubin:
-    """For an SM such as 89. n_keys: L. Raises ValueError for one that has no fp8, if quantized."""
+def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int, quantized: Kind | None = None) -> Cubin:
+    """For an SM such as 89. n_keys: L. Raises ValueError for one that has no fp8, if that is asked for."""
     sizes, options = plan(capability, dtype, n_keys, head_dim)
     kinds, constants = output_kinds(OP, capability, dtype, quantized)
     tensors = dict.fromkeys(("q", "keys", "values", "bias"), f"*{dtype}")
@@ -257,20 +259,29 @@ def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int, quant
 
 
 def compile_cubins(
-    targets: Iterable[str], dtype: str, *, heads: int, n_keys: int, head_dim: int, block: int, out_scale: float | None = None
+    targets: Iterable[str],
+    dtype: str,
+    *,
+    heads: int,
+    n_keys: int,
+    head_dim: int,
+    block: int,
+    out_scale: float | None = None,
+    out_kind: Kind = "fp8",
 ) -> dict[str, str | bytes | int]:
     """Every attribute of a node for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of all tensors; n_keys: L, which a graph has to fix. out_scale: of bits, where they are the
-    output. Raises ValueError where `plan` does. The function body reads `block`.
+    dtype "fp16", "bf16" or "fp32" of all tensors; n_keys: L, which a graph has to fix. out_scale, out_kind: of bits, where they are
+    the output. Raises ValueError where `plan` does. The function body reads `block`.
     """
     constants, _ = plan(cubin.CAPABILITIES[0], dtype, n_keys, head_dim)  # raises for what there is no kernel for
-    outputs, more_args, last_args = quantized_outputs(dtype, [["dim", 0, 0], ["dim", 0, 1]], heads * head_dim, out_scale)
+    kind = out_kind if out_scale is not None else None
+    outputs, more_args, last_args = quantized_outputs(dtype, [["dim", 0, 0], ["dim", 0, 1]], heads * head_dim, out_scale, kind)
     pictures, tokens = ["dim", 0, 0], ["dim", 0, 1]
     found = cubin.attributes(
         OP,
         targets,
-        lambda capability: compile_cubin(capability, dtype, n_keys, head_dim, out_scale is not None),
+        lambda capability: compile_cubin(capability, dtype, n_keys, head_dim, kind),
         inputs=[dtype] * 4,
         outputs=outputs,
         grid=[["ceildiv", tokens, constants["BLOCK_M"]], heads, pictures],

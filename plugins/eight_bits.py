@@ -3,6 +3,8 @@
     fp8     bits = e4m3(x / scale), cut to ±448; NaN stays NaN
     int8    bits = x / scale as the nearest whole number, of two the even one, cut to ±127; NaN, which it has not, becomes -127
 
+What linear layers read is cut to -128 instead of -127, as ONNX's QuantizeLinear cuts it (plugins/static_scale.py).
+
 TensorRT carries both as INT8.
 """
 
@@ -27,10 +29,10 @@ MAGIC = tl.constexpr(12582912.0)
 
 
 @triton.jit
-def bits_of(x, KIND: tl.constexpr):
-    """The bits, int8, of x in fp32, which was divided by the scale."""
+def bits_of(x, KIND: tl.constexpr, LEAST: tl.constexpr = -127.0):
+    """The bits, int8, of x in fp32, which was divided by the scale. LEAST: of INT8, -127 or -128."""
     if KIND == "int8":
-        x = tl.minimum(tl.maximum(x, -127.0), 127.0)
+        x = tl.minimum(tl.maximum(x, LEAST), 127.0)
         return (x + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
     else:
         return e4m3(x)

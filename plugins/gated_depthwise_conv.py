@@ -10,7 +10,7 @@ a thread has a few channels of all of them, so that the columns to the left and 
 once and its SiLU computed once (half as often again for the two columns beside the strip): computed for every tap, the exponentials
 alone would take longer than the memory.
 
-Where an FP8 product follows, a build for TensorRT gives a node an `out_scale` (plugins/static_scale.py).
+Where an FP8 or INT8 product follows, a build for TensorRT gives a node an `out_scale` (plugins/static_scale.py).
 
 Dimensions: B pictures, H x W pixels, E channels of a half; in a program C channels. A row is a tuple: of the strip's four columns,
 or of six, with the one to the left and the one to the right.
@@ -27,8 +27,8 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.fp8_quantize import e4m3
-from plugins.static_scale import check_outputs, output_kinds, quantized_outputs
+from plugins.eight_bits import Kind
+from plugins.static_scale import check_outputs, output_kinds, quantized_outputs, static_bits
 
 if TYPE_CHECKING:
     import onnx
@@ -157,10 +157,10 @@ def _times(taps, factor):
 
 
 @triton.jit
-def _store_gated(y, row, column, width, inner, channels_C, live_C, a, g, COARSE: tl.constexpr):
+def _store_gated(y, row, column, width, inner, channels_C, live_C, a, g, scales, COARSE: tl.constexpr):
     gated = a * silu(g, COARSE)
     if y.dtype.element_ty == tl.int8:
-        gated = e4m3(gated)
+        gated = static_bits(gated, scales)
     gated = gated.to(y.dtype.element_ty)
     tl.store(y + (row * width + column) * inner + channels_C, gated, mask=live_at(column, width, channels_C, live_C))
 
@@ -183,7 +183,7 @@ def gate_kernel(
 ):
     """out: y (B, H, W, E); if BACKWARD, the gradient of the convolution's result (B, H, W, 2E). rows: of a program.
 
-    out_scales and out_scale: both None, or y is of bits.
+    out_scale: None, or y is of bits; out_scales: None but for FP8.
     """
     channels_C = tl.program_id(0) * C + tl.arange(0, C)
     gates_C, live_C = channels_C + inner, channels_C < inner
@@ -204,8 +204,9 @@ def gate_kernel(
             for row in range(first, min(first + rows, height)):
                 tl.store(scales + row * width, tl.zeros((4,), tl.float32) + out_scale, mask=at < width)
 
-    # Beside the rounding of e4m3, 2**-4 at most, and of bf16, 2**-9, it is nothing; beside that of fp16, 2**-12, it is not.
-    COARSE: tl.constexpr = x.dtype.element_ty == tl.bfloat16 or (out_scale is not None and x.dtype.element_ty == tl.float16)
+    # Beside the rounding of e4m3, 2**-4 at most, and of bf16, 2**-9, it is nothing; beside that of fp16, 2**-12, it is not. INT8
+    # has steps of 2**-7 of its largest number; it goes without, as fp16, whose place it takes.
+    COARSE: tl.constexpr = x.dtype.element_ty == tl.bfloat16 or (out_scales is not None and x.dtype.element_ty == tl.float16)
 
     a0, g0 = taps(weight, 0, channels_C, live_C), taps(weight, 0, gates_C, live_C)
     a1, g1 = taps(weight, 1, channels_C, live_C), taps(weight, 1, gates_C, live_C)
@@ -214,7 +215,7 @@ def gate_kernel(
     bias_g = tl.load(bias + gates_C, mask=live_C, other=0.0).to(tl.float32)
     if out_scale is not None:
         # Of the filter, not of each result: one multiplication less. Not tl.div_rn, for whose slow path the loop has 33 registers
-        # more, which leave room for fewer programs; two units in the last place are nothing beside e4m3's steps.
+        # more, which leave room for fewer programs; two units in the last place are nothing beside steps of 8 bits.
         inverse = 1.0 / out_scale
         a0, a1, a2, bias_a = _times(a0, inverse), _times(a1, inverse), _times(a2, inverse), bias_a * inverse
     start_a, start_g = (bias_a, bias_a, bias_a, bias_a), (bias_g, bias_g, bias_g, bias_g)
@@ -244,10 +245,10 @@ def gate_kernel(
             _store_gradients(out, row, column + 2, width, channels, channels_C, gates_C, live_C, wide(d2), a[2], g[2])
             _store_gradients(out, row, column + 3, width, channels, channels_C, gates_C, live_C, wide(d3), a[3], g[3])
         else:
-            _store_gated(out, row, column, width, inner, channels_C, live_C, a[0], g[0], COARSE)
-            _store_gated(out, row, column + 1, width, inner, channels_C, live_C, a[1], g[1], COARSE)
-            _store_gated(out, row, column + 2, width, inner, channels_C, live_C, a[2], g[2], COARSE)
-            _store_gated(out, row, column + 3, width, inner, channels_C, live_C, a[3], g[3], COARSE)
+            _store_gated(out, row, column, width, inner, channels_C, live_C, a[0], g[0], out_scales, COARSE)
+            _store_gated(out, row, column + 1, width, inner, channels_C, live_C, a[1], g[1], out_scales, COARSE)
+            _store_gated(out, row, column + 2, width, inner, channels_C, live_C, a[2], g[2], out_scales, COARSE)
+            _store_gated(out, row, column + 3, width, inner, channels_C, live_C, a[3], g[3], out_scales, COARSE)
 
 
 def plan(*, batch: int, height: int, width: int, channels: int) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
@@ -271,7 +272,7 @@ def launch(
     """Write the op's result into y (B, H, W, E). x (B, H, W, 2E), of y's dtype; weight (2E, 1, 3, 3), bias (2E,) of any.
 
     x and y: contiguous, of bf16, fp16 or fp32, on the current GPU, else ValueError. quantized: y is int8; also write these
-    scales.
+    scales, if any.
     """
     check_outputs(OP, y, quantized)
     check(x, *(() if quantized else (y,)))
@@ -285,8 +286,8 @@ def launch(
 
 
 @functools.cache
-def compile_cubin(capability: int, dtype: str, whole: bool, quantized: bool = False) -> Cubin:
-    """For an SM such as 89. whole: E is a multiple of 16. Raises ValueError for an SM without fp8, if quantized."""
+def compile_cubin(capability: int, dtype: str, whole: bool, quantized: Kind | None = None) -> Cubin:
+    """For an SM such as 89. whole: E is a multiple of 16. Raises ValueError for an SM without fp8, if that is asked for."""
     kinds, absent = output_kinds(OP, capability, dtype, quantized)
     pointers = dict.fromkeys(("x", "weight", "bias", "dy"), f"*{dtype}")
     pointers |= {name: kinds[name] for name in ("out", "out_scales")}
@@ -303,12 +304,12 @@ def compile_cubin(capability: int, dtype: str, whole: bool, quantized: bool = Fa
 
 
 def compile_cubins(
-    targets: Iterable[str], dtype: str, channels: int, out_scale: float | None = None
+    targets: Iterable[str], dtype: str, channels: int, out_scale: float | None = None, out_kind: Kind = "fp8"
 ) -> dict[str, str | bytes | int]:
     """Every attribute of a `sana::GatedDepthwiseConv` node for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of all tensors; channels: 2E, which the function body reads. out_scale: of bits, where they are
-    the output. Raises ValueError for others.
+    dtype "fp16", "bf16" or "fp32" of all tensors; channels: 2E, which the function body reads. out_scale, out_kind: of bits, where
+    they are the output. Raises ValueError for others.
     """
     cubin.check_type(OP, dtype)
     if channels < 2 or channels % 2:
@@ -317,11 +318,12 @@ def compile_cubins(
     batch, height, width = (["dim", 0, axis] for axis in range(3))
     rows = ["min", ROWS, ["max", LEAST_ROWS, ["floordiv", height, 4]]]
     strips = ["mul", ["ceildiv", width, COLUMNS], ["ceildiv", height, rows]]
-    outputs, more_args, last_args = quantized_outputs(dtype, [batch, height, width], inner, out_scale)
+    kind = out_kind if out_scale is not None else None
+    outputs, more_args, last_args = quantized_outputs(dtype, [batch, height, width], inner, out_scale, kind)
     found = cubin.attributes(
         OP,
         targets,
-        lambda capability: compile_cubin(capability, dtype, inner % 16 == 0, out_scale is not None),
+        lambda capability: compile_cubin(capability, dtype, inner % 16 == 0, kind),
         inputs=[dtype] * 3,
         outputs=outputs,
         grid=[-(-inner // BLOCK_C), strips, batch],

@@ -14,9 +14,11 @@ where they are used, so that no kernel slices or adds them before. Two ops, beca
 A program has one row of D in its registers, in fp32: the variance is that of centred values, and the norm that of the sum before it
 is rounded.
 
-Where products in fp8 follow, a build for TensorRT sets `quantized` of the Variant. The outputs are then hidden, bits (B, N, D) int8
-and scale (B, N) fp32: normed, quantised as in plugins/fp8_quantize.py and not rounded to x's type before. Function bodies and the
-op for PyTorch have no such form.
+Where products in 8 bits follow, a build for TensorRT sets `quantized` of the Variant. The outputs are then hidden, and normed in 8
+bits, not rounded to x's type before. Function bodies and the op for PyTorch have no such form.
+
+    fp8     bits (B, N, D) int8 and scale (B, N) fp32, quantised as in plugins/fp8_quantize.py
+    int8    numbers (B, N, D) int8, quantised with one scale, `out_scale`, as in plugins/static_scale.py
 
 Dimensions: B images, N tokens, D channels, R rows of a table. x, branch, hidden, normed (B, N, D); table, gate_table (R, D); time,
 gate_time (B, R D), or (B, D), which serves all rows alike.
@@ -32,8 +34,10 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.fp8_quantize import check_target, quantized
+from plugins.eight_bits import Kind, check_target
+from plugins.fp8_quantize import quantized
 from plugins.launch import Output
+from plugins.static_scale import static_bits
 
 if TYPE_CHECKING:
     import onnx
@@ -69,6 +73,7 @@ def norm_kernel(
     normed_scale,
     tokens,
     eps,
+    out_scale,
     SHIFT: tl.constexpr,
     SCALE: tl.constexpr,
     GATE: tl.constexpr,
@@ -78,7 +83,7 @@ def norm_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program: one token. GATE: a row, or -1 for none. normed_scale: None, or normed is of bits."""
+    """A program: one token. GATE: a row, or -1 for none. normed_scale: None, or normed is FP8. out_scale: None, or it is INT8."""
     token = tl.program_id(0)
     image = token // tokens
     d_D = tl.arange(0, BLOCK)
@@ -99,6 +104,8 @@ def norm_kernel(
     if normed_scale is not None:
         normed_D, row_scale = quantized(normed_D, live_D)
         tl.store(normed_scale + token, row_scale)
+    if out_scale is not None:
+        normed_D = static_bits(normed_D * tl.div_rn(1.0, out_scale), None)
     tl.store(normed + at_D, normed_D.to(normed.dtype.element_ty), mask=live_D)
 
 
@@ -107,8 +114,8 @@ class Variant:
     """What a kernel is compiled for.
 
     dim: D. rows: of shift, scale and, where there is one, the gate in their tables. time_rows, gate_time_rows: R of their times, 1
-    if a time serves all rows alike. quantized: bits and scale in place of normed. Raises ValueError where that does not
-    fit together.
+    if a time serves all rows alike. quantized: what is in place of normed, as in the module's docstring. Raises ValueError where
+    that does not fit together.
     """
 
     dim: int
@@ -116,7 +123,7 @@ class Variant:
     time_rows: int
     gate_time_rows: int = 1
     rms: bool = False
-    quantized: bool = False
+    quantized: Kind | None = None
 
     def __post_init__(self) -> None:
         widest = (self.time_rows, self.time_rows, self.gate_time_rows)[: len(self.rows)]
@@ -150,20 +157,25 @@ def launch(
     rows: tuple[int, ...],
     rms: bool,
     eps: float,
+    out_scale: float | None = None,
 ) -> None:
-    """Write the outputs: hidden and normed, or hidden, bits and scale, which makes it the quantized variant.
+    """Write the outputs: hidden and normed; hidden, bits and scale, which is FP8; or, with an out_scale, hidden and INT8's numbers.
 
-    x, branch, hidden and normed: one shape and dtype of fp16, bf16, fp32. bits: int8, of that shape. scale: (B, N), fp32. All
-    contiguous, on the current GPU, else ValueError. Times and tables: of any floating dtype.
+    x, branch, hidden and normed: one shape and dtype of fp16, bf16, fp32. bits, numbers: int8, of that shape. scale: (B, N), fp32.
+    All contiguous, on the current GPU, and out_scale above 0, else ValueError. Times and tables: of any floating dtype.
     """
+    kind: Kind | None = "int8" if out_scale is not None else "fp8" if len(outputs) == 3 else None
     tensors, same = (x, branch, *outputs), (x.shape, str(x.dtype))
-    last = [(x.shape, "torch.int8"), (x.shape[:-1], "torch.float32")] if len(outputs) == 3 else [same]
+    narrow = (x.shape, "torch.int8")
+    last = {None: [same], "int8": [narrow], "fp8": [narrow, (x.shape[:-1], "torch.float32")]}[kind]
     kinds = [same, same, same, *last]
-    if [(t.shape, str(t.dtype)) for t in tensors] != kinds or not all(t.is_contiguous() and t.device == x.device for t in tensors):
+    alike = [(t.shape, str(t.dtype)) for t in tensors] == kinds
+    positive = out_scale is None or out_scale > 0
+    if not alike or not positive or not all(t.is_contiguous() and t.device == x.device for t in tensors):
         seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in tensors)
         raise ValueError(
-            f"{PLAIN}: got {seen}; expected one shape (B, N, D), dtype and device, all contiguous, or (B, N, D) int8 and "
-            "(B, N) fp32 in place of normed"
+            f"{PLAIN}: got {seen}, out_scale {out_scale}; expected one shape (B, N, D), dtype and device, all contiguous, or "
+            "(B, N, D) int8 and (B, N) fp32 in place of normed, or (B, N, D) int8 alone and a scale above 0"
         )
     if x.numel() == 0:
         return
@@ -175,25 +187,31 @@ def launch(
         time_rows=time.shape[1] // dim,
         gate_time_rows=gate_time.shape[1] // dim if gate else 1,
         rms=rms,
-        quantized=len(outputs) == 3,
+        quantized=kind,
     )
     rest = (t.contiguous() for t in (*modulation, *(gate or modulation)))
     written = (*outputs, None)[:3]
-    norm_kernel[(batch * tokens,)](x, branch, *rest, *written, tokens, eps, **variant.constants, num_warps=variant.num_warps)
+    numbers = (tokens, eps, out_scale)
+    norm_kernel[(batch * tokens,)](x, branch, *rest, *written, *numbers, **variant.constants, num_warps=variant.num_warps)
 
 
 @functools.cache
 def compile_cubin(capability: int, dtype: str, variant: Variant) -> Cubin:
-    """For an SM such as 89. Raises ValueError for one that has no fp8, if the variant is quantized."""
+    """For an SM such as 89. Raises ValueError for one that has no fp8, if the variant has."""
     constants: dict[str, int | bool | None] = {**variant.constants}
     pointers = dict.fromkeys((*INPUTS[GATED], "hidden", "normed"), f"*{dtype}")
-    if variant.quantized:
-        check_target(variant.op, capability)
-        pointers |= {"normed": "*i8", "normed_scale": "*fp32"}
+    if variant.quantized is not None:
+        check_target(variant.quantized, variant.op, capability)
+        pointers["normed"] = "*i8"
+    if variant.quantized == "fp8":
+        pointers["normed_scale"] = "*fp32"
     else:
         constants["normed_scale"] = None  # so that the kernel has no such parameter
+    if variant.quantized != "int8":
+        constants["out_scale"] = None
     # In the order of the kernel's parameters.
     signature = pointers | {"normed_scale": pointers.get("normed_scale", "constexpr"), "tokens": "i32", "eps": "fp32"}
+    signature["out_scale"] = "fp32" if variant.quantized == "int8" else "constexpr"
     return cubin.compile_cubin(
         norm_kernel,
         capability,
@@ -206,19 +224,21 @@ def compile_cubin(capability: int, dtype: str, variant: Variant) -> Cubin:
 
 
 def compile_cubins(
-    targets: Iterable[str], dtype: str, variant: Variant, eps: float
+    targets: Iterable[str], dtype: str, variant: Variant, eps: float, out_scale: float | None = None
 ) -> dict[str, str | bytes | int | float | list[int]]:
     """Every attribute of a node of `variant.op` for the GPU architectures `targets` ("sm80", "sm89", ...).
 
     dtype "fp16", "bf16" or "fp32" of all tensors but bits and scale, else ValueError, also for a target that lacks what the variant
-    needs. The function bodies read rows, rms and eps.
+    needs. out_scale: of the int8 variant, and of no other. The function bodies read rows, rms and eps.
     """
     cubin.check_type(variant.op, dtype)
+    if (out_scale is not None) != (variant.quantized == "int8"):
+        raise ValueError(f"{variant.op}: got {variant.quantized} with out_scale {out_scale}; expected one for int8 alone")
     shape = [["dim", 0, axis] for axis in range(2)]
     inputs = INPUTS[variant.op]
     whole = [*shape, variant.dim]
     outputs = [Output(type=dtype, shape=whole), Output(type="int8" if variant.quantized else dtype, shape=whole)]
-    if variant.quantized:
+    if variant.quantized == "fp8":
         outputs.append(Output(type="fp32", shape=shape))
     found = cubin.attributes(
         variant.op,
@@ -232,6 +252,7 @@ def compile_cubins(
             *(["out", index] for index in range(len(outputs))),
             ["i32", shape[1]],
             ["f32", eps],
+            *([["f32", out_scale]] if out_scale is not None else []),
         ],
     )
     return found | {"rows": list(variant.rows), "rms": int(variant.rms), "eps": eps}

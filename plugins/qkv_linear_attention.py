@@ -8,7 +8,7 @@ Its meaning is `qkv_linear_attention_truth` in sana_ref/ops.py. Two ops, because
 Heads are read where the projection left them and written where the next projection wants them: nothing is transposed in between.
 The number of parts grows with the tokens, so that 4K (16,384 tokens) fills a GPU as 1K does; they are added up in a fixed order.
 
-Where an FP8 product follows, a build for TensorRT gives an Apply an `out_scale` (plugins/static_scale.py).
+Where an FP8 or INT8 product follows, a build for TensorRT gives an Apply an `out_scale` (plugins/static_scale.py).
 
 Precision: the sums, their products with q and the division in fp32. Those products take tensor cores where that costs no bits that
 matter: with bf16 inputs S is two bf16 numbers (16 bits), with fp16 ones three TF32 products stand for one of fp32.
@@ -27,9 +27,9 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.fp8_quantize import e4m3
+from plugins.eight_bits import Kind
 from plugins.launch import Output
-from plugins.static_scale import check_outputs, output_kinds, quantized_outputs
+from plugins.static_scale import check_outputs, output_kinds, quantized_outputs, static_bits
 
 if TYPE_CHECKING:
     import onnx
@@ -116,7 +116,7 @@ def apply_kernel(
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program: one head of an image, n_tile tokens. out_scales and out_scale: both None, or out is of bits."""
+    """A program: one head of an image, n_tile tokens. out_scale: None, or out is of bits; out_scales: None but for FP8."""
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     d = tl.arange(0, D)
     state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
@@ -139,11 +139,11 @@ def apply_kernel(
         q_ND = _relu(tl.load(q_D[None, :] + n64_N1 * (3 * heads * D), mask=live, other=0.0))
         top_ND = _dot(q_ND, state_DD, PRECISION)
         bottom_N = tl.sum(q_ND.to(tl.float32) * z_D[None, :], axis=1) + eps
-        if out_scales is None:
+        if out_scale is None:
             # One division a token, not one a channel: exact division is a call of some thirty instructions.
             out_ND = top_ND * tl.div_rn(1.0, bottom_N)[:, None]
         else:
-            out_ND = e4m3(top_ND * (1.0 / (bottom_N * out_scale))[:, None])
+            out_ND = static_bits(top_ND * (1.0 / (bottom_N * out_scale))[:, None], out_scales)
         tl.store(out_D[None, :] + n64_N1 * (heads * D), out_ND.to(out.dtype.element_ty), mask=live)
 
 
@@ -180,7 +180,7 @@ def launch(
 ) -> None:
     """Write the attention of qkv (B, N, 3 H D) into out (B, N, H D): contiguous, one dtype of fp16, bf16, fp32, on the current GPU.
 
-    quantized: out is int8; also write these scales. Raises ValueError unless that holds and D is in HEAD_DIMS.
+    quantized: out is int8; also write these scales, if any. Raises ValueError unless that holds and D is in HEAD_DIMS.
     """
     import torch
 
@@ -225,8 +225,8 @@ def layout(heads: int, head_dim: int, *, interleaved: bool) -> dict[str, Any]:
 
 
 @functools.cache
-def compile_cubin(op: str, capability: int, dtype: str, head_dim: int, interleaved: bool, quantized: bool = False) -> Cubin:
-    """For STATE or APPLY and an SM such as 89. Raises ValueError for one that has no fp8, if quantized."""
+def compile_cubin(op: str, capability: int, dtype: str, head_dim: int, interleaved: bool, quantized: Kind | None = None) -> Cubin:
+    """For STATE or APPLY and an SM such as 89. Raises ValueError for one that has no fp8, if that is asked for."""
     block, warps, stages = PLANS[op]
     constants: dict[str, Any] = {"D": head_dim, "BLOCK_N": block, "INTERLEAVED": interleaved}
     signature = {"qkv": f"*{dtype}", "state": "*fp32"}
@@ -260,11 +260,12 @@ def compile_cubins(
     *,
     interleaved: bool = False,
     out_scale: float | None = None,
+    out_kind: Kind = "fp8",
 ) -> dict[str, str | bytes | float | list[int]]:
     """Every attribute of a node of STATE or APPLY for the GPU architectures `targets` ("sm80", "sm89", ...).
 
-    dtype "fp16", "bf16" or "fp32" of qkv and out; head_dim one of HEAD_DIMS, else ValueError. out_scale: of bits, where they are
-    the output (APPLY alone). The function bodies read what layout() gives, and eps.
+    dtype "fp16", "bf16" or "fp32" of qkv and out; head_dim one of HEAD_DIMS, else ValueError. out_scale, out_kind: of bits, where
+    they are the output (APPLY alone). The function bodies read what layout() gives, and eps.
     """
     _check(dtype, head_dim)
     batch, tokens = ["dim", 0, 0], ["dim", 0, 1]
@@ -284,11 +285,12 @@ def compile_cubins(
             args=[["in", 0], ["out", 0], ["i32", heads], ["i32", tokens], ["i32", n_part]],
         )
     numbers = [["i32", number] for number in (heads, tokens, TILE, ["dim", 1, 2])]
-    outputs, more_args, last_args = quantized_outputs(dtype, [batch, tokens], heads * head_dim, out_scale)
+    kind = out_kind if out_scale is not None else None
+    outputs, more_args, last_args = quantized_outputs(dtype, [batch, tokens], heads * head_dim, out_scale, kind)
     found = cubin.attributes(
         op,
         targets,
-        lambda capability: compile_cubin(op, capability, dtype, head_dim, interleaved, out_scale is not None),
+        lambda capability: compile_cubin(op, capability, dtype, head_dim, interleaved, kind),
         inputs=[dtype, "fp32"],
         outputs=outputs,
         grid=[rows, ["ceildiv", tokens, TILE], 1],

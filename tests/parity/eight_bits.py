@@ -18,16 +18,18 @@ def assert_e4m3(bits: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor
     assert_bits("fp8", bits, exact, tolerance, name)
 
 
-def assert_bits(kind: str, bits: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor, name: str) -> None:
-    """bits: int8, those of e4m3 for "fp8", else of "int8", of which NaN is -127. As `assert_e4m3`."""
+def assert_bits(
+    kind: str, bits: torch.Tensor, exact: torch.Tensor, tolerance: torch.Tensor, name: str, *, least: float = -127.0
+) -> None:
+    """bits: int8, those of e4m3 for "fp8", else of "int8", of which NaN and the smallest number are `least`. As `assert_e4m3`."""
     assert bits.dtype == torch.int8
     if kind == "fp8":
         got = bits.view(torch.float8_e4m3fn).double()
         low, high = ((exact + sign * tolerance).clamp(-448, 448).to(torch.float8_e4m3fn).double() for sign in (-1, 1))
     else:
-        got, exact = bits.double(), exact.nan_to_num(nan=-127.0, posinf=torch.inf, neginf=-torch.inf)
+        got, exact = bits.double(), exact.nan_to_num(nan=least, posinf=torch.inf, neginf=-torch.inf)
         tolerance = tolerance.nan_to_num(nan=0.0, posinf=0.0)
-        low, high = ((exact + sign * tolerance).round().clamp(-127, 127) for sign in (-1, 1))  # ties to even
+        low, high = ((exact + sign * tolerance).round().clamp(least, 127) for sign in (-1, 1))  # ties to even
     wrong = ~(((low <= got) & (got <= high)) | (got.isnan() & exact.isnan()))
     if wrong.any():
         at = tuple(wrong.nonzero()[0].tolist())

@@ -9,13 +9,14 @@ import torch
 from attention_graph import DTYPES, ONNX_TYPES
 from onnx import helper
 from parity.bound import assert_parity
-from parity.eight_bits import assert_e4m3, quantized_truth
+from parity.eight_bits import assert_bits, assert_e4m3, quantized_truth
 from parity.interpreter import interpret
 
 from plugins import cubin
 from plugins import modulated_norm as op
 from plugins.launch import Launch, evaluate
 from sana_ref import ops
+from sana_ref.quantize_ops import round_static
 
 INTERPRETED = ("fp16", "fp32")  # not bf16, on a GPU only: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
 EPS = 1e-6
@@ -65,6 +66,24 @@ def check_quantized(got, case, given, name):
     # Of 448 that is less than a quarter of the step between e4m3's smallest numbers. Rounding to fp16 before would cost 2^-11.
     torch.testing.assert_close(scale.double(), wide_scale, rtol=2.0**-20, atol=0)
     assert_e4m3(bits, quotient, (quotient.abs() + 448) * 2.0**-20, f"{name}: bits")
+
+
+def static_scale(case, given):
+    """Of INT8: half of what would do, so that the largest numbers are cut off."""
+    return (call(ops.modulated_norm_truth, case, [t.cpu().double() for t in given])[1].abs().max() / 127 / 2).float().item()
+
+
+def check_int8(got, case, given, name):
+    """got: hidden, numbers."""
+    same, exact = (
+        call(ops.modulated_norm_truth, case, [t.cpu().to(wide) for t in given]) for wide in (given[0].dtype, torch.float64)
+    )
+    hidden, numbers = (each.cpu() for each in got)
+    assert_parity(hidden, same=same[0], exact=exact[0], name=f"{name}: hidden")
+    quotient = exact[1] / static_scale(case, given)
+    # As for e4m3 above; of 127 that is less than a thousandth of a step.
+    assert_bits("int8", numbers, quotient, (quotient.abs() + 127) * 2.0**-20, f"{name}: numbers", least=-128.0)
+    assert (numbers == 127).any() or (numbers == -128).any()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -119,13 +138,14 @@ def test_wrong_shapes(change, rows):
 LAUNCH = f"""
 import torch
 from plugins import modulated_norm as kernel
-def launch(out, x, branch, time, table, *rest, rows, rms, quantized=False):
+def launch(out, x, branch, time, table, *rest, rows, rms, quantized=False, out_scale=None):
     *gate, result = rest
     outputs = result[0], result[1]
-    if quantized:
+    if quantized or out_scale is not None:
         outputs = torch.full_like(x, float("nan")), torch.full(x.shape, -1, dtype=torch.int8), torch.full(x.shape[:2], float("nan"))
-    kernel.launch(x, branch, (time, table), tuple(gate) or None, outputs, rows=rows, rms=rms, eps={EPS})
-    if quantized:
+    written = outputs if out_scale is None else outputs[:2]
+    kernel.launch(x, branch, (time, table), tuple(gate) or None, written, rows=rows, rms=rms, eps={EPS}, out_scale=out_scale)
+    if len(outputs) == 3:
         result[0], result[1, ..., :-1], result[1, ..., -1] = torch.nn.functional.pad(outputs[0], (0, 1)), outputs[1], outputs[2]
 """
 
@@ -134,7 +154,7 @@ def launch(out, x, branch, time, table, *rest, rows, rms, quantized=False):
 def interpreted(tmp_path_factory):
     """(hidden, normed) by case and dtype, all from one process; "wrong": the first case with scale and shift exchanged.
 
-    By case, dtype and "quantized": what `unpacked` takes apart, fp32 (2, B, N, D + 1).
+    By case, dtype and "quantized" or "int8": what `unpacked` takes apart, fp32 (2, B, N, D + 1). "ties": the same, of `tied`.
     """
     folder = tmp_path_factory.mktemp("launch")
     (folder / "norm_launch.py").write_text(LAUNCH)
@@ -150,6 +170,11 @@ def interpreted(tmp_path_factory):
             out = torch.empty(2, *case[0][:2], case[0][2] + 1)
             calls.append(((out, *tensors(case, dtype)), {"rows": case[1], "rms": case[3], "quantized": True}))
             named.append((case, dtype, "quantized"))
+            scale = static_scale(case, tensors(case, dtype))
+            calls.append((calls[-1][0], {"rows": case[1], "rms": case[3], "out_scale": scale}))
+            named.append((case, dtype, "int8"))
+    calls.append(((torch.empty(2, 1, 3, len(TIES) + 1), *tied()), {"rows": SECOND, "rms": False, "out_scale": TIES_SCALE}))
+    named.append("ties")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         outputs = interpret("norm_launch:launch", calls)
@@ -175,6 +200,33 @@ def test_quantized_kernel(interpreted, case, dtype):
     assert torch.equal(got[0], interpreted[case, dtype][0])
 
 
+@pytest.mark.parametrize("dtype", INTERPRETED)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_int8_kernel(interpreted, case, dtype):
+    hidden, numbers, _ = unpacked(interpreted[case, dtype, "int8"], dtype)
+    check_int8((hidden, numbers), case, tensors(case, dtype), f"kernel {case} {dtype}")
+    assert torch.equal(hidden, interpreted[case, dtype][0])
+
+
+TIES_SCALE = 0.5
+TIES = torch.arange(-280, 280) / 4  # over the scale: halves, and beyond what INT8 has on both sides
+
+
+def tied():
+    """Inputs with a factor 1 + scale of 0, so that normed is the shift, TIES, to the last bit."""
+    time = torch.zeros(1, 6, len(TIES))
+    time[0, SECOND[0]], time[0, SECOND[1]] = TIES, -1.0
+    x = torch.randn(1, 3, len(TIES), generator=torch.Generator().manual_seed(0))
+    return [x, x.flip(1), time.flatten(1), torch.zeros(6, len(TIES))]
+
+
+def test_ties(interpreted):
+    """As PyTorch's simulation has them, of both signs, and what is too large."""
+    _, numbers, _ = unpacked(interpreted["ties"], "fp32")
+    assert torch.equal(numbers * TIES_SCALE, round_static(TIES.expand(1, 3, -1), "int8", TIES_SCALE))
+    assert {-128, -127, 0, 127} <= set(numbers.flatten().tolist())
+
+
 def test_errors_of_quantized_kernels_are_caught(interpreted):
     case, given = CASES[0], tensors(CASES[0], "fp16")
     hidden, bits, scale = unpacked(interpreted[case, "fp16", "quantized"], "fp16")
@@ -185,6 +237,11 @@ def test_errors_of_quantized_kernels_are_caught(interpreted):
             check_quantized((hidden, wrong, scale), case, given, "wrong")
     with pytest.raises(AssertionError, match="not close"):
         check_quantized((hidden, bits, scale * 1.001), case, given, "wrong")
+    hidden, numbers, _ = unpacked(interpreted[case, "fp16", "int8"], "fp16")
+    early = (rounded / static_scale(case, given)).round().clamp(-128, 127).to(torch.int8)
+    for wrong in (early, numbers.roll(1, -1)):
+        with pytest.raises(AssertionError, match="values are wrong"):
+            check_int8((hidden, wrong), case, given, "wrong")
 
 
 def test_planted_error_is_caught(interpreted):
@@ -215,6 +272,10 @@ def test_quantized_kernel_on_gpu(case, dtype):
     got = torch.full_like(x, float("nan")), bits, scale
     op.launch(x, branch, (time, table), tuple(gate) or None, got, rows=case[1], rms=case[3], eps=EPS)
     check_quantized(got, case, given, f"kernel {case} {dtype}")
+    got = torch.full_like(x, float("nan")), torch.full_like(bits, -1)
+    options = {"rows": case[1], "rms": case[3], "eps": EPS, "out_scale": static_scale(case, given)}
+    op.launch(x, branch, (time, table), tuple(gate) or None, got, **options)
+    check_int8(got, case, given, f"kernel {case} {dtype} int8")
 
 
 def body_model(dtype, case, given):
@@ -270,7 +331,7 @@ def test_cubins(target, rows):
 @pytest.mark.parametrize("rows", [FIRST, SECOND], ids=str)
 @pytest.mark.parametrize("target", ["sm89", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm120"))])
 def test_quantized_cubins(target, rows):
-    variant = op.Variant(dim=2240, rows=rows, time_rows=6, gate_time_rows=6, quantized=True)
+    variant = op.Variant(dim=2240, rows=rows, time_rows=6, gate_time_rows=6, quantized="fp8")
     for dtype in DTYPES:
         attributes = op.compile_cubins([target], dtype, variant, EPS)
         launch = Launch.from_json(attributes["launch"])
@@ -282,6 +343,22 @@ def test_quantized_cubins(target, rows):
         assert shapes == [[2, 1024, 2240], [2, 1024, 2240], [2, 1024]]
         args = json.loads(launch.to_json())["args"]
         assert args[6:11] == [["out", 0], ["out", 1], ["out", 2], ["i32", ["dim", 0, 1]], ["f32", EPS]]
+
+
+@pytest.mark.parametrize("rows", [FIRST, SECOND], ids=str)
+@pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm120"))])
+def test_int8_cubins(target, rows):
+    """As the plain ones, with the scale behind eps, and no tensor of scales."""
+    variant = op.Variant(dim=2240, rows=rows, time_rows=6, gate_time_rows=6, quantized="int8")
+    attributes = op.compile_cubins([target], "fp16", variant, EPS, 0.25)
+    launch = Launch.from_json(attributes["launch"])
+    assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
+    assert [output.type for output in launch.outputs] == ["fp16", "int8"]
+    args = json.loads(launch.to_json())["args"]
+    assert args[6:11] == [["out", 0], ["out", 1], ["i32", ["dim", 0, 1]], ["f32", EPS], ["f32", 0.25]]
+    for wrong in ((variant, None), (op.Variant(dim=2240, rows=SECOND, time_rows=6), 0.25)):
+        with pytest.raises(ValueError, match=r"out_scale .*; expected one for int8 alone"):
+            op.compile_cubins([target], "fp16", wrong[0], EPS, wrong[1])
 
 
 @pytest.mark.parametrize(("dim", "block", "warps"), [(1, 1, 1), (16, 16, 1), (1152, 2048, 1), (2240, 4096, 2), (20000, 32768, 16)])
@@ -303,6 +380,9 @@ def test_bad_arguments():
     for outputs in ((ones, bits), (ones, ones, scale), (ones, bits, scale.half()), (ones, bits, scale[:, :1]), (ones,)):
         with pytest.raises(ValueError, match=r"or \(B, N, D\) int8 and \(B, N\) fp32 in place of normed"):
             op.launch(ones, ones, (ones[0], ones[0]), None, outputs, rows=SECOND, rms=False, eps=EPS)
+    for outputs, scale_of_all in (((ones, ones), 1.0), ((ones, bits), 0.0), ((ones, bits, scale), 1.0)):
+        with pytest.raises(ValueError, match=r"or \(B, N, D\) int8 alone and a scale above 0"):
+            op.launch(ones, ones, (ones[0], ones[0]), None, outputs, rows=SECOND, rms=False, eps=EPS, out_scale=scale_of_all)
     for old in (sm for sm in cubin.CAPABILITIES if sm < 89):
         with pytest.raises(ValueError, match=f"ModulatedNorm: got target sm{old}; expected sm89 or newer"):
-            op.compile_cubins([f"sm{old}"], "fp16", op.Variant(dim=16, rows=SECOND, time_rows=6, quantized=True), EPS)
+            op.compile_cubins([f"sm{old}"], "fp16", op.Variant(dim=16, rows=SECOND, time_rows=6, quantized="fp8"), EPS)

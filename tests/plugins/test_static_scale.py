@@ -1,16 +1,18 @@
-"""Kernels that quantise with a given scale: bits and scales of each (interpreted on a CPU, or on a GPU), and their cubins."""
+"""Kernels that quantise with a given scale: bits and FP8's scales of each (interpreted on a CPU, or on a GPU), and their cubins."""
 
 import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from parity.eight_bits import assert_e4m3
+from parity.eight_bits import assert_bits
 from parity.interpreter import interpret
 
 from plugins import cross_attention, gated_depthwise_conv, qkv_linear_attention
+from plugins.eight_bits import KINDS, LARGEST
 from plugins.launch import Launch, evaluate
 from sana_ref import attention_ops, ops
+from sana_ref.quantize_ops import round_static
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 BLOCK, HEADS = 1, 2
@@ -23,11 +25,11 @@ SHAPES = {
 }
 
 
-def truth(name, tensors):
+def truth(name, tensors, heads=HEADS):
     if name.startswith("cross"):
         return attention_ops.cross_attention_truth(*tensors, BLOCK)
     if name == "linear":
-        return ops.qkv_linear_attention_truth(tensors[0], HEADS)
+        return ops.qkv_linear_attention_truth(tensors[0], heads)
     x, weight, bias = tensors
     a, g = F.conv2d(F.silu(x.permute(0, 3, 1, 2)), weight, bias, padding=1, groups=len(weight)).chunk(2, dim=1)
     return (a * F.silu(g)).permute(0, 2, 3, 1)
@@ -38,38 +40,42 @@ def inputs(name, dtype):
     return [torch.randn(shape, generator=generator).to(DTYPES[dtype]) for shape in SHAPES[name][0]]
 
 
-def scale_of(name, dtype):
+def scale_of(name, dtype, kind):
     """Half of what would do: the largest numbers are cut off."""
     exact = truth(name, [t.double() for t in inputs(name, dtype)])
-    return (exact.abs().max() / 448 / 2).float().item()
+    return (exact.abs().max() / LARGEST[kind] / 2).float().item()
 
 
-def check(bits, scales, name, dtype, label):
-    given, scale = inputs(name, dtype), scale_of(name, dtype)
+def check(bits, scales, name, dtype, kind, label):
+    given, scale = inputs(name, dtype), scale_of(name, dtype, kind)
     same, exact = truth(name, given).double(), truth(name, [t.double() for t in given])
-    assert (scales == torch.tensor(scale)).all(), f"{label}: got scales {scales.unique()}; expected {scale} everywhere"
+    if kind == "fp8":
+        assert (scales == torch.tensor(scale)).all(), f"{label}: got scales {scales.unique()}; expected {scale} everywhere"
     # The project's bound: twice PyTorch's own error at this precision; and the two roundings of a number times a reciprocal.
     tolerance = 2 * (same - exact).abs().max() / scale + (exact / scale).abs() * 2.0**-21
-    assert_e4m3(bits, exact / scale, tolerance, label)
-    assert (bits.view(torch.float8_e4m3fn).float().abs() == 448).any()
+    assert_bits(kind, bits, exact / scale, tolerance, label, least=-128.0)
+    if kind == "fp8":
+        assert (bits.view(torch.float8_e4m3fn).float().abs() == 448).any()
+    else:
+        assert (bits == 127).any() or (bits == -128).any()
 
 
 LAUNCH = f"""
 import torch
 from plugins import cross_attention, gated_depthwise_conv, qkv_linear_attention
-def run(name, tensors, bits, scales, scale):
+def run(name, tensors, bits, scales, scale, heads={HEADS}):
     quantized = scales, scale
     if name.startswith("cross"):
         cross_attention.launch(*tensors, bits, {BLOCK}, quantized)
     elif name == "linear":
-        qkv_linear_attention.launch(*tensors, bits, {HEADS}, quantized=quantized)
+        qkv_linear_attention.launch(*tensors, bits, heads, quantized=quantized)
     else:
         gated_depthwise_conv.launch(*tensors, bits, quantized)
-def launch(out, *tensors, name, scale):
+def launch(out, *tensors, name, kind, scale, heads={HEADS}):
     gated_depthwise_conv.BLOCK_C = 64  # several programs for the channels
     *tensors, result = tensors
     bits, scales = torch.full(out[..., 1:].shape, -1, dtype=torch.int8), torch.full(out.shape[:-1], float("nan"))  # -1: NaN's bits
-    run(name, tensors, bits, scales, scale)
+    run(name, tensors, bits, scales if kind == "fp8" else None, scale, heads)
     result[..., :-1], result[..., -1] = bits, scales
 """
 
@@ -81,71 +87,122 @@ def poisoned(name):
     return tensors
 
 
+SCALE = 0.5  # of TIES
+TIES = torch.arange(-280, 280) / 4  # over the scale: halves, and beyond what INT8 has on both sides
+
+
+def tied(name):
+    """Inputs of which the op makes TIES, to the last bit."""
+    dim = len(TIES)
+    if name == "cross":  # one key, whose value comes out
+        values = TIES.expand(2, 2, 1, dim).reshape(2, 2, 1, 5, 1, dim // 5).contiguous()
+        return [torch.randn(2, 3, dim), torch.zeros_like(values), values, torch.zeros(2, 1)]
+    if name == "linear":  # one token, whose value comes out; heads of 32 channels
+        v = torch.nn.functional.pad(TIES, (0, -dim % 64))
+        return [torch.cat([torch.ones(2 * len(v)), v])[None, None]]
+    bias = torch.cat([TIES / 128, torch.full((dim,), 128.0)])  # silu(128) is 128
+    return [torch.randn(1, 2, 5, 2 * dim), torch.zeros(2 * dim, 1, 3, 3), bias]
+
+
+OPS = ("cross", "linear", "conv")
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """(bits, scales) by op and dtype; and, by op and "nan", of `poisoned`."""
+    """(bits, scales) by kind, op and dtype; by kind, op and "nan", of `poisoned`; of INT8 by op and "ties", of `tied`."""
     folder = tmp_path_factory.mktemp("launch")
     (folder / "static_launch.py").write_text(LAUNCH)
-    named = {(name, dtype): inputs(name, dtype) for name in SHAPES for dtype in DTYPES}
-    named |= {(name, "nan"): poisoned(name) for name in SHAPES}
-    calls = []
-    for (name, dtype), tensors in named.items():
-        *rows, dim = SHAPES[name][1]
-        scale = scale_of(name, "fp32" if dtype == "nan" else dtype)
-        calls.append(((torch.empty(*rows, dim + 1), *tensors), {"name": name, "scale": scale}))
+    calls = {}
+
+    def add(kind, name, label, tensors, shape, scale, **options):
+        out = torch.empty(*shape[:-1], shape[-1] + 1)
+        calls[kind, name, label] = (out, *tensors), {"name": name, "kind": kind, "scale": scale} | options
+
+    for kind in KINDS:
+        for name, (_, shape) in SHAPES.items():
+            for dtype in DTYPES:
+                add(kind, name, dtype, inputs(name, dtype), shape, scale_of(name, dtype, kind))
+            add(kind, name, "nan", poisoned(name), shape, scale_of(name, "fp32", kind))
+    for name in OPS:
+        tensors = tied(name)
+        shape = truth(name, tensors, heads=heads_of(tensors)).shape if name == "linear" else truth(name, tensors).shape
+        options = {"heads": heads_of(tensors)} if name == "linear" else {}
+        add("int8", name, "ties", tensors, shape, SCALE, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
-        outputs = interpret("static_launch:launch", calls)
-    return {key: (out[..., :-1].to(torch.int8), out[..., -1]) for key, out in zip(named, outputs, strict=True)}
+        outputs = interpret("static_launch:launch", [*calls.values()])
+    return {key: (out[..., :-1].to(torch.int8), out[..., -1]) for key, out in zip(calls, outputs, strict=True)}
 
 
+def heads_of(tensors):
+    return tensors[0].shape[-1] // 3 // 32
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_kernel(interpreted, name, dtype):
-    check(*interpreted[name, dtype], name, dtype, f"kernel {name} {dtype}")
+def test_kernel(interpreted, name, dtype, kind):
+    check(*interpreted[kind, name, dtype], name, dtype, kind, f"kernel {name} {dtype} {kind}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_ties(interpreted, name):
+    """As PyTorch's simulation has them, of both signs, and what is too large."""
+    exact = truth(name, tied(name), heads_of(tied(name)))
+    assert exact.flatten()[: len(TIES)].tolist() == TIES.tolist()
+    bits, _ = interpreted["int8", name, "ties"]
+    assert torch.equal(bits * SCALE, round_static(exact, "int8", SCALE))
+    assert {-128, -127, 0, 127} <= set(bits.flatten().tolist())
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_nan_stays_one(interpreted, name):
-    bits, scales = interpreted[name, "nan"]
+    """INT8, which has none, takes the smallest number."""
+    bits, scales = interpreted["fp8", name, "nan"]
     got, exact = bits.view(torch.float8_e4m3fn).float(), truth(name, poisoned(name))
     assert exact.isnan().any()
     assert torch.equal(got.isnan(), exact.isnan())
     assert scales.isfinite().all()
+    assert (interpreted["int8", name, "nan"][0][exact.isnan()] == -128).all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHAPES)
-def test_planted_errors_are_caught(interpreted, name):
-    bits, scales = interpreted[name, "fp32"]
+def test_planted_errors_are_caught(interpreted, name, kind):
+    bits, scales = interpreted[kind, name, "fp32"]
     with pytest.raises(AssertionError, match="values are wrong"):
-        check(bits.roll(1, -1), scales, name, "fp32", "another place")
-    with pytest.raises(AssertionError, match="everywhere"):
-        check(bits, scales.index_fill(1, torch.tensor([0]), 1.0), name, "fp32", "one scale")
+        check(bits.roll(1, -1), scales, name, "fp32", kind, "another place")
+    if kind == "fp8":
+        with pytest.raises(AssertionError, match="everywhere"):
+            check(bits, scales.index_fill(1, torch.tensor([0]), 1.0), name, "fp32", kind, "one scale")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
-def test_kernel_on_gpu(name, dtype):
+def test_kernel_on_gpu(name, dtype, kind):
     """Where the conversion to e4m3, and what it does with numbers beyond 448, is the hardware's."""
     *rows, _ = shape = SHAPES[name][1]
     bits = torch.full(shape, -1, dtype=torch.int8, device="cuda")
     scales = torch.full(rows, torch.nan, device="cuda")
     names: dict[str, object] = {}
     exec(LAUNCH, names)
-    names["run"](name, [t.cuda() for t in inputs(name, dtype)], bits, scales, scale_of(name, dtype))
-    check(bits.cpu(), scales.cpu(), name, dtype, f"kernel {name} {dtype}")
+    given = [t.cuda() for t in inputs(name, dtype)]
+    names["run"](name, given, bits, scales if kind == "fp8" else None, scale_of(name, dtype, kind))
+    check(bits.cpu(), scales.cpu(), name, dtype, kind, f"kernel {name} {dtype} {kind}")
 
 
-def attributes(name, targets, out_scale):
+def attributes(name, targets, out_scale, out_kind="fp8"):
+    bits = {"out_scale": out_scale, "out_kind": out_kind}
     if name.startswith("cross"):
         heads, head_dim = (20, 112) if name == "cross" else (16, 72)
         sizes = {"heads": heads, "n_keys": 300, "head_dim": head_dim, "block": 7}
-        return cross_attention.compile_cubins(targets, "fp16", **sizes, out_scale=out_scale)
+        return cross_attention.compile_cubins(targets, "fp16", **sizes, **bits)
     if name == "linear":
-        return qkv_linear_attention.compile_cubins(qkv_linear_attention.APPLY, targets, "fp16", 70, 32, out_scale=out_scale)
-    return gated_depthwise_conv.compile_cubins(targets, "fp16", 2 * 5600, out_scale)
+        return qkv_linear_attention.compile_cubins(qkv_linear_attention.APPLY, targets, "fp16", 70, 32, **bits)
+    return gated_depthwise_conv.compile_cubins(targets, "fp16", 2 * 5600, **bits)
 
 
 DIMS = {
@@ -156,19 +213,22 @@ DIMS = {
 }
 
 
+@pytest.mark.parametrize(("kind", "target"), [("fp8", "sm90"), ("int8", "sm80")])
 @pytest.mark.parametrize("name", SHAPES)
-def test_cubins(name):
-    """Pointers and numbers in the kernel's order: scales behind bits, the scale behind the other numbers."""
-    made, plain = attributes(name, ["sm90"], 0.25), attributes(name, ["sm90"], None)
+def test_cubins(name, kind, target):
+    """Pointers and numbers in the kernel's order: FP8's scales behind bits, the scale behind the other numbers."""
+    made, plain = attributes(name, [target], 0.25, kind), attributes(name, [target], None)
     launch, old = (Launch.from_json(each["launch"]) for each in (made, plain))
-    assert launch.cubin(made["cubins"], "sm90")[:4] == b"\x7fELF"
+    assert launch.cubin(made["cubins"], target)[:4] == b"\x7fELF"
     dims, shape = DIMS[name]
-    assert [output.type for output in launch.outputs] == ["int8", "fp32"]
-    assert [[evaluate(size, dims) for size in output.shape] for output in launch.outputs] == [shape, shape[:-1]]
+    count = 2 if kind == "fp8" else 1
+    assert [output.type for output in launch.outputs] == ["int8", "fp32"][:count]
+    assert [[evaluate(size, dims) for size in output.shape] for output in launch.outputs] == [shape, shape[:-1]][:count]
     assert (launch.inputs, launch.grid) == (old.inputs, old.grid)
     args, before = (json.loads(each.to_json())["args"] for each in (launch, old))
     wanted = [arg for arg in before if arg != ["null"]]
-    wanted.insert(wanted.index(["out", 0]) + 1, ["out", 1])
+    if kind == "fp8":
+        wanted.insert(wanted.index(["out", 0]) + 1, ["out", 1])
     assert [arg for arg in args if arg != ["null"]] == [*wanted, ["f32", 0.25]]
 
 
@@ -184,6 +244,7 @@ def test_bad_outputs(name):
     exec(LAUNCH, names)
     *rows, _ = shape = SHAPES[name][1]
     bits, scales = torch.zeros(shape, dtype=torch.int8), torch.zeros(rows)
-    for wrong in ((bits.float(), scales, 1.0), (bits, scales[:1], 1.0), (bits, scales.half(), 1.0), (bits, scales, 0.0)):
+    of_fp8 = ((bits.float(), scales, 1.0), (bits, scales[:1], 1.0), (bits, scales.half(), 1.0), (bits, scales, 0.0))
+    for wrong in (*of_fp8, (bits.float(), None, 1.0), (bits, None, -1.0)):
         with pytest.raises(ValueError, match=r"expected \(…, D\) int8 and \(…\) fp32, contiguous"):
             names["run"](name, inputs(name, "fp16"), *wrong)
