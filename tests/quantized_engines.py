@@ -138,6 +138,8 @@ def make(kind: str, targets: tuple[Target, ...], folder: Path) -> None:
     chosen = plan(CUBLAS if in_engine else kind)
     if kind != "nvfp4":  # low-rank branches are beside 4-bit weights alone (export/quantization_plan.py)
         kept = {name: tensor for name, tensor in chosen.tensors.items() if name.endswith(".smooth")}
+        if kind == "int8":  # so that the norm gives INT8 itself, as export/int8_nodes.py says; two products are smoothed still
+            kept = {name: tensor for name, tensor in kept.items() if not name.endswith("ff.conv_inverted.smooth")}
         chosen = chosen.model_copy(update={"tensors": kept})
     exact, own = (simulated(chosen, dtype, inputs) for dtype in (torch.float32, torch.float16))
     plain = simulated(QuantizationPlan(layers={}), torch.float32, inputs)
