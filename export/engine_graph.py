@@ -12,9 +12,9 @@ from engines import tensorrt
 from engines.spec import Target
 from export.compile_processes import compile_ahead
 from export.components import Component
+from export.epilogue_nodes import use_epilogues
 from export.folding import FOLDED_NAME, fold_weights
 from export.fp8_nodes import use_fp8
-from export.int8_nodes import use_int8
 from export.linear_nodes import use_linear_plugins, wants_linear_plugins
 from export.plugin_nodes import add_cubins
 from export.quantized_constants import DATA_NAME as QUANTIZED_DATA_NAME
@@ -39,7 +39,7 @@ def write_engine_graph(component: Component, typed: Path, folder: Path, targets:
     fold_weights(model, folder)
     if component.in_engine:
         expected.update(_use_plan(component, model, folder))
-    use_int8(model)
+    use_epilogues(model)
     onnx.save(model, folder / TYPED_NAME)
     compile_ahead(folder / TYPED_NAME, targets)
     add_cubins(model, targets)

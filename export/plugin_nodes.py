@@ -27,8 +27,7 @@ from plugins import (
     relu_linear_attention,
     static_quantize,
 )
-from plugins.eight_bits import Kind
-from plugins.static_scale import OUT_KIND, OUT_SCALE
+from plugins.static_scale import OUT_KIND, OUT_SCALE, OutKind
 
 __all__ = ["add_cubins", "has_kernel"]
 
@@ -36,7 +35,7 @@ _TYPE_NAMES = {TensorProto.FLOAT: "fp32", TensorProto.FLOAT16: "fp16", TensorPro
 
 
 def _out_scale(node: onnx.NodeProto) -> float | None:
-    """What export/fp8_nodes.py, export/int8_nodes.py or export/quantized_conv_nodes.py gave the node."""
+    """What export/fp8_nodes.py, export/epilogue_nodes.py or export/quantized_conv_nodes.py gave the node."""
     return next((attribute.f for attribute in node.attribute if attribute.name == OUT_SCALE), None)
 
 
@@ -126,8 +125,10 @@ def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: I
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     dim = x.shape.dim[-1].dim_value
     widths = [type_of[name].shape.dim[-1].dim_value for name in (node.input[2], node.input[-2])]  # of time and gate_time
-    # the one by export/fp8_nodes.py, the other by export/int8_nodes.py
-    kind: Kind | None = "fp8" if given.get("quantized") else "int8" if OUT_SCALE in given else None
+    static = _out_bits(node)
+    kind: OutKind | None = "fp8" if given.get("quantized") else None  # by export/fp8_nodes.py
+    if static["out_scale"] is not None:
+        kind = static["out_kind"]
     variant = modulated_norm.Variant(
         dim=dim,
         rows=tuple(given["rows"]),
@@ -136,7 +137,7 @@ def _modulated_norm(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: I
         rms=bool(given["rms"]),
         quantized=kind,
     )
-    return modulated_norm.compile_cubins(targets, _TYPE_NAMES[x.elem_type], variant, given["eps"], _out_scale(node))
+    return modulated_norm.compile_cubins(targets, _TYPE_NAMES[x.elem_type], variant, given["eps"], static["out_scale"])
 
 
 def _multiscale_projection(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ ENGINE_CODE = (
     "export/engine_graph.py",
     "export/folding.py",
     "export/fp8_nodes.py",
-    "export/int8_nodes.py",
+    "export/epilogue_nodes.py",
     "export/linear_nodes.py",
     "export/plugin_nodes.py",
     "export/quantized_constants.py",

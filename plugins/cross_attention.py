@@ -9,9 +9,8 @@ A program takes BLOCK_M tokens of one head of one picture through the keys, BLOC
 A text is short and padded to 300 keys, so the loop ends behind the last key that can count. A key as far below the best as padding
 is adds exactly nothing, so the result is the whole loop's to the last bit.
 
-Where an FP8 or INT8 product follows, a build for TensorRT gives a node an `out_scale`, known before (plugins/static_scale.py): its
-outputs are then bits (kB, N, H D) int8 and, of FP8, that number for each token, (kB, N) fp32. A row's own largest number would need
-all heads.
+Where a product in 8 bits follows, a build for TensorRT gives a node an `out_scale`, known before (plugins/static_scale.py): it
+then gives (kB, N, H D) in 8 bits. A row's own largest number would need all heads.
 
 Precision: scores, softmax and sums in fp32; products of half-precision inputs on tensor cores, with the probabilities in v's type.
 
@@ -30,8 +29,7 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.eight_bits import Kind
-from plugins.static_scale import check_outputs, output_kinds, quantized_outputs, static_bits
+from plugins.static_scale import OutKind, as_output, check_outputs, output_kinds, quantized_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -96,7 +94,7 @@ def kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out_scale: None, or out is of bits; out_scales: None but for FP8."""
+    """out_scale: None, or out is in 8 bits; out_scales: None, or it has scales."""
     first, head, picture = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     heads, pictures = tl.num_programs(1), tl.num_programs(2)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, FIRST_D)
@@ -156,9 +154,8 @@ def kernel(
 
 @triton.jit
 def _store(rows, at, live, channels, x, out_scales, D: tl.constexpr):
-    if rows.dtype.element_ty == tl.int8:
-        x = static_bits(x, out_scales)
-    tl.store(rows + at + channels[None, :], x.to(rows.dtype.element_ty), mask=live & (channels < D)[None, :])
+    x = as_output(x, rows, out_scales)
+    tl.store(rows + at + channels[None, :], x, mask=live & (channels < D)[None, :])
 
 
 def blocks(capability: int, dtype: str, head_dim: int) -> Blocks:
@@ -209,7 +206,7 @@ def launch(
 ) -> None:
     """Write the attention of q (kB, N, H D) to a block's keys and values into out: contiguous, one dtype, on the current GPU.
 
-    Shapes as in the module's docstring; fp16, bf16 or fp32. quantized: out is int8; also write these scales, if any. Raises
+    Shapes as in the module's docstring; fp16, bf16 or fp32. quantized: out is in 8 bits; also write these scales, if any. Raises
     ValueError unless that holds and D is at most MAX_HEAD_DIM.
     """
     tensors = (q, keys, values, bias, out)
@@ -240,7 +237,7 @@ def launch(
 
 
 @functools.cache
-def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int, quantized: Kind | None = None) -> Cubin:
+def compile_cubin(capability: int, dtype: str, n_keys: int, head_dim: int, quantized: OutKind | None = None) -> Cubin:
     """For an SM such as 89. n_keys: L. Raises ValueError for one that has no fp8, if that is asked for."""
     sizes, options = plan(capability, dtype, n_keys, head_dim)
     kinds, constants = output_kinds(OP, capability, dtype, quantized)
@@ -267,7 +264,7 @@ def compile_cubins(
     head_dim: int,
     block: int,
     out_scale: float | None = None,
-    out_kind: Kind = "fp8",
+    out_kind: OutKind = "fp8",
 ) -> dict[str, str | bytes | int]:
     """Every attribute of a node for the GPU architectures `targets` ("sm80", "sm89", ...).
 

@@ -10,7 +10,7 @@ a thread has a few channels of all of them, so that the columns to the left and 
 once and its SiLU computed once (half as often again for the two columns beside the strip): computed for every tap, the exponentials
 alone would take longer than the memory.
 
-Where an FP8 or INT8 product follows, a build for TensorRT gives a node an `out_scale` (plugins/static_scale.py).
+Where a product in 8 bits follows, a build for TensorRT gives a node an `out_scale` (plugins/static_scale.py).
 
 Dimensions: B pictures, H x W pixels, E channels of a half; in a program C channels. A row is a tuple: of the strip's four columns,
 or of six, with the one to the left and the one to the right.
@@ -27,8 +27,7 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.eight_bits import Kind
-from plugins.static_scale import check_outputs, output_kinds, quantized_outputs, static_bits
+from plugins.static_scale import OutKind, as_output, check_outputs, output_kinds, quantized_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -158,10 +157,7 @@ def _times(taps, factor):
 
 @triton.jit
 def _store_gated(y, row, column, width, inner, channels_C, live_C, a, g, scales, COARSE: tl.constexpr):
-    gated = a * silu(g, COARSE)
-    if y.dtype.element_ty == tl.int8:
-        gated = static_bits(gated, scales)
-    gated = gated.to(y.dtype.element_ty)
+    gated = as_output(a * silu(g, COARSE), y, scales)
     tl.store(y + (row * width + column) * inner + channels_C, gated, mask=live_at(column, width, channels_C, live_C))
 
 
@@ -183,7 +179,7 @@ def gate_kernel(
 ):
     """out: y (B, H, W, E); if BACKWARD, the gradient of the convolution's result (B, H, W, 2E). rows: of a program.
 
-    out_scale: None, or y is of bits; out_scales: None but for FP8.
+    out_scale: None, or y is in 8 bits; out_scales: None, or it has scales.
     """
     channels_C = tl.program_id(0) * C + tl.arange(0, C)
     gates_C, live_C = channels_C + inner, channels_C < inner
@@ -206,7 +202,8 @@ def gate_kernel(
 
     # Beside the rounding of e4m3, 2**-4 at most, and of bf16, 2**-9, it is nothing; beside that of fp16, 2**-12, it is not. INT8
     # has steps of 2**-7 of its largest number; it goes without, as fp16, whose place it takes.
-    COARSE: tl.constexpr = x.dtype.element_ty == tl.bfloat16 or (out_scales is not None and x.dtype.element_ty == tl.float16)
+    E4M3: tl.constexpr = out_scales is not None or out.dtype.element_ty == tl.float8e4nv
+    COARSE: tl.constexpr = x.dtype.element_ty == tl.bfloat16 or (E4M3 and x.dtype.element_ty == tl.float16)
 
     a0, g0 = taps(weight, 0, channels_C, live_C), taps(weight, 0, gates_C, live_C)
     a1, g1 = taps(weight, 1, channels_C, live_C), taps(weight, 1, gates_C, live_C)
@@ -271,8 +268,8 @@ def launch(
 ) -> None:
     """Write the op's result into y (B, H, W, E). x (B, H, W, 2E), of y's dtype; weight (2E, 1, 3, 3), bias (2E,) of any.
 
-    x and y: contiguous, of bf16, fp16 or fp32, on the current GPU, else ValueError. quantized: y is int8; also write these
-    scales, if any.
+    x and y: contiguous, of bf16, fp16 or fp32, on the current GPU, else ValueError. quantized: y is in 8 bits; also write
+    these scales, if any.
     """
     check_outputs(OP, y, quantized)
     check(x, *(() if quantized else (y,)))
@@ -286,7 +283,7 @@ def launch(
 
 
 @functools.cache
-def compile_cubin(capability: int, dtype: str, whole: bool, quantized: Kind | None = None) -> Cubin:
+def compile_cubin(capability: int, dtype: str, whole: bool, quantized: OutKind | None = None) -> Cubin:
     """For an SM such as 89. whole: E is a multiple of 16. Raises ValueError for an SM without fp8, if that is asked for."""
     kinds, absent = output_kinds(OP, capability, dtype, quantized)
     pointers = dict.fromkeys(("x", "weight", "bias", "dy"), f"*{dtype}")
@@ -304,7 +301,7 @@ def compile_cubin(capability: int, dtype: str, whole: bool, quantized: Kind | No
 
 
 def compile_cubins(
-    targets: Iterable[str], dtype: str, channels: int, out_scale: float | None = None, out_kind: Kind = "fp8"
+    targets: Iterable[str], dtype: str, channels: int, out_scale: float | None = None, out_kind: OutKind = "fp8"
 ) -> dict[str, str | bytes | int]:
     """Every attribute of a `sana::GatedDepthwiseConv` node for the GPU architectures `targets` ("sm80", "sm89", ...).
 

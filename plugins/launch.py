@@ -36,7 +36,7 @@ from typing import Any
 __all__ = ["FORMAT", "TYPES", "Expression", "Kernel", "Launch", "LaunchError", "Output", "Product", "evaluate"]
 
 FORMAT = 2
-TYPES = ("fp32", "fp16", "bf16", "int32", "int64", "int8", "uint8", "bool")
+TYPES = ("fp32", "fp16", "bf16", "fp8", "int32", "int64", "int8", "uint8", "bool")  # fp8: e4m3
 PRODUCTS: dict[tuple[str, ...], str] = {  # types of the inputs, without a bias, and of the output, which a bias shares
     ("fp32", "fp32"): "fp32",
     ("fp16", "fp16"): "fp16",

@@ -18,7 +18,8 @@ Where products in 8 bits follow, a build for TensorRT sets `quantized` of the Va
 bits, not rounded to x's type before. Function bodies and the op for PyTorch have no such form.
 
     fp8     bits (B, N, D) int8 and scale (B, N) fp32, quantised as in plugins/fp8_quantize.py
-    int8    numbers (B, N, D) int8, quantised with one scale, `out_scale`, as in plugins/static_scale.py
+    int8    (B, N, D) int8, quantised with one scale, `out_scale`, as in plugins/static_scale.py
+    e4m3    (B, N, D) of FP8, the same
 
 Dimensions: B images, N tokens, D channels, R rows of a table. x, branch, hidden, normed (B, N, D); table, gate_table (R, D); time,
 gate_time (B, R D), or (B, D), which serves all rows alike.
@@ -34,10 +35,10 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.eight_bits import Kind, check_target
+from plugins.eight_bits import check_target
 from plugins.fp8_quantize import quantized
 from plugins.launch import Output
-from plugins.static_scale import static_bits
+from plugins.static_scale import OutKind, as_output
 
 if TYPE_CHECKING:
     import onnx
@@ -83,7 +84,7 @@ def norm_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program: one token. GATE: a row, or -1 for none. normed_scale: None, or normed is FP8. out_scale: None, or it is INT8."""
+    """A program: one token. GATE: a row, or -1 for none. normed_scale and out_scale: None, or normed has such scales."""
     token = tl.program_id(0)
     image = token // tokens
     d_D = tl.arange(0, BLOCK)
@@ -105,7 +106,7 @@ def norm_kernel(
         normed_D, row_scale = quantized(normed_D, live_D)
         tl.store(normed_scale + token, row_scale)
     if out_scale is not None:
-        normed_D = static_bits(normed_D * tl.div_rn(1.0, out_scale), None)
+        normed_D = as_output(normed_D * tl.div_rn(1.0, out_scale), normed, None)
     tl.store(normed + at_D, normed_D.to(normed.dtype.element_ty), mask=live_D)
 
 
@@ -123,7 +124,7 @@ class Variant:
     time_rows: int
     gate_time_rows: int = 1
     rms: bool = False
-    quantized: Kind | None = None
+    quantized: OutKind | None = None
 
     def __post_init__(self) -> None:
         widest = (self.time_rows, self.time_rows, self.gate_time_rows)[: len(self.rows)]
@@ -134,6 +135,11 @@ class Variant:
     @property
     def op(self) -> str:
         return GATED if len(self.rows) == 3 else PLAIN
+
+    @property
+    def static(self) -> bool:
+        """Whether normed has one scale, which is known before."""
+        return self.quantized in ("int8", "e4m3")
 
     @property
     def constants(self) -> dict[str, int | bool]:
@@ -159,15 +165,17 @@ def launch(
     eps: float,
     out_scale: float | None = None,
 ) -> None:
-    """Write the outputs: hidden and normed; hidden, bits and scale, which is FP8; or, with an out_scale, hidden and INT8's numbers.
+    """Write the outputs: hidden and normed; hidden, bits and scale, which is FP8; or, with an out_scale, hidden and numbers of it.
 
-    x, branch, hidden and normed: one shape and dtype of fp16, bf16, fp32. bits, numbers: int8, of that shape. scale: (B, N), fp32.
-    All contiguous, on the current GPU, and out_scale above 0, else ValueError. Times and tables: of any floating dtype.
+    x, branch, hidden and normed: one shape and dtype of fp16, bf16, fp32. bits: int8, numbers: int8 or e4m3, of that shape. scale:
+    (B, N), fp32. All contiguous, on the current GPU, out_scale above 0, else ValueError. Times and tables: of any floating dtype.
     """
-    kind: Kind | None = "int8" if out_scale is not None else "fp8" if len(outputs) == 3 else None
+    kind: OutKind | None = "fp8" if len(outputs) == 3 else None
+    if out_scale is not None:
+        kind = "e4m3" if str(outputs[-1].dtype) == "torch.float8_e4m3fn" else "int8"
     tensors, same = (x, branch, *outputs), (x.shape, str(x.dtype))
-    narrow = (x.shape, "torch.int8")
-    last = {None: [same], "int8": [narrow], "fp8": [narrow, (x.shape[:-1], "torch.float32")]}[kind]
+    narrow, scales = (x.shape, "torch.int8"), (x.shape[:-1], "torch.float32")
+    last = {None: [same], "int8": [narrow], "e4m3": [(x.shape, "torch.float8_e4m3fn")], "fp8": [narrow, scales]}[kind]
     kinds = [same, same, same, *last]
     alike = [(t.shape, str(t.dtype)) for t in tensors] == kinds
     positive = out_scale is None or out_scale > 0
@@ -175,7 +183,7 @@ def launch(
         seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in tensors)
         raise ValueError(
             f"{PLAIN}: got {seen}, out_scale {out_scale}; expected one shape (B, N, D), dtype and device, all contiguous, or "
-            "(B, N, D) int8 and (B, N) fp32 in place of normed, or (B, N, D) int8 alone and a scale above 0"
+            "(B, N, D) int8 and (B, N) fp32 in place of normed, or (B, N, D) int8 or e4m3 alone and a scale above 0"
         )
     if x.numel() == 0:
         return
@@ -201,17 +209,17 @@ def compile_cubin(capability: int, dtype: str, variant: Variant) -> Cubin:
     constants: dict[str, int | bool | None] = {**variant.constants}
     pointers = dict.fromkeys((*INPUTS[GATED], "hidden", "normed"), f"*{dtype}")
     if variant.quantized is not None:
-        check_target(variant.quantized, variant.op, capability)
-        pointers["normed"] = "*i8"
+        check_target("int8" if variant.quantized == "int8" else "fp8", variant.op, capability)
+        pointers["normed"] = "*fp8e4nv" if variant.quantized == "e4m3" else "*i8"
     if variant.quantized == "fp8":
         pointers["normed_scale"] = "*fp32"
     else:
         constants["normed_scale"] = None  # so that the kernel has no such parameter
-    if variant.quantized != "int8":
+    if not variant.static:
         constants["out_scale"] = None
     # In the order of the kernel's parameters.
     signature = pointers | {"normed_scale": pointers.get("normed_scale", "constexpr"), "tokens": "i32", "eps": "fp32"}
-    signature["out_scale"] = "fp32" if variant.quantized == "int8" else "constexpr"
+    signature["out_scale"] = "fp32" if variant.static else "constexpr"
     return cubin.compile_cubin(
         norm_kernel,
         capability,
@@ -229,15 +237,16 @@ def compile_cubins(
     """Every attribute of a node of `variant.op` for the GPU architectures `targets` ("sm80", "sm89", ...).
 
     dtype "fp16", "bf16" or "fp32" of all tensors but bits and scale, else ValueError, also for a target that lacks what the variant
-    needs. out_scale: of the int8 variant, and of no other. The function bodies read rows, rms and eps.
+    needs. out_scale: of int8 and e4m3. The function bodies read rows, rms and eps.
     """
     cubin.check_type(variant.op, dtype)
-    if (out_scale is not None) != (variant.quantized == "int8"):
-        raise ValueError(f"{variant.op}: got {variant.quantized} with out_scale {out_scale}; expected one for int8 alone")
+    if (out_scale is not None) != variant.static:
+        raise ValueError(f"{variant.op}: got {variant.quantized} with out_scale {out_scale}; expected one for int8 and e4m3 alone")
     shape = [["dim", 0, axis] for axis in range(2)]
     inputs = INPUTS[variant.op]
     whole = [*shape, variant.dim]
-    outputs = [Output(type=dtype, shape=whole), Output(type="int8" if variant.quantized else dtype, shape=whole)]
+    types = {None: dtype, "fp8": "int8", "int8": "int8", "e4m3": "fp8"}
+    outputs = [Output(type=dtype, shape=whole), Output(type=types[variant.quantized], shape=whole)]
     if variant.quantized == "fp8":
         outputs.append(Output(type="fp32", shape=shape))
     found = cubin.attributes(

@@ -8,7 +8,7 @@ Its meaning is `qkv_linear_attention_truth` in sana_ref/ops.py. Two ops, because
 Heads are read where the projection left them and written where the next projection wants them: nothing is transposed in between.
 The number of parts grows with the tokens, so that 4K (16,384 tokens) fills a GPU as 1K does; they are added up in a fixed order.
 
-Where an FP8 or INT8 product follows, a build for TensorRT gives an Apply an `out_scale` (plugins/static_scale.py).
+Where a product in 8 bits follows, a build for TensorRT gives an Apply an `out_scale` (plugins/static_scale.py).
 
 Precision: the sums, their products with q and the division in fp32. Those products take tensor cores where that costs no bits that
 matter: with bf16 inputs S is two bf16 numbers (16 bits), with fp16 ones three TF32 products stand for one of fp32.
@@ -27,9 +27,8 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.eight_bits import Kind
 from plugins.launch import Output
-from plugins.static_scale import check_outputs, output_kinds, quantized_outputs, static_bits
+from plugins.static_scale import OutKind, as_output, check_outputs, output_kinds, quantized_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -116,7 +115,7 @@ def apply_kernel(
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program: one head of an image, n_tile tokens. out_scale: None, or out is of bits; out_scales: None but for FP8."""
+    """A program: one head of an image, n_tile tokens. out_scale: None, or out is in 8 bits; out_scales: None, or it has scales."""
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     d = tl.arange(0, D)
     state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
@@ -143,8 +142,8 @@ def apply_kernel(
             # One division a token, not one a channel: exact division is a call of some thirty instructions.
             out_ND = top_ND * tl.div_rn(1.0, bottom_N)[:, None]
         else:
-            out_ND = static_bits(top_ND * (1.0 / (bottom_N * out_scale))[:, None], out_scales)
-        tl.store(out_D[None, :] + n64_N1 * (heads * D), out_ND.to(out.dtype.element_ty), mask=live)
+            out_ND = top_ND * (1.0 / (bottom_N * out_scale))[:, None]
+        tl.store(out_D[None, :] + n64_N1 * (heads * D), as_output(out_ND, out, out_scales), mask=live)
 
 
 def _check(dtype: str, head_dim: int) -> None:
@@ -180,7 +179,7 @@ def launch(
 ) -> None:
     """Write the attention of qkv (B, N, 3 H D) into out (B, N, H D): contiguous, one dtype of fp16, bf16, fp32, on the current GPU.
 
-    quantized: out is int8; also write these scales, if any. Raises ValueError unless that holds and D is in HEAD_DIMS.
+    quantized: out is in 8 bits; also write these scales, if any. Raises ValueError unless that holds and D is in HEAD_DIMS.
     """
     import torch
 
@@ -225,7 +224,9 @@ def layout(heads: int, head_dim: int, *, interleaved: bool) -> dict[str, Any]:
 
 
 @functools.cache
-def compile_cubin(op: str, capability: int, dtype: str, head_dim: int, interleaved: bool, quantized: Kind | None = None) -> Cubin:
+def compile_cubin(
+    op: str, capability: int, dtype: str, head_dim: int, interleaved: bool, quantized: OutKind | None = None
+) -> Cubin:
     """For STATE or APPLY and an SM such as 89. Raises ValueError for one that has no fp8, if that is asked for."""
     block, warps, stages = PLANS[op]
     constants: dict[str, Any] = {"D": head_dim, "BLOCK_N": block, "INTERLEAVED": interleaved}
@@ -260,7 +261,7 @@ def compile_cubins(
     *,
     interleaved: bool = False,
     out_scale: float | None = None,
-    out_kind: Kind = "fp8",
+    out_kind: OutKind = "fp8",
 ) -> dict[str, str | bytes | float | list[int]]:
     """Every attribute of a node of STATE or APPLY for the GPU architectures `targets` ("sm80", "sm89", ...).
 

@@ -244,7 +244,7 @@ def _keeps_failures(callback: Callable[P, R]) -> Callable[P, R]:
 
 def _tensorrt_types(trt: Any) -> dict[str, Any]:
     kind = trt.DataType
-    types = {"fp32": kind.FLOAT, "fp16": kind.HALF, "bf16": kind.BF16, "int32": kind.INT32, "int64": kind.INT64}
+    types = {"fp32": kind.FLOAT, "fp16": kind.HALF, "bf16": kind.BF16, "fp8": kind.FP8, "int32": kind.INT32, "int64": kind.INT64}
     return types | {"int8": kind.INT8, "uint8": kind.UINT8, "bool": kind.BOOL}
 
 

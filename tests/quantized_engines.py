@@ -27,6 +27,7 @@ from export.weights import TYPED_NAME
 from plugins import shell
 
 GIVEN = "SANA_TEST_GRAPHS"
+QDQ = "fp8 qdq"  # with TensorRT's own products on sm90 too
 SIDES = (64, 128, 192)  # px of the smallest size; each has one that is wider, too
 _GOLDEN, _OTHERS, _BUILD = "golden.safetensors", "others.safetensors", "build.json"
 Outputs = Mapping[str, Mapping[str, np.ndarray]]  # case: output: array
@@ -91,7 +92,7 @@ def of_all(got: Outputs, exact: Outputs) -> dict[str, ErrorStats]:
 
 
 def engine_case(kind: str, targets: tuple[Target, ...]) -> EngineCase:
-    """kind: int8, fp8 or nvfp4. Made here, unless SANA_TEST_GRAPHS has it."""
+    """kind: int8, fp8, nvfp4 or QDQ. Made here, unless SANA_TEST_GRAPHS has it."""
     if given := os.environ.get(GIVEN):
         folder = Path(given) / "-".join([kind, *targets])
     else:
@@ -138,8 +139,8 @@ def make(kind: str, targets: tuple[Target, ...], folder: Path) -> None:
     chosen = plan(CUBLAS if in_engine else kind)
     if kind != "nvfp4":  # low-rank branches are beside 4-bit weights alone (export/quantization_plan.py)
         kept = {name: tensor for name, tensor in chosen.tensors.items() if name.endswith(".smooth")}
-        if kind == "int8":  # so that the norm gives INT8 itself, as export/int8_nodes.py says; two products are smoothed still
-            kept = {name: tensor for name, tensor in kept.items() if not name.endswith("ff.conv_inverted.smooth")}
+        # Behind the norm there is none, so that it quantises itself (export/epilogue_nodes.py); two products are smoothed still.
+        kept = {name: tensor for name, tensor in kept.items() if not name.endswith("ff.conv_inverted.smooth")}
         chosen = chosen.model_copy(update={"tensors": kept})
     exact, own = (simulated(chosen, dtype, inputs) for dtype in (torch.float32, torch.float16))
     plain = simulated(QuantizationPlan(layers={}), torch.float32, inputs)
@@ -170,7 +171,7 @@ def kinds(target: Target) -> list[str]:
 
 if __name__ == "__main__":
     os.environ.setdefault("SANA_TESTS_CACHE", tempfile.mkdtemp(prefix="sana-tests-cache-"))
-    for each in kinds(Target(sys.argv[2])):
+    for each in (*kinds(Target(sys.argv[2])), *([QDQ] if sys.argv[2] == Target.SM90 else [])):
         out = Path(sys.argv[1]) / f"{each}-{sys.argv[2]}"
         out.mkdir(parents=True)
         make(each, (Target(sys.argv[2]),), out)

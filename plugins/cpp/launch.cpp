@@ -16,7 +16,7 @@ namespace {
 constexpr std::int64_t kFormat = 2;
 constexpr std::size_t kMaxDepth = 8;
 constexpr std::int64_t kMaxAxes = 8;
-constexpr std::array<const char*, 8> kTypes = {"fp32", "fp16", "bf16", "int32", "int64", "int8", "uint8", "bool"};
+constexpr std::array<const char*, 9> kTypes = {"fp32", "fp16", "bf16", "fp8", "int32", "int64", "int8", "uint8", "bool"};
 constexpr std::array<const char*, 7> kOperations = {"add", "sub", "mul", "floordiv", "ceildiv", "min", "max"};
 constexpr const char* kOperationNames = "add|sub|mul|floordiv|ceildiv|min|max";
 
@@ -164,7 +164,7 @@ Launch read(std::string_view data) {
     for (const std::string& type : types) {
         if (std::find(kTypes.begin(), kTypes.end(), type) == kTypes.end()) {
             throw LaunchError(out.op + ": got tensor type " + repr(type) +
-                              "; expected one of fp32, fp16, bf16, int32, int64, int8, uint8, bool");
+                              "; expected one of fp32, fp16, bf16, fp8, int32, int64, int8, uint8, bool");
         }
     }
     for (const Json& size : as<JsonArray>(field(json, "grid"))) out.grid.push_back(expression(size, out));

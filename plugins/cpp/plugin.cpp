@@ -53,6 +53,7 @@ DataType data_type(const std::string& type) {
     if (type == "fp32") return DataType::kFLOAT;
     if (type == "fp16") return DataType::kHALF;
     if (type == "bf16") return DataType::kBF16;
+    if (type == "fp8") return DataType::kFP8;
     if (type == "int32") return DataType::kINT32;
     if (type == "int64") return DataType::kINT64;
     if (type == "int8") return DataType::kINT8;

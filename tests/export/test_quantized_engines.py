@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import quantized_text
-from quantized_engines import engine_case, kinds
+from quantized_engines import QDQ, engine_case, kinds
 from tiny_build import RANGES, component, quiet, request, runner, said
 
 from engines import tensorrt
@@ -67,6 +67,23 @@ def test_tensorrt_computes_the_simulation(tmp_path, kind, capsys):
             raise
         # NVIDIA does not support TensorRT for RTX there, and INT8 has no kernel of ours.
         pytest.xfail(f"TensorRT {tensorrt.version()}, {kind} on {HERE}: {error}")
+    with capsys.disabled():
+        print(case.summary(got))
+    assert case.complaints(got) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(HERE is not Target.SM90, reason="needs a GPU of SM 90")
+def test_fp8_of_tensorrt_own(tmp_path, capsys):
+    """No build makes such an engine: it has the plugins that give FP8 in engines for GPUs that are not here."""
+    case = engine_case(QDQ, (Target.SM90,))
+    try:
+        case.build(tmp_path / "engine", (Target.SM90,))
+        got = run_tensorrt(tmp_path / "engine", case.golden)
+    except SanaError as error:
+        if isinstance(error, PluginMissingError):
+            raise
+        pytest.xfail(f"TensorRT {tensorrt.version()}, fp8 on sm90: {error}")
     with capsys.disabled():
         print(case.summary(got))
     assert case.complaints(got) == []

@@ -68,22 +68,29 @@ def check_quantized(got, case, given, name):
     assert_e4m3(bits, quotient, (quotient.abs() + 448) * 2.0**-20, f"{name}: bits")
 
 
-def static_scale(case, given):
-    """Of INT8: half of what would do, so that the largest numbers are cut off."""
-    return (call(ops.modulated_norm_truth, case, [t.cpu().double() for t in given])[1].abs().max() / 127 / 2).float().item()
+LARGEST = {"int8": 127, "e4m3": 448}
+STATIC = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}  # normed with one scale
 
 
-def check_int8(got, case, given, name):
-    """got: hidden, numbers."""
+def static_scale(case, given, kind):
+    """Half of what would do, so that the largest numbers are cut off."""
+    exact = call(ops.modulated_norm_truth, case, [t.cpu().double() for t in given])[1]
+    return (exact.abs().max() / LARGEST[kind] / 2).float().item()
+
+
+def check_static(kind, got, case, given, name):
+    """got: hidden, and normed's bits, int8."""
     same, exact = (
         call(ops.modulated_norm_truth, case, [t.cpu().to(wide) for t in given]) for wide in (given[0].dtype, torch.float64)
     )
-    hidden, numbers = (each.cpu() for each in got)
+    hidden, bits = (each.cpu() for each in got)
     assert_parity(hidden, same=same[0], exact=exact[0], name=f"{name}: hidden")
-    quotient = exact[1] / static_scale(case, given)
-    # As for e4m3 above; of 127 that is less than a thousandth of a step.
-    assert_bits("int8", numbers, quotient, (quotient.abs() + 127) * 2.0**-20, f"{name}: numbers", least=-128.0)
-    assert (numbers == 127).any() or (numbers == -128).any()
+    quotient = exact[1] / static_scale(case, given, kind)
+    # As above; of 127 that is less than a thousandth of a step.
+    tolerance = (quotient.abs() + LARGEST[kind]) * 2.0**-20
+    assert_bits("int8" if kind == "int8" else "fp8", bits, quotient, tolerance, f"{name}: bits", least=-128.0)
+    numbers = bits.view(STATIC[kind]).float()
+    assert (numbers == LARGEST[kind]).any() or (numbers < -LARGEST[kind]).any() or (numbers == -LARGEST[kind]).any()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -138,12 +145,14 @@ def test_wrong_shapes(change, rows):
 LAUNCH = f"""
 import torch
 from plugins import modulated_norm as kernel
-def launch(out, x, branch, time, table, *rest, rows, rms, quantized=False, out_scale=None):
+def launch(out, x, branch, time, table, *rest, rows, rms, quantized=False, kind=None, out_scale=None):
     *gate, result = rest
     outputs = result[0], result[1]
-    if quantized or out_scale is not None:
+    if quantized or kind:
         outputs = torch.full_like(x, float("nan")), torch.full(x.shape, -1, dtype=torch.int8), torch.full(x.shape[:2], float("nan"))
-    written = outputs if out_scale is None else outputs[:2]
+    written = outputs
+    if kind:
+        written = outputs[0], outputs[1].view({{"int8": torch.int8, "e4m3": torch.float8_e4m3fn}}[kind])
     kernel.launch(x, branch, (time, table), tuple(gate) or None, written, rows=rows, rms=rms, eps={EPS}, out_scale=out_scale)
     if len(outputs) == 3:
         result[0], result[1, ..., :-1], result[1, ..., -1] = torch.nn.functional.pad(outputs[0], (0, 1)), outputs[1], outputs[2]
@@ -154,7 +163,7 @@ def launch(out, x, branch, time, table, *rest, rows, rms, quantized=False, out_s
 def interpreted(tmp_path_factory):
     """(hidden, normed) by case and dtype, all from one process; "wrong": the first case with scale and shift exchanged.
 
-    By case, dtype and "quantized" or "int8": what `unpacked` takes apart, fp32 (2, B, N, D + 1). "ties": the same, of `tied`.
+    By case, dtype and "quantized" or one of STATIC: what `unpacked` takes apart, fp32 (2, B, N, D + 1). "ties": so, of `tied`.
     """
     folder = tmp_path_factory.mktemp("launch")
     (folder / "norm_launch.py").write_text(LAUNCH)
@@ -170,10 +179,13 @@ def interpreted(tmp_path_factory):
             out = torch.empty(2, *case[0][:2], case[0][2] + 1)
             calls.append(((out, *tensors(case, dtype)), {"rows": case[1], "rms": case[3], "quantized": True}))
             named.append((case, dtype, "quantized"))
-            scale = static_scale(case, tensors(case, dtype))
-            calls.append((calls[-1][0], {"rows": case[1], "rms": case[3], "out_scale": scale}))
-            named.append((case, dtype, "int8"))
-    calls.append(((torch.empty(2, 1, 3, len(TIES) + 1), *tied()), {"rows": SECOND, "rms": False, "out_scale": TIES_SCALE}))
+            for kind in STATIC:
+                scale = static_scale(case, tensors(case, dtype), kind)
+                calls.append((calls[-1][0], {"rows": case[1], "rms": case[3], "kind": kind, "out_scale": scale}))
+                named.append((case, dtype, kind))
+    calls.append(
+        ((torch.empty(2, 1, 3, len(TIES) + 1), *tied()), {"rows": SECOND, "rms": False, "kind": "int8", "out_scale": TIES_SCALE})
+    )
     named.append("ties")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -200,11 +212,12 @@ def test_quantized_kernel(interpreted, case, dtype):
     assert torch.equal(got[0], interpreted[case, dtype][0])
 
 
+@pytest.mark.parametrize("kind", STATIC)
 @pytest.mark.parametrize("dtype", INTERPRETED)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_int8_kernel(interpreted, case, dtype):
-    hidden, numbers, _ = unpacked(interpreted[case, dtype, "int8"], dtype)
-    check_int8((hidden, numbers), case, tensors(case, dtype), f"kernel {case} {dtype}")
+def test_static_kernel(interpreted, case, dtype, kind):
+    hidden, bits, _ = unpacked(interpreted[case, dtype, kind], dtype)
+    check_static(kind, (hidden, bits), case, tensors(case, dtype), f"kernel {case} {dtype}")
     assert torch.equal(hidden, interpreted[case, dtype][0])
 
 
@@ -238,10 +251,10 @@ def test_errors_of_quantized_kernels_are_caught(interpreted):
     with pytest.raises(AssertionError, match="not close"):
         check_quantized((hidden, bits, scale * 1.001), case, given, "wrong")
     hidden, numbers, _ = unpacked(interpreted[case, "fp16", "int8"], "fp16")
-    early = (rounded / static_scale(case, given)).round().clamp(-128, 127).to(torch.int8)
+    early = (rounded / static_scale(case, given, "int8")).round().clamp(-128, 127).to(torch.int8)
     for wrong in (early, numbers.roll(1, -1)):
         with pytest.raises(AssertionError, match="values are wrong"):
-            check_int8((hidden, wrong), case, given, "wrong")
+            check_static("int8", (hidden, wrong), case, given, "wrong")
 
 
 def test_planted_error_is_caught(interpreted):
@@ -272,10 +285,11 @@ def test_quantized_kernel_on_gpu(case, dtype):
     got = torch.full_like(x, float("nan")), bits, scale
     op.launch(x, branch, (time, table), tuple(gate) or None, got, rows=case[1], rms=case[3], eps=EPS)
     check_quantized(got, case, given, f"kernel {case} {dtype}")
-    got = torch.full_like(x, float("nan")), torch.full_like(bits, -1)
-    options = {"rows": case[1], "rms": case[3], "eps": EPS, "out_scale": static_scale(case, given)}
-    op.launch(x, branch, (time, table), tuple(gate) or None, got, **options)
-    check_int8(got, case, given, f"kernel {case} {dtype} int8")
+    for kind, stored in STATIC.items():
+        hidden, bits = torch.full_like(x, float("nan")), torch.full_like(bits, -1)
+        options = {"rows": case[1], "rms": case[3], "eps": EPS, "out_scale": static_scale(case, given, kind)}
+        op.launch(x, branch, (time, table), tuple(gate) or None, (hidden, bits.view(stored)), **options)
+        check_static(kind, (hidden, bits), case, given, f"kernel {case} {dtype} {kind}")
 
 
 def body_model(dtype, case, given):
@@ -346,18 +360,20 @@ def test_quantized_cubins(target, rows):
 
 
 @pytest.mark.parametrize("rows", [FIRST, SECOND], ids=str)
-@pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm120"))])
-def test_int8_cubins(target, rows):
+@pytest.mark.parametrize(
+    ("kind", "target"), [("int8", "sm80"), ("e4m3", "sm89"), pytest.param("int8", "sm120", marks=pytest.mark.slow)]
+)
+def test_static_cubins(kind, target, rows):
     """As the plain ones, with the scale behind eps, and no tensor of scales."""
-    variant = op.Variant(dim=2240, rows=rows, time_rows=6, gate_time_rows=6, quantized="int8")
+    variant = op.Variant(dim=2240, rows=rows, time_rows=6, gate_time_rows=6, quantized=kind)
     attributes = op.compile_cubins([target], "fp16", variant, EPS, 0.25)
     launch = Launch.from_json(attributes["launch"])
     assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
-    assert [output.type for output in launch.outputs] == ["fp16", "int8"]
+    assert [output.type for output in launch.outputs] == ["fp16", {"int8": "int8", "e4m3": "fp8"}[kind]]
     args = json.loads(launch.to_json())["args"]
     assert args[6:11] == [["out", 0], ["out", 1], ["i32", ["dim", 0, 1]], ["f32", EPS], ["f32", 0.25]]
     for wrong in ((variant, None), (op.Variant(dim=2240, rows=SECOND, time_rows=6), 0.25)):
-        with pytest.raises(ValueError, match=r"out_scale .*; expected one for int8 alone"):
+        with pytest.raises(ValueError, match=r"out_scale .*; expected one for int8 and e4m3 alone"):
             op.compile_cubins([target], "fp16", wrong[0], EPS, wrong[1])
 
 
@@ -381,8 +397,10 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match=r"or \(B, N, D\) int8 and \(B, N\) fp32 in place of normed"):
             op.launch(ones, ones, (ones[0], ones[0]), None, outputs, rows=SECOND, rms=False, eps=EPS)
     for outputs, scale_of_all in (((ones, ones), 1.0), ((ones, bits), 0.0), ((ones, bits, scale), 1.0)):
-        with pytest.raises(ValueError, match=r"or \(B, N, D\) int8 alone and a scale above 0"):
+        with pytest.raises(ValueError, match=r"or \(B, N, D\) int8 or e4m3 alone and a scale above 0"):
             op.launch(ones, ones, (ones[0], ones[0]), None, outputs, rows=SECOND, rms=False, eps=EPS, out_scale=scale_of_all)
     for old in (sm for sm in cubin.CAPABILITIES if sm < 89):
         with pytest.raises(ValueError, match=f"ModulatedNorm: got target sm{old}; expected sm89 or newer"):
             op.compile_cubins([f"sm{old}"], "fp16", op.Variant(dim=16, rows=SECOND, time_rows=6, quantized="fp8"), EPS)
+        with pytest.raises(ValueError, match=f"ModulatedNorm: got target sm{old}; expected sm89 or newer"):
+            op.compile_cubins([f"sm{old}"], "fp16", op.Variant(dim=16, rows=SECOND, time_rows=6, quantized="e4m3"), EPS, 1.0)

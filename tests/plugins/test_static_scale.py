@@ -9,12 +9,13 @@ from parity.eight_bits import assert_bits
 from parity.interpreter import interpret
 
 from plugins import cross_attention, gated_depthwise_conv, qkv_linear_attention
-from plugins.eight_bits import KINDS, LARGEST
+from plugins.eight_bits import LARGEST
 from plugins.launch import Launch, evaluate
 from sana_ref import attention_ops, ops
 from sana_ref.quantize_ops import round_static
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+KINDS = {"fp8": "fp8", "int8": "int8", "e4m3": "fp8"}  # of outputs; and of their numbers
 BLOCK, HEADS = 1, 2
 # By op: the shape of its inputs and of its output. Odd sizes: masks of tokens, columns, channels and heads take part.
 SHAPES = {
@@ -43,7 +44,7 @@ def inputs(name, dtype):
 def scale_of(name, dtype, kind):
     """Half of what would do: the largest numbers are cut off."""
     exact = truth(name, [t.double() for t in inputs(name, dtype)])
-    return (exact.abs().max() / LARGEST[kind] / 2).float().item()
+    return (exact.abs().max() / LARGEST[KINDS[kind]] / 2).float().item()
 
 
 def check(bits, scales, name, dtype, kind, label):
@@ -53,8 +54,8 @@ def check(bits, scales, name, dtype, kind, label):
         assert (scales == torch.tensor(scale)).all(), f"{label}: got scales {scales.unique()}; expected {scale} everywhere"
     # The project's bound: twice PyTorch's own error at this precision; and the two roundings of a number times a reciprocal.
     tolerance = 2 * (same - exact).abs().max() / scale + (exact / scale).abs() * 2.0**-21
-    assert_bits(kind, bits, exact / scale, tolerance, label, least=-128.0)
-    if kind == "fp8":
+    assert_bits(KINDS[kind], bits, exact / scale, tolerance, label, least=-128.0)
+    if KINDS[kind] == "fp8":
         assert (bits.view(torch.float8_e4m3fn).float().abs() == 448).any()
     else:
         assert (bits == 127).any() or (bits == -128).any()
@@ -63,8 +64,9 @@ def check(bits, scales, name, dtype, kind, label):
 LAUNCH = f"""
 import torch
 from plugins import cross_attention, gated_depthwise_conv, qkv_linear_attention
-def run(name, tensors, bits, scales, scale, heads={HEADS}):
-    quantized = scales, scale
+def run(name, kind, tensors, bits, scales, scale, heads={HEADS}):
+    quantized = scales if kind == "fp8" else None, scale
+    bits = bits.view(torch.float8_e4m3fn) if kind == "e4m3" else bits
     if name.startswith("cross"):
         cross_attention.launch(*tensors, bits, {BLOCK}, quantized)
     elif name == "linear":
@@ -75,7 +77,7 @@ def launch(out, *tensors, name, kind, scale, heads={HEADS}):
     gated_depthwise_conv.BLOCK_C = 64  # several programs for the channels
     *tensors, result = tensors
     bits, scales = torch.full(out[..., 1:].shape, -1, dtype=torch.int8), torch.full(out.shape[:-1], float("nan"))  # -1: NaN's bits
-    run(name, tensors, bits, scales if kind == "fp8" else None, scale, heads)
+    run(name, kind, tensors, bits, scales, scale, heads)
     result[..., :-1], result[..., -1] = bits, scales
 """
 
@@ -158,11 +160,12 @@ def test_ties(interpreted, name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_a_nan_stays_one(interpreted, name):
     """INT8, which has none, takes the smallest number."""
-    bits, scales = interpreted["fp8", name, "nan"]
-    got, exact = bits.view(torch.float8_e4m3fn).float(), truth(name, poisoned(name))
+    exact = truth(name, poisoned(name))
     assert exact.isnan().any()
-    assert torch.equal(got.isnan(), exact.isnan())
-    assert scales.isfinite().all()
+    for kind in ("fp8", "e4m3"):
+        bits, scales = interpreted[kind, name, "nan"]
+        assert torch.equal(bits.view(torch.float8_e4m3fn).float().isnan(), exact.isnan())
+        assert scales.isfinite().all() == (kind == "fp8")
     assert (interpreted["int8", name, "nan"][0][exact.isnan()] == -128).all()
 
 
@@ -190,7 +193,7 @@ def test_kernel_on_gpu(name, dtype, kind):
     names: dict[str, object] = {}
     exec(LAUNCH, names)
     given = [t.cuda() for t in inputs(name, dtype)]
-    names["run"](name, given, bits, scales if kind == "fp8" else None, scale_of(name, dtype, kind))
+    names["run"](name, kind, given, bits, scales, scale_of(name, dtype, kind))
     check(bits.cpu(), scales.cpu(), name, dtype, kind, f"kernel {name} {dtype} {kind}")
 
 
@@ -213,7 +216,7 @@ DIMS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "target"), [("fp8", "sm90"), ("int8", "sm80")])
+@pytest.mark.parametrize(("kind", "target"), [("fp8", "sm90"), ("int8", "sm80"), ("e4m3", "sm89")])
 @pytest.mark.parametrize("name", SHAPES)
 def test_cubins(name, kind, target):
     """Pointers and numbers in the kernel's order: FP8's scales behind bits, the scale behind the other numbers."""
@@ -221,9 +224,9 @@ def test_cubins(name, kind, target):
     launch, old = (Launch.from_json(each["launch"]) for each in (made, plain))
     assert launch.cubin(made["cubins"], target)[:4] == b"\x7fELF"
     dims, shape = DIMS[name]
-    count = 2 if kind == "fp8" else 1
-    assert [output.type for output in launch.outputs] == ["int8", "fp32"][:count]
-    assert [[evaluate(size, dims) for size in output.shape] for output in launch.outputs] == [shape, shape[:-1]][:count]
+    types = {"fp8": ["int8", "fp32"], "int8": ["int8"], "e4m3": ["fp8"]}[kind]
+    assert [output.type for output in launch.outputs] == types
+    assert [[evaluate(size, dims) for size in output.shape] for output in launch.outputs] == [shape, shape[:-1]][: len(types)]
     assert (launch.inputs, launch.grid) == (old.inputs, old.grid)
     args, before = (json.loads(each.to_json())["args"] for each in (launch, old))
     wanted = [arg for arg in before if arg != ["null"]]
@@ -232,10 +235,11 @@ def test_cubins(name, kind, target):
     assert [arg for arg in args if arg != ["null"]] == [*wanted, ["f32", 0.25]]
 
 
+@pytest.mark.parametrize("kind", ["fp8", "e4m3"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_old_targets(name):
+def test_old_targets(name, kind):
     with pytest.raises(ValueError, match="got target sm86; expected sm89 or newer"):
-        attributes(name, ["sm86"], 0.25)
+        attributes(name, ["sm86"], 0.25, kind)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -245,6 +249,6 @@ def test_bad_outputs(name):
     *rows, _ = shape = SHAPES[name][1]
     bits, scales = torch.zeros(shape, dtype=torch.int8), torch.zeros(rows)
     of_fp8 = ((bits.float(), scales, 1.0), (bits, scales[:1], 1.0), (bits, scales.half(), 1.0), (bits, scales, 0.0))
-    for wrong in (*of_fp8, (bits.float(), None, 1.0), (bits, None, -1.0)):
+    for kind, *wrong in (*(("fp8", *each) for each in of_fp8), ("int8", bits.float(), None, 1.0), ("int8", bits, None, -1.0)):
         with pytest.raises(ValueError, match=r"expected \(…, D\) int8 and \(…\) fp32, contiguous"):
-            names["run"](name, inputs(name, "fp16"), *wrong)
+            names["run"](name, kind, inputs(name, "fp16"), *wrong)

@@ -1,4 +1,4 @@
-"""INT8 straight from the kernels that make it: which nodes, and that the graph computes what it did; and TensorRT's kernels."""
+"""Numbers in 8 bits from the kernels that make them: which nodes, that the graph computes what it did; and TensorRT's kernels."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from quantized_engines import engine_case
 
 from engines import tensorrt
 from engines.spec import Target
-from export.int8_nodes import use_int8
+from export.epilogue_nodes import use_epilogues
 from export.plugin_nodes import add_cubins
 from export.weights import TYPED_NAME
 from plugins import shell
@@ -58,7 +58,7 @@ def graph_of(*readers, op="CrossAttention", domain="sana", outputs=()):
     return helper.make_model(graph)
 
 
-INT8 = (TensorProto.INT8, [], [0])
+INT8, FP8 = (TensorProto.INT8, [], [0]), (TensorProto.FLOAT8E4M3FN, [], [0.0])
 Q = (0.25, INT8)
 
 
@@ -66,18 +66,23 @@ def ops(model):
     return Counter(node.op_type for node in model.graph.node)
 
 
+@pytest.mark.parametrize(("kind", "zero"), [("int8", INT8), ("e4m3", FP8)])
 @pytest.mark.parametrize("op", MAKERS)
-def test_rewritten(op):
+def test_rewritten(op, kind, zero):
     """Several readers of one scale, behind casts and reshapes in either order; a norm's first output stays."""
-    model = graph_of(["Cast", Q], ["Reshape", "Cast", Q], ["Cast", "Reshape", Q], [Q], op=op)
-    assert use_int8(model) == 1
+    quantize = (0.25, zero)
+    model = graph_of(["Cast", quantize], ["Reshape", "Cast", quantize], ["Cast", "Reshape", quantize], [quantize], op=op)
+    assert use_epilogues(model) == 1
     assert ops(model) == {op: 1, "Reshape": 2, "DequantizeLinear": 4}
     maker, *_ = model.graph.node
-    assert {a.name: helper.get_attribute_value(a) for a in maker.attribute} == {OUT_SCALE: 0.25, OUT_KIND: b"int8"}
+    assert {a.name: helper.get_attribute_value(a) for a in maker.attribute} == {
+        OUT_SCALE: 0.25,
+        OUT_KIND: kind.encode(),
+    }
     types = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
     made = {name: node for node in model.graph.node for name in node.output}
     for node in model.graph.node[1:]:
-        assert types[node.input[0]] == TensorProto.INT8
+        assert types[node.input[0]] == zero[0]
         assert node.input[0] == maker.output[-1] or made[node.input[0]].op_type == "Reshape"
     assert len(maker.output) == MAKERS[op] + 1
     assert all(types[name] == TensorProto.FLOAT16 for name in maker.output[:-1])
@@ -87,7 +92,7 @@ STAY = {
     "two scales": graph_of(["Cast", Q], ["Cast", (0.5, INT8)]),
     "another reader": graph_of(["Cast", Q], ["Cast", "Mul"]),
     "smoothing": graph_of(["Cast", "Mul", Q]),
-    "fp8": graph_of(["Cast", (0.25, (TensorProto.FLOAT8E4M3FN, [], [0.0]))]),
+    "two types": graph_of(["Cast", Q], ["Cast", (0.25, FP8)]),
     "uint8": graph_of(["Cast", (0.25, (TensorProto.UINT8, [], [0]))]),
     "a zero point": graph_of(["Cast", (0.25, (TensorProto.INT8, [], [1]))]),
     "a scale a channel": graph_of(["Cast", ([0.25] * 8, (TensorProto.INT8, [8], [0] * 8))]),
@@ -104,13 +109,14 @@ STAY = {
 def test_what_stays(name):
     model = onnx.ModelProto()
     model.CopyFrom(STAY[name])
-    assert use_int8(model) == 0
+    assert use_epilogues(model) == 0
     assert model == STAY[name]
 
 
 def undone(model):
-    """What nodes give in INT8, quantised by a QuantizeLinear again. A plugin then says that it gives fp16, which no engine runs."""
-    model.graph.initializer.append(numpy_helper.from_array(np.zeros((), np.int8), "undone_zero"))
+    """What nodes give in 8 bits, quantised by a QuantizeLinear again. Plugins then say that they give fp16: not to be run."""
+    for kind, zero in ((b"int8", INT8), (b"e4m3", FP8)):
+        model.graph.initializer.append(helper.make_tensor(f"undone_{kind.decode()}", *zero))
     for node in list(model.graph.node):
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if OUT_KIND in given:
@@ -119,7 +125,9 @@ def undone(model):
             model.graph.initializer.append(numpy_helper.from_array(np.array(given[OUT_SCALE], np.float32), f"{numbers}_scale"))
             quantize = (
                 helper.make_node("Cast", [f"{numbers}_plain"], [f"{numbers}_wide"], to=TensorProto.FLOAT),
-                helper.make_node("QuantizeLinear", [f"{numbers}_wide", f"{numbers}_scale", "undone_zero"], [numbers]),
+                helper.make_node(
+                    "QuantizeLinear", [f"{numbers}_wide", f"{numbers}_scale", f"undone_{given[OUT_KIND].decode()}"], [numbers]
+                ),
             )
             place = [*model.graph.node].index(node)
             for number, each in enumerate(quantize):
@@ -135,12 +143,13 @@ def undone(model):
 
 
 @pytest.mark.slow
-def test_the_denoiser():
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_the_denoiser(kind):
     """Attention's and the convolution's outputs, and not the norm's, which is smoothed. ONNX Runtime computes the same bits."""
-    folder = graphs("int8")
+    folder = graphs(kind)
     model = onnx.load(folder / TYPED_NAME, load_external_data=False)
     before = ops(model)
-    assert use_int8(model) == 3
+    assert use_epilogues(model) == 3
     assert before - ops(model) == {"QuantizeLinear": 3, "Cast": 3}
     chosen = [node for node in model.graph.node if any(a.name == OUT_KIND for a in node.attribute)]
     assert sorted(node.op_type for node in chosen) == ["CrossAttention", "GatedDepthwiseConv", "LinearAttentionApply"]
@@ -154,15 +163,16 @@ def test_the_denoiser():
 
 
 @pytest.mark.slow
-def test_cubins():
-    model = onnx.load(graphs("int8") / TYPED_NAME, load_external_data=False)
-    use_int8(model)
-    add_cubins(model, (Target.SM80,))
+@pytest.mark.parametrize(("kind", "target"), [("int8", Target.SM80), ("fp8", Target.SM89)])
+def test_cubins(kind, target):
+    model = onnx.load(graphs(kind) / TYPED_NAME, load_external_data=False)
+    use_epilogues(model)
+    add_cubins(model, (target,))
     for node in model.graph.node:
         given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if OUT_KIND in given:
             launch = Launch.from_json(given["launch"])
-            assert [output.type for output in launch.outputs] == ["int8"]
+            assert [output.type for output in launch.outputs] == [kind]
             assert ["f32", given[OUT_SCALE]] in launch.args
 
 
@@ -173,10 +183,12 @@ def kernels(engine):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", [Target.SM80, Target.SM89, Target.SM120])
-def test_tensorrt_quantises_nothing_behind_a_plugin(target):
+@pytest.mark.parametrize(
+    ("kind", "target"), [*(("int8", target) for target in (Target.SM80, Target.SM89)), ("fp8", Target.SM89), ("fp8", Target.SM120)]
+)
+def test_tensorrt_quantises_nothing_behind_a_plugin(kind, target):
     """Without the rewriting, a kernel of its own quantises behind each of four plugins. All else stays as it is."""
-    case = engine_case("int8", (target,))
+    case = engine_case(kind, (target,))
     (case.folder / "plain.onnx").write_bytes(
         undone(onnx.load(case.folder / TYPED_NAME, load_external_data=False)).SerializeToString()
     )
@@ -191,6 +203,6 @@ def test_tensorrt_quantises_nothing_behind_a_plugin(target):
         for name in ("plain.onnx", TYPED_NAME)
     )
     (old, old_products), (new, new_products) = kernels(before), kernels(after)
-    assert old - new == {"CastMulMinMaxRounCast": 4}
+    assert old - new == {"CastMulMinMaxRounCast" if kind == "int8" else "CastMulCast": 4}
     assert not new - old
     assert new_products == old_products == 6
