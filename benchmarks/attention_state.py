@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
-from benchmarks.figures import record
+from benchmarks.figures import record, write_result
 from engines.quality_report import Estimate
 from engines.store import Store, digest_of
 from export.calibration_data import Run, draw, draw_all, plan_runs
@@ -177,9 +176,7 @@ def main() -> None:
         "versions": versions(),
         "errors": found,
     }
-    temporary = options.out.with_name(f".{options.out.name}.{os.getpid()}.new")
-    temporary.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, options.out)
+    write_result(options.out, written)
     for case, kinds in found.items():
         shown = [f"{kind} {Estimate(**each['error']).mean:.2e}" for kind, each in kinds.items()]
         shown += [

@@ -10,7 +10,6 @@ recipe (export/decoder_scales.py); the rest is bf16, as in an engine, and once m
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.figures import machine, versions
+from benchmarks.figures import machine, versions, write_result
 from benchmarks.quality import held_out
 from engines.errors import SanaError
 from engines.spec import PX_PER_LATENT, ShapeRange
@@ -138,8 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.out is not None:
         captions = [spec.prompt for spec in specs]
-        record = {"captions": captions, "machine": machine(), "versions": versions(), "formats": found}
-        options.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_result(options.out, {"captions": captions, "machine": machine(), "versions": versions(), "formats": found})
     return 0
 
 

@@ -41,6 +41,13 @@ def machine() -> str:
     return f"{gpu}{os.cpu_count()} x {cpu}"
 
 
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a program's result as JSON. A file of before stays whole until the new one is."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
+    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import triton
 
-from benchmarks.figures import machine, versions
+from benchmarks.figures import machine, versions, write_result
 from benchmarks.graph_timing import graph_ms
+from benchmarks.writable import writable_file
 from plugins import (
     conv3x3,
     conv3x3_quantized,
@@ -278,7 +277,7 @@ def measured(case: Case) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default=",".join(CASES), help="some of them, joined by commas")
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--out", type=writable_file, help="a JSON file to write")
     options = parser.parse_args()
     if unknown := [name for name in options.kernels.split(",") if name not in CASES]:
         parser.error(f"--kernels: got {', '.join(unknown)}; expected some of {', '.join(CASES)}")
@@ -292,8 +291,7 @@ def main() -> int:
             best = "; ".join(str(row) for row in found[-1]["plans"][:BEST])
             print(f"{case.name}: source {found[-1]['source']}; best {best}; {found[-1]['peers']}", flush=True)
     if options.out:
-        record = {"machine": machine(), "versions": versions(), "kernels": found}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_result(options.out, {"machine": machine(), "versions": versions(), "kernels": found})
     return 0
 
 

@@ -11,18 +11,17 @@ plugins/cublas_lt.py prepares.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator
 from ctypes import byref, c_size_t, c_uint16, c_uint32, sizeof
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.figures import machine, versions
+from benchmarks.figures import machine, versions, write_result
 from benchmarks.graph_timing import graph_ms
+from benchmarks.writable import writable_file
 from plugins import cublas_lt
 
 CAPABILITY = (9, 0)  # the only one for which cuBLASLt has a scale a row
@@ -121,7 +120,7 @@ def summary(found: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--out", type=writable_file, help="a JSON file to write")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("got no GPU; expected one: algorithms are measured")
@@ -133,8 +132,7 @@ def main() -> int:
         found[name] = list(rows(size))
         print(f"{name} (tokens x columns x depth)", *summary(found[name]), sep="\n  ", flush=True)
     if options.out:
-        record = {"machine": machine(), "versions": versions(), "products": found}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_result(options.out, {"machine": machine(), "versions": versions(), "products": found})
     return 0
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from benchmarks.figures import machine, versions
+from benchmarks.figures import machine, versions, write_result
 from benchmarks.quality import held_out
 from engines.errors import SanaError, SpecError
 from engines.spec import nearest
@@ -197,7 +196,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 likenesses = likeness(pictures, _draw(reference, drawn)) if drawn else []
                 numbers |= {f"picture_{name}": [getattr(each, name) for each in likenesses] for name in ("psnr_db", "lpips")}
                 found[word] = numbers
-                _write(options.out, record)
+                if options.out is not None:
+                    write_result(options.out, record)
             print(f"{word}: {_shown(found[word])}", flush=True)
     except (SanaError, FileNotFoundError) as error:
         print(f"text_weights: {error}", file=sys.stderr)
@@ -220,14 +220,6 @@ def _measured_before(path: Path | None, record: Mapping[str, Any]) -> dict[str, 
     there: dict[str, Any] = json.loads(path.read_bytes())
     before: dict[str, dict[str, Any]] = there.pop("formats", {})
     return before if there == {name: value for name, value in record.items() if name != "formats"} else {}
-
-
-def _write(path: Path | None, record: Mapping[str, Any]) -> None:
-    if path is None:
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.new")
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

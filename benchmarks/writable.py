@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
 from engines.errors import RequestError
 
-__all__ = ["check_writable"]
+__all__ = ["check_writable", "writable_file"]
 
 
 def check_writable(option: str, path: Path, *, folder: bool = False) -> None:
@@ -27,3 +28,12 @@ def check_writable(option: str, path: Path, *, folder: bool = False) -> None:
         raise RequestError(
             f"{option}: got {path}, where nothing can be written ({error.strerror}). Choose another place."
         ) from error
+
+
+def writable_file(text: str) -> Path:
+    """A type of argparse's."""
+    try:
+        check_writable("the file", Path(text))
+    except RequestError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)

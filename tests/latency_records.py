@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from benchmarks.latency_energy import EnergyMeter
 from benchmarks.latency_history import Record, Reference, Times
+from benchmarks.latency_run import Bench
 from benchmarks.latency_timing import Sample, Stopwatch
+from benchmarks.latency_yardstick import cpu_gemm
 
 GEMM = "GEMM 8x8x8 fp32, a fake"
+SMALL = (64, 64, 64)  # a real GEMM
 
 
 def record(*, ratio: float = 10.0, run: str = "0" * 12, peers: dict[str, float] | None = None, **changes: Any) -> Record:
@@ -60,3 +65,19 @@ def planted(mean_ms: float, seed: int, slower: Callable[[], float] = lambda: 1.0
         return Sample(ms, ms)
 
     return watch
+
+
+class Plant:
+    """How much slower the work is; how often it was measured."""
+
+    slower = 1.0
+
+    def __init__(self) -> None:
+        self.seed = 0
+
+    def make(self, run: str, *, gpu: bool, num_threads: int = 1) -> Bench:
+        assert not gpu
+        self.seed += 1
+        gemm = replace(cpu_gemm(SMALL), stopwatch=planted(2.0, self.seed))
+        clock = planted(20.0, 1000 + self.seed, lambda: self.slower)
+        return Bench(gpu=False, run=run, yardstick=gemm, meter=EnergyMeter(None), watch=lambda stopwatch: clock)

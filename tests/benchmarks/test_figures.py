@@ -1,5 +1,6 @@
 """The record of figures."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,13 @@ def test_what_benchmarks_append_to_is_no_change(monkeypatch: pytest.MonkeyPatch,
         assert figures.commit() == expected
     monkeypatch.setenv("PATH", str(tmp_path))
     assert figures.commit() == "unknown"
+
+
+def test_a_result_that_cannot_be_written_leaves_that_of_before(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    figures.write_result(path, {"größe": 1})
+    before = path.read_bytes()
+    assert json.loads(before) == {"größe": 1}
+    with pytest.raises(TypeError):
+        figures.write_result(path, {"a": 2, "b": object()})
+    assert path.read_bytes() == before

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fake_tensorrt import FakeCuda, fake_backend
 from fakes import write_fake_bundle
-from latency_records import planted, record
+from latency_records import SMALL, Plant, record
 
 from benchmarks import latency, latency_run, latency_session
 from benchmarks.latency_check import Limits
@@ -27,45 +27,6 @@ from engines.spec import Target
 from runtime import SanaEngine
 
 ROOT = Path(__file__).parents[2]
-SMALL = (64, 64, 64)  # the GEMM here
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("latency") / "fake"
-    write_fake_bundle(out)
-    return out
-
-
-class Plant:
-    """How much slower the work is; how often it was measured."""
-
-    slower = 1.0
-
-    def __init__(self) -> None:
-        self.seed = 0
-
-    def make(self, run: str, *, gpu: bool, num_threads: int = 1) -> Bench:
-        assert not gpu
-        self.seed += 1
-        gemm = replace(cpu_gemm(SMALL), stopwatch=planted(2.0, self.seed))
-        clock = planted(20.0, 1000 + self.seed, lambda: self.slower)
-        return Bench(gpu=False, run=run, yardstick=gemm, meter=EnergyMeter(None), watch=lambda stopwatch: clock)
-
-
-@pytest.fixture
-def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
-    found = Plant()
-    monkeypatch.setattr(latency_session.Bench, "make", found.make)
-    monkeypatch.setattr(latency_session, "has_gpu", lambda: False)
-    monkeypatch.setattr(latency, "prepare_torch", lambda gpu, threads: None)
-    return found
-
-
-@pytest.fixture
-def program(bundle: Path, tmp_path: Path) -> Callable[..., int]:
-    common = ["--bundle", str(bundle), "--history", str(tmp_path / "history"), "--components", "denoiser", "--rounds", "30"]
-    return lambda *more: latency.main([*common, *more])
 
 
 def runs(tmp_path: Path) -> list[Record]:
@@ -136,83 +97,6 @@ def test_an_engine_that_is_not_exact_is_not_timed(plant: Plant, tmp_path: Path, 
     assert not (tmp_path / "history").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "why"),
-    [
-        (["--sizes", "65"], "got 65 px; expected a multiple of 32"),
-        (["--sizes", "512"], "from 32 to 128"),
-        (["--batches", "9"], "the bundle takes 1 to 4"),
-        (["--against", "diffusers_eager"], "Add it to --peers"),
-        (["--peers", "eager"], "expected a --model as well"),
-        (["--peers", "fastest", "--model", "x"], "expected some of eager, reduce-overhead, max-autotune, or none"),
-        (["--record"], "expected --model"),
-        (["--rounds", "2"], "--rounds: got 2; expected at least 3"),
-        (["--pictures", "2"], "--pictures: got 2; expected at least 3"),
-        (["--threads", "0"], "--threads: got 0; expected at least 1"),
-        (["--confirm", "-1"], "--confirm: got -1; expected at least 0"),
-        (["--steps", "0"], "--steps: got 0; expected at least 1"),
-        (["--percent", "nan"], "--percent: got nan; expected a number from 0"),
-        (["--floor-ms", "-1"], "--floor-ms: got -1.0; expected a number from 0"),
-        (["--sizes", "64", "--width", "64"], "got --width or --height as well"),
-        (["--accept", "--no-history"], "--accept: got --no-history as well"),
-        (["--accept", "0123456789ab"], "--accept 0123456789ab: got more to do"),
-        (["--history", "/dev/null/history"], "--history: got /dev/null/history, where nothing can be written (Not a directory)"),
-        (["--report", "/"], "--report: got /, which is a folder"),
-        # What is wrong with the last work, before the first is measured:
-        (["--sizes", "64,65"], "got 65 px; expected a multiple of 32"),
-        (["--batches", "1,9"], "the bundle takes 1 to 4"),
-        (["--components", "denoiser,picture", "--steps", "5000"], "steps: got 5000; expected an integer from 1 to 1000"),
-        (["--components", "denoiser,text_encoder", "--text-tokens", "9999"], "--text-tokens: got 9999; expected"),
-    ],
-)
-def test_what_cannot_be_measured_is_said(
-    plant: Plant,
-    program: Callable[..., int],
-    arguments: list[str],
-    why: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
-    assert program(*arguments) == 2
-    assert why in capsys.readouterr().err
-
-
-def test_a_damaged_history_is_said_before_anything_is_measured(
-    plant: Plant, program: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "history").mkdir()
-    (tmp_path / "history" / "fake.jsonl").write_text('{"schema_version": 1')
-    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
-    assert program("--check") == program() == 2
-    assert "fake.jsonl:1: not JSON" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        (RuntimeError("CUDA out of memory"), 2, "RuntimeError: CUDA out of memory"),
-        (OSError(28, "No space left on device"), 2, "latency: [Errno 28] No space left on device"),
-        (KeyboardInterrupt(), 130, "latency: interrupted"),
-    ],
-)
-def test_exit_code_one_says_nothing_but_slower(
-    plant: Plant,
-    program: Callable[..., int],
-    error: BaseException,
-    code: int,
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def fails(*_: object) -> Record:
-        raise error
-
-    monkeypatch.setattr(latency_session, "measure", fails)
-    assert program("--check") == code
-    assert said in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("arguments", [["--check"], ["--accept"], []])
 def test_what_was_measured_before_an_interruption_is_kept(
     plant: Plant, program: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
@@ -240,65 +124,6 @@ def test_pictures_have_no_peers_to_be_judged_by(bundle: Path) -> None:
     with SanaEngine(bundle, backend="onnxruntime") as engine:
         found = measure(engine, work, bench, Plan(pictures=3, against="diffusers_eager"))
     assert found.yardstick == bench.yardstick.name
-
-
-def test_peers_with_other_weights_are_refused(
-    plant: Plant, program: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
-    assert program("--model", str(latency_session.TINY), "--peers", "none") == 2
-    assert "Give that one, or build from this one" in capsys.readouterr().err
-
-
-def test_a_misspelt_option_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        latency.main(["--chek"])
-    assert "did you mean --check?" in capsys.readouterr().err
-
-
-def test_the_second_bundle_is_looked_for_before_the_first_is_measured(
-    plant: Plant, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
-    assert latency.main(["--bundle", str(bundle), str(tmp_path / "missing"), "--no-history"]) == 2
-    assert "missing: got nothing; expected the folder of a bundle" in capsys.readouterr().err
-
-
-def test_figures_are_of_engines(
-    plant: Plant, program: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(latency_session, "measure", lambda *_: pytest.fail("measured"))
-    monkeypatch.setattr(latency_session.Session, "check_model", lambda *_: None)
-    assert program("--record", "--model", str(latency_session.TINY)) == 2
-    assert "--record: got onnxruntime; figures are of engines" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("asked", "why"),
-    [
-        (
-            "denoiser,text_encoder",
-            "got text_encoder, without text_encoder in .*; expected what can be done with text_projection, denoiser",
-        ),
-        ("denoiser,picture", "got picture, without text_encoder, decoder in "),
-    ],
-)
-def test_a_bundle_that_has_not_all_components(asked: str, why: str, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with SanaEngine(bundle, backend="onnxruntime") as engine:
-        there = ("text_projection", "denoiser")
-        files = {name: entry for name, entry in engine.manifest.files.items() if name.startswith(there)}
-        part = engine.manifest.model_copy(update={"files": files})
-        monkeypatch.setattr(engine, "manifest", part)
-        works = [Work(component=each, width=64, height=64, batch=1) for each in asked.split(",")]
-        works[0].check(engine)
-        with pytest.raises(RequestError, match=why):
-            works[1].check(engine)
-
-
-@pytest.mark.parametrize("arguments", [["--sizes", "1x2x3"], ["--sizes", "big"], ["--batches", "0"], ["--components", "dit"]])
-def test_bad_lists_are_refused(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        latency.parser().parse_args(arguments)
 
 
 def test_a_record_says_all(bundle: Path) -> None:

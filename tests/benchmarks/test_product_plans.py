@@ -21,6 +21,13 @@ def test_refused(monkeypatch, capsys, capability, message):
     assert message in capsys.readouterr().err
 
 
+def test_where_nothing_can_be_written(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("sys.argv", ["product_plans.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        product_plans.main()
+    assert f"argument --out: the file: got {tmp_path}, which is a folder" in capsys.readouterr().err
+
+
 def test_the_sizes_are_those_of_a_block():
     assert product_plans.SIZES[8] == (2048, 2240, 2240)
     assert (2048, 11200, 2240) in product_plans.SIZES
