@@ -59,27 +59,33 @@ def half(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
 
 def gated_convolution() -> Iterator[Case]:
     module = gated_depthwise_conv
-    for batch, side, inner in ((2, 32, 5600), (2, 64, 5600), (2, 128, 5600), (2, 32, 2880)):
-        x, y = half(batch, side, side, 2 * inner), half(batch, side, side, inner)
-        weight, bias = half(2 * inner, 1, 3, 3), half(2 * inner)
+    sizes = ((2, 32, 5600), (2, 64, 5600), (2, 128, 5600), (2, 32, 2880))
+    for (batch, side, inner), quantized in itertools.product(sizes, (False, True)):
+        x, weight, bias = half(batch, side, side, 2 * inner), half(2 * inner, 1, 3, 3), half(2 * inner)
+        y, scales, scale = half(batch, side, side, inner), None, None
+        if quantized:
+            scales, scale = torch.empty(batch, side, side, device="cuda"), 0.1
+            y = torch.empty(y.shape, device="cuda", dtype=torch.int8)
 
-        def launch(plan: Plan, x=x, y=y, weight=weight, bias=bias, side=side, inner=inner, batch=batch) -> Call:  # type: ignore[no-untyped-def]
+        def launch(plan: Plan, given=(x, weight, bias, x, y, scales), scale=scale, side=side, inner=inner, batch=batch) -> Call:  # type: ignore[no-untyped-def]
             programs = (-(-inner // plan["C"]), -(-side // module.COLUMNS) * -(-side // plan["rows"]), batch)
             return lambda: module.gate_kernel[programs](
-                *(x, weight, bias, x, y, None, side, side, inner, plan["rows"], None),
+                *(*given, side, side, plan["rows"], scale, inner),
                 C=plan["C"],
                 BACKWARD=False,
                 num_warps=plan["num_warps"],
+                maxnreg=plan["maxnreg"],
             )
 
         _, options = module.plan(batch=batch, height=side, width=side, channels=inner)
-        source = {name: options[name] for name in ("rows", "C", "num_warps")}
+        source = {name: options[name] for name in ("rows", "C", "num_warps")} | {"maxnreg": None}
         plans = [
             p
-            for p in grid_of(rows=(8, 16, 32), C=(64, 128, 256), num_warps=(1, 2, 4))
+            for p in grid_of(rows=(8, 11, 16, 32), C=(64, 128, 256), num_warps=(1, 2, 4), maxnreg=(None, 112))
             if p["C"] // (32 * p["num_warps"]) in (1, 2, 4)
         ]
-        yield Case(f"gated_depthwise_conv {batch}x{side}x{side}x{inner} fp16", plans, launch, source)
+        kind = " to fp8" if quantized else ""
+        yield Case(f"gated_depthwise_conv {batch}x{side}x{side}x{inner} fp16{kind}", plans, launch, source)
 
 
 def linear_attention() -> Iterator[Case]:
@@ -144,7 +150,7 @@ def text_attention() -> Iterator[Case]:
 
 def norms() -> Iterator[Case]:
     module = modulated_norm
-    for tokens, dim, quantized in ((1024, 2240, False), (4096, 2240, False), (1024, 1152, False), (1024, 2240, True)):
+    for (tokens, dim), quantized in itertools.product(((1024, 2240), (4096, 2240), (1024, 1152)), (False, True)):
         x, branch, hidden, normed = (half(2, tokens, dim) for _ in range(4))
         time, table = half(2, 6 * dim), half(6, dim)
         kind: Literal["fp8"] | None = "fp8" if quantized else None
@@ -155,12 +161,11 @@ def norms() -> Iterator[Case]:
         def launch(plan: Plan, given=(x, branch, time, table), outputs=outputs, variant=variant) -> Call:  # type: ignore[no-untyped-def]
             inputs, written = (*given, *given[2:]), (*outputs, None)[:3]  # the gate's time and table are the same
             rows, tokens = 2 * given[0].shape[1], given[0].shape[1]
-            return lambda: module.norm_kernel[(rows,)](
-                *inputs, *written, tokens, 1e-6, None, **variant.constants, num_warps=plan["num_warps"]
-            )
+            return lambda: module.norm_kernel[(rows,)](*inputs, *written, tokens, 1e-6, None, **variant.constants, **plan)
 
         name = f"{module.GATED} 2x{tokens}x{dim} fp16{' to fp8' if quantized else ''}"
-        yield Case(name, grid_of(num_warps=(1, 2, 4, 8)), launch, {"num_warps": variant.num_warps})
+        plans = grid_of(num_warps=(1, 2, 4), maxnreg=(None, 128, 112, 96))
+        yield Case(name, plans, launch, {"num_warps": variant.num_warps, "maxnreg": None})
 
 
 def quantizing() -> Iterator[Case]:

@@ -51,15 +51,24 @@ ASSEMBLY = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 @triton.jit
 def silu(x, COARSE: tl.constexpr = False):
-    """COARSE: within 2**-12 |x|, by one instruction of the unit for such functions, which is what the kernel waits for, not two."""
-    if COARSE and ASSEMBLY:
-        half = 0.5 * x
-        return half + half * tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], tl.float32, True, 1)
+    """COARSE: as `silu_of_twice`."""
+    if COARSE:
+        return silu_of_twice(0.5 * x)
     elif ASSEMBLY:
         power = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x * -LOG2E], tl.float32, True, 1)
         return x * tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, True, 1)
     else:
         return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def silu_of_twice(half):
+    """SiLU of twice `half`, within 2**-11 |half|, by one instruction, not two, of the unit for such functions, for which the kernel
+    waits."""
+    if ASSEMBLY:
+        return half + half * tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], tl.float32, True, 1)
+    else:
+        return 2.0 * half / (1.0 + tl.exp(-2.0 * half))
 
 
 @triton.jit
@@ -82,27 +91,34 @@ def live_at(column, end, channels_C, live_C):
 
 
 @triton.jit
-def pixel(picture, row, column, height, width, stride, channels_C, live_C):
-    """(C,), zero outside the picture."""
-    end = tl.where((row >= 0) & (row < height), width, 0)  # no columns in a row outside
-    live_C = live_at(column, end, channels_C, live_C)
-    return tl.load(picture + (row * width + column) * stride + channels_C, mask=live_C, other=0.0)
+def _pixel(strip_C, number: tl.constexpr, stride, column, end, channels_C, live_C):
+    """(C,), zero outside the picture. strip_C: pointers to a row's column, from which this one is `number` away."""
+    return tl.load(strip_C + number * stride, mask=live_at(column + number, end, channels_C, live_C), other=0.0)
+
+
+@triton.jit
+def _strip(picture, row, column, height, width, stride, channels_C):
+    """Pointers to a pixel's channels, and where a row ends. The other pixels' are whole strides away, which where the stride is
+    known when the kernel is compiled is a part of the load's instruction."""
+    return picture + (row * width + column) * stride + channels_C, tl.where((row >= 0) & (row < height), width, 0)
 
 
 @triton.jit
 def four(picture, row, column, height, width, stride, channels_C, live_C):
-    p0 = pixel(picture, row, column, height, width, stride, channels_C, live_C)
-    p1 = pixel(picture, row, column + 1, height, width, stride, channels_C, live_C)
-    p2 = pixel(picture, row, column + 2, height, width, stride, channels_C, live_C)
-    p3 = pixel(picture, row, column + 3, height, width, stride, channels_C, live_C)
+    strip_C, end = _strip(picture, row, column, height, width, stride, channels_C)
+    p0 = _pixel(strip_C, 0, stride, column, end, channels_C, live_C)
+    p1 = _pixel(strip_C, 1, stride, column, end, channels_C, live_C)
+    p2 = _pixel(strip_C, 2, stride, column, end, channels_C, live_C)
+    p3 = _pixel(strip_C, 3, stride, column, end, channels_C, live_C)
     return p0, p1, p2, p3
 
 
 @triton.jit
 def six(picture, row, column, height, width, stride, channels_C, live_C):
-    left = pixel(picture, row, column - 1, height, width, stride, channels_C, live_C)
+    strip_C, end = _strip(picture, row, column, height, width, stride, channels_C)
+    left = _pixel(strip_C, -1, stride, column, end, channels_C, live_C)
     p0, p1, p2, p3 = four(picture, row, column, height, width, stride, channels_C, live_C)
-    right = pixel(picture, row, column + 4, height, width, stride, channels_C, live_C)
+    right = _pixel(strip_C, 4, stride, column, end, channels_C, live_C)
     return left, p0, p1, p2, p3, right
 
 
@@ -143,11 +159,11 @@ def add_dots(sums, taps, row):
 
 
 @triton.jit
-def _store_gradients(conv, row, column, width, channels, channels_C, gates_C, live_C, dy, a, g):
-    live = live_at(column, width, channels_C, live_C)
-    pixel = conv + (row * width + column) * channels
-    tl.store(pixel + channels_C, (dy * silu(g)).to(conv.dtype.element_ty), mask=live)
-    tl.store(pixel + gates_C, (dy * a * silu_slope(g)).to(conv.dtype.element_ty), mask=live)
+def _store_gradients(strip_C, number: tl.constexpr, column, width, inner: tl.constexpr, channels_C, live_C, dy, a, g):
+    live = live_at(column + number, width, channels_C, live_C)
+    kind = strip_C.dtype.element_ty
+    tl.store(strip_C + number * 2 * inner, (dy * silu(g)).to(kind), mask=live)
+    tl.store(strip_C + (number * 2 + 1) * inner, (dy * a * silu_slope(g)).to(kind), mask=live)
 
 
 @triton.jit
@@ -156,9 +172,11 @@ def _times(taps, factor):
 
 
 @triton.jit
-def _store_gated(y, row, column, width, inner, channels_C, live_C, a, g, scales, COARSE: tl.constexpr):
-    gated = as_output(a * silu(g, COARSE), y, scales)
-    tl.store(y + (row * width + column) * inner + channels_C, gated, mask=live_at(column, width, channels_C, live_C))
+def _store_gated(
+    strip_C, number: tl.constexpr, column, width, inner: tl.constexpr, channels_C, live_C, a, g, scales, COARSE: tl.constexpr
+):
+    gated = as_output(a * (silu_of_twice(g) if COARSE else silu(g)), strip_C, scales)
+    tl.store(strip_C + number * inner, gated, mask=live_at(column + number, width, channels_C, live_C))
 
 
 @triton.jit
@@ -171,9 +189,9 @@ def gate_kernel(
     out_scales,
     height,
     width,
-    inner,
     rows,
     out_scale,
+    inner: tl.constexpr,
     C: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
@@ -182,12 +200,14 @@ def gate_kernel(
     out_scale: None, or y is in 8 bits; out_scales: None, or it has scales.
     """
     channels_C = tl.program_id(0) * C + tl.arange(0, C)
-    gates_C, live_C = channels_C + inner, channels_C < inner
+    live_C = channels_C < inner
     num_strips = tl.cdiv(width, 4)
     column = tl.program_id(1) % num_strips * 4
     first = tl.program_id(1) // num_strips * rows
-    picture, channels = tl.program_id(2), 2 * inner
+    picture = tl.program_id(2)
+    channels: tl.constexpr = 2 * inner
     x = picture_at(x, picture, height, width, channels)
+    gates = x + inner
     if BACKWARD:
         dy = picture_at(dy, picture, height, width, inner)
         out = picture_at(out, picture, height, width, channels)
@@ -205,47 +225,51 @@ def gate_kernel(
     E4M3: tl.constexpr = out_scales is not None or out.dtype.element_ty == tl.float8e4nv
     COARSE: tl.constexpr = x.dtype.element_ty == tl.bfloat16 or (E4M3 and x.dtype.element_ty == tl.float16)
 
-    a0, g0 = taps(weight, 0, channels_C, live_C), taps(weight, 0, gates_C, live_C)
-    a1, g1 = taps(weight, 1, channels_C, live_C), taps(weight, 1, gates_C, live_C)
-    a2, g2 = taps(weight, 2, channels_C, live_C), taps(weight, 2, gates_C, live_C)
+    a0, g0 = taps(weight, 0, channels_C, live_C), taps(weight, 0, channels_C + inner, live_C)
+    a1, g1 = taps(weight, 1, channels_C, live_C), taps(weight, 1, channels_C + inner, live_C)
+    a2, g2 = taps(weight, 2, channels_C, live_C), taps(weight, 2, channels_C + inner, live_C)
     bias_a = tl.load(bias + channels_C, mask=live_C, other=0.0).to(tl.float32)
-    bias_g = tl.load(bias + gates_C, mask=live_C, other=0.0).to(tl.float32)
+    bias_g = tl.load(bias + inner + channels_C, mask=live_C, other=0.0).to(tl.float32)
     if out_scale is not None:
         # Of the filter, not of each result: one multiplication less. Not tl.div_rn, for whose slow path the loop has 33 registers
         # more, which leave room for fewer programs; two units in the last place are nothing beside steps of 8 bits.
         inverse = 1.0 / out_scale
         a0, a1, a2, bias_a = _times(a0, inverse), _times(a1, inverse), _times(a2, inverse), bias_a * inverse
+    if COARSE:  # half of g, as silu_of_twice wants it
+        g0, g1, g2, bias_g = _times(g0, 0.5), _times(g1, 0.5), _times(g2, 0.5), bias_g * 0.5
     start_a, start_g = (bias_a, bias_a, bias_a, bias_a), (bias_g, bias_g, bias_g, bias_g)
 
     # Of the row of results under way all but the last row of taps is summed up, of the next one the first row of taps.
     row_a = silu_row(six(x, first - 1, column, height, width, channels, channels_C, live_C), COARSE)
-    row_g = silu_row(six(x, first - 1, column, height, width, channels, gates_C, live_C), COARSE)
+    row_g = silu_row(six(gates, first - 1, column, height, width, channels, channels_C, live_C), COARSE)
     here_a, here_g = add_dots(start_a, a0, row_a), add_dots(start_g, g0, row_g)
     row_a = silu_row(six(x, first, column, height, width, channels, channels_C, live_C), COARSE)
-    row_g = silu_row(six(x, first, column, height, width, channels, gates_C, live_C), COARSE)
+    row_g = silu_row(six(gates, first, column, height, width, channels, channels_C, live_C), COARSE)
     here_a, here_g = add_dots(here_a, a1, row_a), add_dots(here_g, g1, row_g)
     next_a, next_g = add_dots(start_a, a0, row_a), add_dots(start_g, g0, row_g)
     # Loads are a row ahead of their use, so that their latency is hidden: the compiler moves none before a store.
     ahead_a = six(x, first + 1, column, height, width, channels, channels_C, live_C)
-    ahead_g = six(x, first + 1, column, height, width, channels, gates_C, live_C)
+    ahead_g = six(gates, first + 1, column, height, width, channels, channels_C, live_C)
     for row in range(first, min(first + rows, height)):
         row_a, row_g = silu_row(ahead_a, COARSE), silu_row(ahead_g, COARSE)
         ahead_a = six(x, row + 2, column, height, width, channels, channels_C, live_C)
-        ahead_g = six(x, row + 2, column, height, width, channels, gates_C, live_C)
+        ahead_g = six(gates, row + 2, column, height, width, channels, channels_C, live_C)
         a, g = add_dots(here_a, a2, row_a), add_dots(here_g, g2, row_g)
         here_a, here_g = add_dots(next_a, a1, row_a), add_dots(next_g, g1, row_g)
         next_a, next_g = add_dots(start_a, a0, row_a), add_dots(start_g, g0, row_g)
         if BACKWARD:
             d0, d1, d2, d3 = four(dy, row, column, height, width, inner, channels_C, live_C)
-            _store_gradients(out, row, column, width, channels, channels_C, gates_C, live_C, wide(d0), a[0], g[0])
-            _store_gradients(out, row, column + 1, width, channels, channels_C, gates_C, live_C, wide(d1), a[1], g[1])
-            _store_gradients(out, row, column + 2, width, channels, channels_C, gates_C, live_C, wide(d2), a[2], g[2])
-            _store_gradients(out, row, column + 3, width, channels, channels_C, gates_C, live_C, wide(d3), a[3], g[3])
+            strip_C = out + (row * width + column) * channels + channels_C
+            _store_gradients(strip_C, 0, column, width, inner, channels_C, live_C, wide(d0), a[0], g[0])
+            _store_gradients(strip_C, 1, column, width, inner, channels_C, live_C, wide(d1), a[1], g[1])
+            _store_gradients(strip_C, 2, column, width, inner, channels_C, live_C, wide(d2), a[2], g[2])
+            _store_gradients(strip_C, 3, column, width, inner, channels_C, live_C, wide(d3), a[3], g[3])
         else:
-            _store_gated(out, row, column, width, inner, channels_C, live_C, a[0], g[0], out_scales, COARSE)
-            _store_gated(out, row, column + 1, width, inner, channels_C, live_C, a[1], g[1], out_scales, COARSE)
-            _store_gated(out, row, column + 2, width, inner, channels_C, live_C, a[2], g[2], out_scales, COARSE)
-            _store_gated(out, row, column + 3, width, inner, channels_C, live_C, a[3], g[3], out_scales, COARSE)
+            strip_C = out + (row * width + column) * inner + channels_C
+            _store_gated(strip_C, 0, column, width, inner, channels_C, live_C, a[0], g[0], out_scales, COARSE)
+            _store_gated(strip_C, 1, column, width, inner, channels_C, live_C, a[1], g[1], out_scales, COARSE)
+            _store_gated(strip_C, 2, column, width, inner, channels_C, live_C, a[2], g[2], out_scales, COARSE)
+            _store_gated(strip_C, 3, column, width, inner, channels_C, live_C, a[3], g[3], out_scales, COARSE)
 
 
 def plan(*, batch: int, height: int, width: int, channels: int) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
@@ -279,23 +303,23 @@ def launch(
     programs, options = plan(batch=batch, height=height, width=width, channels=inner)
     scales, scale = quantized or (None, None)
     tensors = (x, weight.contiguous(), bias.contiguous(), x, y, scales)
-    gate_kernel[programs](*tensors, height, width, inner, out_scale=scale, BACKWARD=False, **options)
+    gate_kernel[programs](*tensors, height, width, out_scale=scale, inner=inner, BACKWARD=False, **options)
 
 
 @functools.cache
-def compile_cubin(capability: int, dtype: str, whole: bool, quantized: OutKind | None = None) -> Cubin:
-    """For an SM such as 89. whole: E is a multiple of 16. Raises ValueError for an SM without fp8, if that is asked for."""
+def compile_cubin(capability: int, dtype: str, inner: int, quantized: OutKind | None = None) -> Cubin:
+    """For an SM such as 89. inner: E. Raises ValueError for an SM without fp8, if that is asked for."""
     kinds, absent = output_kinds(OP, capability, dtype, quantized)
     pointers = dict.fromkeys(("x", "weight", "bias", "dy"), f"*{dtype}")
     pointers |= {name: kinds[name] for name in ("out", "out_scales")}
-    signature = pointers | dict.fromkeys(("height", "width", "inner", "rows"), "i32") | {"out_scale": kinds["out_scale"]}
+    signature = pointers | dict.fromkeys(("height", "width", "rows"), "i32") | {"out_scale": kinds["out_scale"]}
     return cubin.compile_cubin(
         gate_kernel,
         capability,
         op=OP,
-        signature=signature | {"C": "constexpr", "BACKWARD": "constexpr"},
-        constants={"C": BLOCK_C, "BACKWARD": False} | absent,
-        aligned=(*pointers, "inner") if whole else pointers,
+        signature=signature | dict.fromkeys(("inner", "C", "BACKWARD"), "constexpr"),
+        constants={"inner": inner, "C": BLOCK_C, "BACKWARD": False} | absent,
+        aligned=pointers,
         num_warps=NUM_WARPS,
     )
 
@@ -320,14 +344,14 @@ def compile_cubins(
     found = cubin.attributes(
         OP,
         targets,
-        lambda capability: compile_cubin(capability, dtype, inner % 16 == 0, kind),
+        lambda capability: compile_cubin(capability, dtype, inner, kind),
         inputs=[dtype] * 3,
         outputs=outputs,
         grid=[-(-inner // BLOCK_C), strips, batch],
         args=[
             *(["in", index] for index in (0, 1, 2, 0)),
             *more_args,
-            *(["i32", number] for number in (height, width, inner, rows)),
+            *(["i32", number] for number in (height, width, rows)),
             *last_args,
         ],
     )

@@ -117,7 +117,7 @@ def launch(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dx: Tensor) -> t
     dconv = torch.empty_like(x)
     size = {"batch": batch, "height": height, "width": width}
     programs, options = plan(**size, channels=inner)
-    gate_kernel[programs](x, weight, bias, dy, dconv, None, height, width, inner, out_scale=None, BACKWARD=True, **options)
+    gate_kernel[programs](x, weight, bias, dy, dconv, None, height, width, out_scale=None, inner=inner, BACKWARD=True, **options)
     programs, options = plan(**size, channels=channels)
     sums = torch.empty(programs[1] * batch, 10, channels, device=x.device, dtype=torch.float32)
     gradient_kernel[programs](dconv, x, weight, dx, sums, height, width, channels, **options)

@@ -184,7 +184,7 @@ def test_cubins(target):
     assert (strips, pictures) == (across * down, batch)
     arguments = json.loads(launch.to_json())["args"]
     assert arguments[:5] == [["in", 0], ["in", 1], ["in", 2], ["in", 0], ["out", 0]]
-    assert [evaluate(number, dims) for kind, number in arguments[5:9] if kind == "i32"] == [height, width, inner, rows]
+    assert [evaluate(number, dims) for kind, number in arguments[5:8] if kind == "i32"] == [height, width, rows]
 
 
 @pytest.mark.parametrize(
