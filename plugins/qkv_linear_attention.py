@@ -99,6 +99,12 @@ def state_kernel(qkv, state, heads, n_tokens, n_part, D: tl.constexpr, BLOCK_N: 
 
 
 @triton.jit
+def _tile(q_D, row, start, end, BLOCK_N: tl.constexpr):
+    n = start + tl.arange(0, BLOCK_N)
+    return tl.load(q_D[None, :] + n.to(tl.int64)[:, None] * row, mask=n[:, None] < end, other=0.0)
+
+
+@triton.jit
 def apply_kernel(
     qkv,
     state,
@@ -118,15 +124,17 @@ def apply_kernel(
     """A program: one head of an image, n_tile tokens. out_scale: None, or out is in 8 bits; out_scales: None, or it has scales."""
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     d = tl.arange(0, D)
+    tokens, row = image.to(tl.int64) * n_tokens, 3 * heads * D
+    q_D = qkv + tokens * row + _channel(0, head, heads, D, INTERLEAVED) + d
+    out_D = out + tokens * heads * D + head * D + d
+    first = tl.program_id(1) * n_tile
+    # Tokens are loaded ahead: the first before the parts, each next while these are computed.
+    next_ND = _tile(q_D, row, first, n_tokens, BLOCK_N)
     state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
     for number in range(parts):
         part = state + (tl.program_id(0).to(tl.int64) * parts + number) * (D + 1) * D
         state_DD += tl.load(part + d[:, None] * D + d[None, :])
         z_D += tl.load(part + D * D + d)
-    tokens = image.to(tl.int64) * n_tokens
-    q_D = qkv + tokens * 3 * heads * D + _channel(0, head, heads, D, INTERLEAVED) + d
-    out_D = out + tokens * heads * D + head * D + d
-    first = tl.program_id(1) * n_tile
     if out_scales is not None:  # a loop of its own: in the next one it takes ten registers
         if head == 0:
             for start in range(first, min(first + n_tile, n_tokens), BLOCK_N):
@@ -134,8 +142,8 @@ def apply_kernel(
                 tl.store(out_scales + tokens + n, tl.zeros((BLOCK_N,), tl.float32) + out_scale, mask=n < n_tokens)
     for start in range(first, min(first + n_tile, n_tokens), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        n64_N1, live = n.to(tl.int64)[:, None], n[:, None] < n_tokens
-        q_ND = _relu(tl.load(q_D[None, :] + n64_N1 * (3 * heads * D), mask=live, other=0.0))
+        q_ND = _relu(next_ND)
+        next_ND = _tile(q_D, row, start + BLOCK_N, min(first + n_tile, n_tokens), BLOCK_N)
         top_ND = _dot(q_ND, state_DD, PRECISION)
         bottom_N = tl.sum(q_ND.to(tl.float32) * z_D[None, :], axis=1) + eps
         if out_scale is None:
@@ -143,7 +151,9 @@ def apply_kernel(
             out_ND = top_ND * tl.div_rn(1.0, bottom_N)[:, None]
         else:
             out_ND = top_ND * (1.0 / (bottom_N * out_scale))[:, None]
-        tl.store(out_D[None, :] + n64_N1 * (heads * D), as_output(out_ND, out, out_scales), mask=live)
+        tl.store(
+            out_D[None, :] + n.to(tl.int64)[:, None] * (heads * D), as_output(out_ND, out, out_scales), mask=n[:, None] < n_tokens
+        )
 
 
 def _check(dtype: str, head_dim: int) -> None:
