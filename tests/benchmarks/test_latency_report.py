@@ -15,6 +15,7 @@ from fake_tensorrt import MODULE, FakeContext, FakeCuda, FakeEngine, fake_backen
 from fakes import HOST_TABLE, fake_inputs, write_fake_bundle
 from latency_records import record
 
+from benchmarks import latency_kernels
 from benchmarks.latency_history import Kernel, Kernels
 from benchmarks.latency_kernels import Profiler, layer_cost, node_cost, ort_kernels, trt_kernels
 from benchmarks.latency_report import floor_ms, page, write_report
@@ -201,7 +202,11 @@ class Inspector:
 
 
 def test_layers_by_tensorrts_profiler(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second context is profiled: the first is not, and nothing of the second stays."""
+    """A second context is profiled, behind what keeps the GPU waiting: the first is not, and nothing of the second stays."""
+    order: list[str] = []
+    monkeypatch.setattr(
+        latency_kernels, "_hold", lambda stream, seconds: order.append(f"held {stream == cuda.stream}, {seconds > 0}")
+    )
 
     class IProfiler:
         pass
@@ -210,6 +215,7 @@ def test_layers_by_tensorrts_profiler(engine: SanaEngine, monkeypatch: pytest.Mo
         profiler: Any = None
 
         def execute_async_v3(self, stream: int) -> bool:
+            order.append("run" if self.profiler is None else "profiled")
             if self.profiler is not None:
                 self.profiler.report_layer_time("mix", 0.5)
                 self.profiler.report_layer_time("tanh", 0.25)
@@ -229,6 +235,7 @@ def test_layers_by_tensorrts_profiler(engine: SanaEngine, monkeypatch: pytest.Mo
     object.__setattr__(session._tensorrt, "module", module)
     found, why = trt_kernels(session, fake_inputs("denoiser"), runs=2)
     assert why == "layers, by TensorRT's profiler"
+    assert order == ["run", "run", *2 * ["held True, True", "profiled"]]
     assert [(kernel.name, kernel.kind, kernel.ms, kernel.bytes) for kernel in found] == [
         ("mix", "Convolution", 0.5, 8),
         ("tanh", "", 0.25, 0),
