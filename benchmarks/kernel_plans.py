@@ -30,6 +30,7 @@ from plugins import (
     modulated_norm,
     qkv_linear_attention,
 )
+from plugins.rows import head_and_tail, num_warps
 
 SHARED = 227 * 1024  # bytes a block may have on compute capability 9.0
 CALLS = 6  # in a graph
@@ -77,7 +78,8 @@ def gated_convolution() -> Iterator[Case]:
                 maxnreg=plan["maxnreg"],
             )
 
-        _, options = module.plan(batch=batch, height=side, width=side, channels=inner)
+        block, least = module.sizes(inner, quantized)
+        _, options = module.plan(batch=batch, height=side, width=side, channels=inner, block=block, least=least)
         source = {name: options[name] for name in ("rows", "C", "num_warps")} | {"maxnreg": None}
         plans = [
             p
@@ -175,10 +177,14 @@ def quantizing() -> Iterator[Case]:
         bits, scale = torch.empty(rows, dim, device="cuda", dtype=torch.int8), torch.empty(rows, device="cuda")
 
         def launch(plan: Plan, x=x, bits=bits, scale=scale, rows=rows, dim=dim) -> Call:  # type: ignore[no-untyped-def]
-            block = triton.next_power_of_2(dim)
-            return lambda: module.quantize_kernel[(rows,)](x, bits, scale, D=dim, BLOCK=block, num_warps=plan["num_warps"])
+            return lambda: module.quantize_kernel[(rows,)](x, bits, scale, D=dim, **head_and_tail(dim), num_warps=plan["num_warps"])
 
-        yield Case(f"{module.OP} {rows}x{dim} fp16", grid_of(num_warps=(1, 2, 4, 8)), launch, {"num_warps": module.num_warps(dim)})
+        yield Case(
+            f"{module.OP} {rows}x{dim} fp16",
+            grid_of(num_warps=(1, 2, 4, 8)),
+            launch,
+            {"num_warps": num_warps(dim, module.CHANNELS)},
+        )
 
 
 def convolutions() -> Iterator[Case]:

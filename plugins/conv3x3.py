@@ -26,8 +26,8 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.gated_depthwise_conv import silu
 from plugins.launch import Output
+from plugins.silu import silu
 
 if TYPE_CHECKING:
     import onnx

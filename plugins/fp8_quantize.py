@@ -26,19 +26,23 @@ import triton.language as tl
 from plugins import cubin
 from plugins.cubin import Cubin
 from plugins.launch import Output
+from plugins.rows import head_and_tail, num_warps, row_part
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DOMAIN", "OP", "OUTPUTS", "check_target", "compile_cubin", "compile_cubins", "e4m3", "launch", "num_warps", "quantized"]
+__all__ = [
+    "CHANNELS", "DOMAIN", "OP", "OUTPUTS", "check_target", "compile_cubin", "compile_cubins", "e4m3", "launch", "magnitude",
+    "row_scale", "write_bits",
+]  # fmt: skip
 
 OP = "Fp8Quantize"
 DOMAIN = "sana"
 OUTPUTS = ("bits", "scale")
 OLDEST = 89  # SM whose instructions convert to e4m3
 RANKS = (2, 3, 4)  # of x
-# Not measured: reasoned. As for the modulated norm, which reads and writes rows in the same way: 2 warps for 2240 channels.
-CHANNELS, MAX_WARPS = 64, 16  # channels a thread
+# A thread, at most. Not measured: reasoned. As for the modulated norm to FP8, which reads and writes rows in the same way.
+CHANNELS = 40
 LARGEST = tl.constexpr(448.0)  # of e4m3
 SMALLEST = tl.constexpr(2.0**-126)  # of a scale: fp32's smallest normal number
 
@@ -51,36 +55,51 @@ def e4m3(x):
 
 
 @triton.jit
-def quantized(row_D, live_D):
-    """(bits (D,) int8, scale fp32) of the row's channels that are live; the bits of others are 0."""
-    row_D = tl.where(live_D, row_D.to(tl.float32), 0.0)
-    # As integers, magnitudes have the order that they have as numbers and NaN is above all; a maximum of numbers passes over NaN.
-    largest = tl.max(row_D.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(largest, LARGEST)
-    scale = tl.where(scale < SMALLEST, SMALLEST, scale)  # not tl.maximum, which would replace NaN
-    # Times the reciprocal: one instruction where a division takes about ten, and other bits only within 2^-22 of a tie.
-    return e4m3(row_D * tl.div_rn(1.0, scale)), scale
+def magnitude(row, live):
+    """The largest of some channels, as an integer. As integers, magnitudes have the order that they have as numbers and NaN is
+    above all; a maximum of numbers passes over NaN."""
+    return tl.max(tl.where(live, row, 0.0).to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=0)
 
 
 @triton.jit
-def quantize_kernel(x, bits, scale, D: tl.constexpr, BLOCK: tl.constexpr):
+def row_scale(largest):
+    """The scale of a row whose magnitude that is, and its reciprocal: to multiply by that is one instruction where a division takes
+    about ten, and gives other bits only within 2^-22 of a tie."""
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), LARGEST)
+    scale = tl.where(scale < SMALLEST, SMALLEST, scale)  # not tl.maximum, which would replace NaN
+    return scale, tl.div_rn(1.0, scale)
+
+
+@triton.jit
+def _loaded(x, row, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
+    d, live = row_part(START, SIZE, D)
+    part = tl.load(x + row * D + d, mask=live, other=0.0)
+    return part, magnitude(part, live)
+
+
+@triton.jit
+def write_bits(bits, row, part, inverse, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
+    d, live = row_part(START, SIZE, D)
+    tl.store(bits + row * D + d, e4m3(part.to(tl.float32) * inverse), mask=live)
+
+
+@triton.jit
+def quantize_kernel(x, bits, scale, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     """A program: one row."""
     row = tl.program_id(0).to(tl.int64)  # int64: 64 images of 4096 px pass 2**31 elements
-    d_D = tl.arange(0, BLOCK)
-    live_D = d_D < D
-    bits_D, row_scale = quantized(tl.load(x + row * D + d_D, mask=live_D, other=0.0), live_D)
-    tl.store(bits + row * D + d_D, bits_D, mask=live_D)
-    tl.store(scale + row, row_scale)
-
-
-def num_warps(dim: int) -> int:
-    return min(max(triton.next_power_of_2(dim) // (32 * CHANNELS), 1), MAX_WARPS)
+    head, largest = _loaded(x, row, 0, HEAD, D)
+    if TAIL > 0:
+        tail, other = _loaded(x, row, HEAD, TAIL, D)
+        largest = tl.maximum(largest, other)
+    own_scale, inverse = row_scale(largest)
+    tl.store(scale + row, own_scale)
+    write_bits(bits, row, head, inverse, 0, HEAD, D)
+    if TAIL > 0:
+        write_bits(bits, row, tail, inverse, HEAD, TAIL, D)
 
 
 def _constants(dim: int) -> dict[str, int]:
-    if dim < 1:
-        raise ValueError(f"{OP}: got rows of {dim} channels; expected at least 1")
-    return {"D": dim, "BLOCK": triton.next_power_of_2(dim)}
+    return {"D": dim, **head_and_tail(dim)}
 
 
 def check_target(op: str, capability: int) -> None:
@@ -107,7 +126,7 @@ def launch(x: "torch.Tensor", bits: "torch.Tensor", scale: "torch.Tensor") -> No
     if x.numel() == 0:
         return
     dim = x.shape[-1]
-    quantize_kernel[(scale.numel(),)](x, bits, scale, **_constants(dim), num_warps=num_warps(dim))
+    quantize_kernel[(scale.numel(),)](x, bits, scale, **_constants(dim), num_warps=num_warps(dim, CHANNELS))
 
 
 @functools.cache
@@ -123,7 +142,7 @@ def compile_cubin(capability: int, dtype: str, dim: int) -> Cubin:
         signature=pointers | dict.fromkeys(constants, "constexpr"),
         constants=constants,
         aligned=pointers,
-        num_warps=num_warps(dim),
+        num_warps=num_warps(dim, CHANNELS),
     )
 
 

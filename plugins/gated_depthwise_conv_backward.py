@@ -18,13 +18,12 @@ from plugins.gated_depthwise_conv import (
     live_at,
     picture_at,
     plan,
-    silu,
-    silu_slope,
     six,
     taps,
     wide,
     wide_row,
 )
+from plugins.silu import silu, silu_slope
 
 __all__ = ["launch"]
 

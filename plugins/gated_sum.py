@@ -22,9 +22,9 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.fp8_quantize import check_target, num_warps, quantized
+from plugins.fp8_quantize import CHANNELS, check_target, magnitude, row_scale, write_bits
 from plugins.launch import Output
-from plugins.modulated_norm import modulation_row
+from plugins.rows import head_and_tail, modulation_row, num_warps, row_part, write_part
 
 if TYPE_CHECKING:
     import torch
@@ -46,30 +46,70 @@ def gated_sum_truth(
 
 
 @triton.jit
+def _summed(
+    x,
+    branch,
+    time,
+    table,
+    image,
+    row,
+    ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """hidden, fp16, of a part of the row, and its magnitude."""
+    d, live = row_part(START, SIZE, D)
+    added = tl.load(branch + row * D + d, mask=live, other=0.0).to(tl.float32)
+    # Not tl.clamp: a NaN has to stay one.
+    added = tl.where(added > LARGEST, LARGEST, tl.where(added < -LARGEST, -LARGEST, added))
+    gate = modulation_row(time, table, image, d, live, ROW, ROWS, D)
+    part = tl.load(x + row * D + d, mask=live, other=0.0).to(tl.float32) + gate * added
+    part = part.to(x.dtype.element_ty)
+    return part, magnitude(part, live)
+
+
+@triton.jit
+def _write(hidden, bits, row, part, inverse, START: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr):
+    write_part(hidden, row, part, START, SIZE, D)
+    write_bits(bits, row, part, inverse, START, SIZE, D)
+
+
+@triton.jit
 def sum_kernel(
-    x, branch, time, table, hidden, bits, scale, tokens, ROW: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    branch,
+    time,
+    table,
+    hidden,
+    bits,
+    scale,
+    tokens,
+    ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """A program: one token."""
-    token = tl.program_id(0)
-    d_D = tl.arange(0, BLOCK)
-    live_D = d_D < D
-    at_D = token.to(tl.int64) * D + d_D  # int64: 64 images of 4096 px pass 2**31 elements
-    branch_D = tl.load(branch + at_D, mask=live_D, other=0.0).to(tl.float32)
-    # Not tl.clamp: a NaN has to stay one.
-    branch_D = tl.where(branch_D > LARGEST, LARGEST, tl.where(branch_D < -LARGEST, -LARGEST, branch_D))
-    gate_D = modulation_row(time, table, token // tokens, d_D, live_D, ROW, ROWS, D)
-    hidden_D = tl.load(x + at_D, mask=live_D, other=0.0).to(tl.float32) + gate_D * branch_D
-    hidden_D = hidden_D.to(hidden.dtype.element_ty)
-    tl.store(hidden + at_D, hidden_D, mask=live_D)
-    bits_D, row_scale = quantized(hidden_D, live_D)
-    tl.store(bits + at_D, bits_D, mask=live_D)
-    tl.store(scale + token, row_scale)
+    row = tl.program_id(0).to(tl.int64)  # int64: 64 images of 4096 px pass 2**31 elements
+    image = tl.program_id(0) // tokens
+    head, largest = _summed(x, branch, time, table, image, row, ROW, ROWS, 0, HEAD, D)
+    if TAIL > 0:
+        tail, other = _summed(x, branch, time, table, image, row, ROW, ROWS, HEAD, TAIL, D)
+        largest = tl.maximum(largest, other)
+    own_scale, inverse = row_scale(largest)
+    tl.store(scale + row, own_scale)
+    _write(hidden, bits, row, head, inverse, 0, HEAD, D)
+    if TAIL > 0:
+        _write(hidden, bits, row, tail, inverse, HEAD, TAIL, D)
 
 
 def _constants(dim: int, row: int, rows: int) -> dict[str, int]:
     if dim < 1 or not 0 <= row < rows:
         raise ValueError(f"{OP}: got rows of {dim} channels, gate {row} of {rows}; expected at least 1, and a row that there is")
-    return {"ROW": row, "ROWS": rows, "D": dim, "BLOCK": triton.next_power_of_2(dim)}
+    return {"ROW": row, "ROWS": rows, "D": dim, **head_and_tail(dim)}
 
 
 def launch(
@@ -93,7 +133,7 @@ def launch(
         )
     if x.numel() == 0:
         return
-    sum_kernel[(batch * tokens,)](*tensors, tokens, **_constants(dim, row, rows), num_warps=num_warps(dim))
+    sum_kernel[(batch * tokens,)](*tensors, tokens, **_constants(dim, row, rows), num_warps=num_warps(dim, CHANNELS))
 
 
 @functools.cache
@@ -109,7 +149,7 @@ def compile_cubin(capability: int, dim: int, row: int, rows: int) -> Cubin:
         signature=pointers | {"tokens": "i32"} | dict.fromkeys(constants, "constexpr"),
         constants=constants,
         aligned=pointers,
-        num_warps=num_warps(dim),
+        num_warps=num_warps(dim, CHANNELS),
     )
 
 

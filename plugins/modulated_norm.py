@@ -36,8 +36,9 @@ import triton.language as tl
 from plugins import cubin
 from plugins.cubin import Cubin
 from plugins.eight_bits import check_target
-from plugins.fp8_quantize import quantized
+from plugins.fp8_quantize import magnitude, row_scale, write_bits
 from plugins.launch import Output
+from plugins.rows import head_and_tail, modulation_row, num_warps, row_part, write_part
 from plugins.static_scale import OutKind, as_output
 
 if TYPE_CHECKING:
@@ -49,16 +50,51 @@ if TYPE_CHECKING:
 PLAIN, GATED = "ModulatedNorm", "GatedModulatedNorm"
 DOMAIN = "sana"
 INPUTS = {PLAIN: ("x", "branch", "time", "table"), GATED: ("x", "branch", "time", "table", "gate_time", "gate_table")}
-# Measured on an H200: a row of 2240 channels is fastest with one warp or two, of 1152 with one; 8 and more take a quarter longer.
-CHANNELS, MAX_WARPS = 64, 16  # channels a thread
+# Channels a thread, at most; to FP8, and else. Measured on an H200 with rows of 1152 and 2240: to FP8, which looks for the largest
+# first, one warp and two are fastest, else two and four.
+FP8_CHANNELS, CHANNELS = 40, 20
 
 
 @triton.jit
-def modulation_row(time, table, image, d_D, live_D, ROW: tl.constexpr, TIME_ROWS: tl.constexpr, D: tl.constexpr):
-    """(D,), fp32: a row of the table and of the time."""
-    time_D = tl.load(time + (image * TIME_ROWS + ROW % TIME_ROWS) * D + d_D, mask=live_D, other=0.0)
-    table_D = tl.load(table + ROW * D + d_D, mask=live_D, other=0.0)
-    return table_D.to(tl.float32) + time_D.to(tl.float32)
+def _summed(
+    x,
+    branch,
+    gate_time,
+    gate_table,
+    image,
+    row,
+    GATE: tl.constexpr,
+    TIME_ROWS: tl.constexpr,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """hidden, fp32, of a part of the row; 0 where there are no channels."""
+    d, live = row_part(START, SIZE, D)
+    added = tl.load(branch + row * D + d, mask=live, other=0.0).to(tl.float32)
+    if GATE >= 0:
+        added *= modulation_row(gate_time, gate_table, image, d, live, GATE, TIME_ROWS, D)
+    return tl.load(x + row * D + d, mask=live, other=0.0).to(tl.float32) + added
+
+
+@triton.jit
+def _modulated(
+    norm,
+    time,
+    table,
+    image,
+    SHIFT: tl.constexpr,
+    SCALE: tl.constexpr,
+    TIME_ROWS: tl.constexpr,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """normed, fp32, of a part of the row, and its magnitude."""
+    d, live = row_part(START, SIZE, D)
+    scale = modulation_row(time, table, image, d, live, SCALE, TIME_ROWS, D)
+    normed = norm * (1.0 + scale) + modulation_row(time, table, image, d, live, SHIFT, TIME_ROWS, D)
+    return normed, magnitude(normed, live)
 
 
 @triton.jit
@@ -82,32 +118,48 @@ def norm_kernel(
     GATE_TIME_ROWS: tl.constexpr,
     RMS: tl.constexpr,
     D: tl.constexpr,
-    BLOCK: tl.constexpr,
+    HEAD: tl.constexpr,
+    TAIL: tl.constexpr,
 ):
     """A program: one token. GATE: a row, or -1 for none. normed_scale and out_scale: None, or normed has such scales."""
-    token = tl.program_id(0)
-    image = token // tokens
-    d_D = tl.arange(0, BLOCK)
-    live_D = d_D < D
-    at_D = token.to(tl.int64) * D + d_D  # int64: 64 images of 4096 px pass 2**31 elements
-    branch_D = tl.load(branch + at_D, mask=live_D, other=0.0).to(tl.float32)
-    if GATE >= 0:
-        branch_D *= modulation_row(gate_time, gate_table, image, d_D, live_D, GATE, GATE_TIME_ROWS, D)
-    hidden_D = tl.load(x + at_D, mask=live_D, other=0.0).to(tl.float32) + branch_D
-    tl.store(hidden + at_D, hidden_D.to(hidden.dtype.element_ty), mask=live_D)
+    row = tl.program_id(0).to(tl.int64)  # int64: 64 images of 4096 px pass 2**31 elements
+    image = tl.program_id(0) // tokens
+    head = _summed(x, branch, gate_time, gate_table, image, row, GATE, GATE_TIME_ROWS, 0, HEAD, D)
+    if TAIL > 0:
+        tail = _summed(x, branch, gate_time, gate_table, image, row, GATE, GATE_TIME_ROWS, HEAD, TAIL, D)
+    write_part(hidden, row, head, 0, HEAD, D)
+    if TAIL > 0:
+        write_part(hidden, row, tail, HEAD, TAIL, D)
     if not RMS:
-        hidden_D = tl.where(live_D, hidden_D - tl.sum(hidden_D, axis=0) * (1.0 / D), 0.0)
-    scale_D = modulation_row(time, table, image, d_D, live_D, SCALE, TIME_ROWS, D)
-    shift_D = modulation_row(time, table, image, d_D, live_D, SHIFT, TIME_ROWS, D)
+        total = tl.sum(head, axis=0)
+        if TAIL > 0:
+            total += tl.sum(tail, axis=0)
+            tail = tl.where(row_part(HEAD, TAIL, D)[1], tail - total * (1.0 / D), 0.0)
+        head = tl.where(row_part(0, HEAD, D)[1], head - total * (1.0 / D), 0.0)
+    squares = tl.sum(head * head, axis=0)
+    if TAIL > 0:
+        squares += tl.sum(tail * tail, axis=0)
     # Not rsqrt, which is off by two units in the last place, the same for a whole row: one number a row costs nothing.
-    norm_D = hidden_D * tl.div_rn(1.0, tl.sqrt_rn(tl.sum(hidden_D * hidden_D, axis=0) * (1.0 / D) + eps))
-    normed_D = norm_D * (1.0 + scale_D) + shift_D
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(squares * (1.0 / D) + eps))
+    head, largest = _modulated(head * inverse, time, table, image, SHIFT, SCALE, TIME_ROWS, 0, HEAD, D)
+    if TAIL > 0:
+        tail, other = _modulated(tail * inverse, time, table, image, SHIFT, SCALE, TIME_ROWS, HEAD, TAIL, D)
+        largest = tl.maximum(largest, other)
     if normed_scale is not None:
-        normed_D, row_scale = quantized(normed_D, live_D)
-        tl.store(normed_scale + token, row_scale)
-    if out_scale is not None:
-        normed_D = as_output(normed_D * tl.div_rn(1.0, out_scale), normed, None)
-    tl.store(normed + at_D, normed_D.to(normed.dtype.element_ty), mask=live_D)
+        own_scale, inverse = row_scale(largest)
+        tl.store(normed_scale + row, own_scale)
+        write_bits(normed, row, head, inverse, 0, HEAD, D)
+        if TAIL > 0:
+            write_bits(normed, row, tail, inverse, HEAD, TAIL, D)
+    else:
+        if out_scale is not None:
+            inverse = tl.div_rn(1.0, out_scale)
+            head = as_output(head * inverse, normed, None)
+            if TAIL > 0:
+                tail = as_output(tail * inverse, normed, None)
+        write_part(normed, row, head, 0, HEAD, D)
+        if TAIL > 0:
+            write_part(normed, row, tail, HEAD, TAIL, D)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,12 +197,12 @@ class Variant:
     def constants(self) -> dict[str, int | bool]:
         shift, scale, gate = (*self.rows, -1)[:3]
         times = {"TIME_ROWS": self.time_rows, "GATE_TIME_ROWS": self.gate_time_rows}
-        block = triton.next_power_of_2(self.dim)
-        return {"SHIFT": shift, "SCALE": scale, "GATE": gate, **times, "RMS": self.rms, "D": self.dim, "BLOCK": block}
+        row = {"D": self.dim, **head_and_tail(self.dim)}
+        return {"SHIFT": shift, "SCALE": scale, "GATE": gate, **times, "RMS": self.rms, **row}
 
     @property
     def num_warps(self) -> int:
-        return min(max(triton.next_power_of_2(self.dim) // (32 * CHANNELS), 1), MAX_WARPS)
+        return num_warps(self.dim, FP8_CHANNELS if self.quantized == "fp8" else CHANNELS)
 
 
 def launch(

@@ -151,11 +151,6 @@ def test_cubins(target, rank):
         assert json.loads(launch.to_json())["args"][:3] == [["in", 0], ["out", 0], ["out", 1]]
 
 
-@pytest.mark.parametrize(("dim", "warps"), [(1, 1), (1152, 1), (2240, 2), (5600, 4), (100000, 16)])
-def test_warps(dim, warps):
-    assert op.num_warps(dim) == warps
-
-
 def test_bad_arguments():
     with pytest.raises(ValueError, match="got dtype 'int8'; expected one of fp16, bf16, fp32"):
         op.compile_cubins(["sm89"], "int8", 64, 3)

@@ -19,7 +19,7 @@ from plugins import gated_depthwise_conv as op
 from plugins.launch import Launch, evaluate
 from sana_ref import ops
 
-INTERPRETED = ("fp32", "fp16")  # not bf16, on a GPU only: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
+INTERPRETED = ("fp32", "fp16")  # bf16 apart: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
 # (B, H, W, E): odd sides, channels that no block divides, one pixel, and more than a program's rows and columns.
 SHAPES = [(2, 5, 7, 70), (1, 1, 1, 64), (2, 6, 9, 5)]
 NAMES = ("y", "dx", "dweight", "dbias")
@@ -105,6 +105,17 @@ def test_kernels(interpreted, shape, dtype):
 
 
 @pytest.mark.slow
+def test_kernels_in_bf16(tmp_path):
+    """Whose SiLU is another. To cut off costs up to a unit of the last place, and to round half of one: twice the usual bound."""
+    case = (1, 2, 5, 6), "bf16"
+    given = inputs(*case)
+    same, exact = both_ways(plain, *given), both_ways(plain, *(t.double() for t in given))
+    for part, one, peer, answer in zip(NAMES, interpret([case], tmp_path)[case], same, exact, strict=True):
+        error, bound = ((t.double() - answer).square().mean().sqrt() for t in (one, peer))
+        assert error <= 4 * bound, f"{part}: got {error:.1e}; expected at most four times {bound:.1e}"
+
+
+@pytest.mark.slow
 def test_planted_error_is_caught(interpreted):
     shape = INTERPRETED_SHAPES[0]
     y, *gradients = interpreted[shape, "fp16"]
@@ -169,22 +180,30 @@ def test_function_body(dtype):
 
 
 @pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm120"))])
-def test_cubins(target):
+@pytest.mark.parametrize("out_scale", [None, 0.5])
+def test_cubins(target, out_scale):
     """The launch that the plugin computes from the JSON covers every pixel and channel, and no program is in vain."""
     batch, height, width, inner = 3, 33, 18, 5600
-    attributes = op.compile_cubins([target], "fp16", 2 * inner)
+    attributes = op.compile_cubins([target], "fp16", 2 * inner, out_scale, "int8")
+    block, least = op.sizes(inner, quantized=out_scale is not None)
     launch = Launch.from_json(attributes["launch"])
     assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
     dims = [(batch, height, width, 2 * inner), (2 * inner, 1, 3, 3), (2 * inner,)]
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, height, width, inner]
     channels, strips, pictures = (evaluate(size, dims) for size in launch.grid)
-    assert (channels - 1) * op.BLOCK_C < inner <= channels * op.BLOCK_C
-    rows = min(op.ROWS, max(op.LEAST_ROWS, height // 4))
+    assert (channels - 1) * block < inner <= channels * block
+    rows = min(op.ROWS, max(least, height // 4))
     across, down = -(-width // op.COLUMNS), -(-height // rows)
     assert (strips, pictures) == (across * down, batch)
     arguments = json.loads(launch.to_json())["args"]
     assert arguments[:5] == [["in", 0], ["in", 1], ["in", 2], ["in", 0], ["out", 0]]
     assert [evaluate(number, dims) for kind, number in arguments[5:8] if kind == "i32"] == [height, width, rows]
+
+
+@pytest.mark.parametrize(("inner", "rows"), [(5600, 11), (2880, 16), (64, 8)])
+def test_programs_fill_waves(inner, rows):
+    assert op.sizes(inner, quantized=True) == (op.BLOCK_C, rows)
+    assert op.sizes(inner, quantized=False) == (op.WIDE_C, op.LEAST_ROWS)
 
 
 @pytest.mark.parametrize(

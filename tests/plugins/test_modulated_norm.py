@@ -377,10 +377,10 @@ def test_static_cubins(kind, target, rows):
             op.compile_cubins([target], "fp16", wrong[0], EPS, wrong[1])
 
 
-@pytest.mark.parametrize(("dim", "block", "warps"), [(1, 1, 1), (16, 16, 1), (1152, 2048, 1), (2240, 4096, 2), (20000, 32768, 16)])
-def test_warps(dim, block, warps):
-    variant = op.Variant(dim=dim, rows=SECOND, time_rows=6)
-    assert (variant.constants["BLOCK"], variant.num_warps) == (block, warps)
+@pytest.mark.parametrize(("dim", "warps", "fp8_warps"), [(1, 1, 1), (16, 1, 1), (1152, 2, 1), (2240, 4, 2), (20000, 16, 16)])
+def test_warps(dim, warps, fp8_warps):
+    for kind, expected in ((None, warps), ("int8", warps), ("fp8", fp8_warps)):
+        assert op.Variant(dim=dim, rows=SECOND, time_rows=6, quantized=kind).num_warps == expected
 
 
 def test_bad_arguments():

@@ -205,14 +205,14 @@ def attributes(name, targets, out_scale, out_kind="fp8"):
         return cross_attention.compile_cubins(targets, "fp16", **sizes, **bits)
     if name == "linear":
         return qkv_linear_attention.compile_cubins(qkv_linear_attention.APPLY, targets, "fp16", 70, 32, **bits)
-    return gated_depthwise_conv.compile_cubins(targets, "fp16", 2 * 5600, **bits)
+    return gated_depthwise_conv.compile_cubins(targets, "fp16", 2 * 2880, **bits)
 
 
 DIMS = {
     "cross": ([(6, 65, 2240), *[(20, 2, 3, 20, 300, 112)] * 2, (6, 300)], [6, 65, 2240]),
     "cross in parts": ([(6, 130, 1152), *[(28, 2, 3, 16, 300, 72)] * 2, (6, 300)], [6, 130, 1152]),
     "linear": ([(2, 70, 3 * 2240), (2, 70, 1, 33, 32)], [2, 70, 2240]),
-    "conv": ([(3, 33, 18, 2 * 5600), (2 * 5600, 1, 3, 3), (2 * 5600,)], [3, 33, 18, 5600]),
+    "conv": ([(3, 33, 18, 2 * 2880), (2 * 2880, 1, 3, 3), (2 * 2880,)], [3, 33, 18, 2880]),
 }
 
 
@@ -227,7 +227,7 @@ def test_cubins(name, kind, target):
     types = {"fp8": ["int8", "fp32"], "int8": ["int8"], "e4m3": ["fp8"]}[kind]
     assert [output.type for output in launch.outputs] == types
     assert [[evaluate(size, dims) for size in output.shape] for output in launch.outputs] == [shape, shape[:-1]][: len(types)]
-    assert (launch.inputs, launch.grid) == (old.inputs, old.grid)
+    assert (launch.inputs, launch.grid[1:]) == (old.inputs, old.grid[1:])  # the first is of channels, whose blocks may differ
     args, before = (json.loads(each.to_json())["args"] for each in (launch, old))
     wanted = [arg for arg in before if arg != ["null"]]
     if kind == "fp8":
