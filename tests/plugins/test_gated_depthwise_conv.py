@@ -200,10 +200,10 @@ def test_cubins(target, out_scale):
     assert [evaluate(number, dims) for kind, number in arguments[5:8] if kind == "i32"] == [height, width, rows]
 
 
-@pytest.mark.parametrize(("inner", "rows"), [(5600, 11), (2880, 16), (64, 8)])
-def test_programs_fill_waves(inner, rows):
+@pytest.mark.parametrize(("inner", "rows", "wide_rows"), [(5600, 11, 16), (2880, 16, 8), (64, 8, 8)])
+def test_programs_fill_waves(inner, rows, wide_rows):
     assert op.sizes(inner, quantized=True) == (op.BLOCK_C, rows)
-    assert op.sizes(inner, quantized=False) == (op.WIDE_C, op.LEAST_ROWS)
+    assert op.sizes(inner, quantized=False) == (op.WIDE_C, wide_rows)
 
 
 @pytest.mark.parametrize(
