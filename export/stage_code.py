@@ -62,6 +62,7 @@ PARITY_CODE = (
     "engines/parity_report.py",
     "engines/token_table.py",
     "plugins/shell.py",
+    "plugins/work.py",
     "runtime/bfloat16.py",
     "runtime/cuda.py",
     "runtime/token_table.py",

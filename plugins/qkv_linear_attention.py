@@ -82,8 +82,20 @@ def _channel(number: tl.constexpr, head, heads, D: tl.constexpr, INTERLEAVED: tl
 
 
 @triton.jit
-def state_kernel(qkv, state, heads, n_tokens, n_part, D: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr):
+def state_kernel(
+    qkv,
+    state,
+    heads,
+    n_tokens,
+    n_part,
+    D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    WAIT: tl.constexpr = False,
+):
     """A program: one head of an image, n_part tokens."""
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row = 3 * heads * D
     d = tl.arange(0, D)
@@ -126,8 +138,11 @@ def apply_kernel(
     BLOCK_N: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
+    WAIT: tl.constexpr = False,
 ):
     """A program: one head of an image, n_tile tokens. out_scale: None, or out is in 8 bits; out_scales: None, or it has scales."""
+    if WAIT:
+        tl.extra.cuda.gdc_wait()
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     d = tl.arange(0, D)
     tokens, row = image.to(tl.int64) * n_tokens, 3 * heads * D

@@ -3,7 +3,7 @@
 A node's `launch` attribute (plugins/launch.py) says how its `cubins` are launched, so a new op needs a name here and no code. The
 plugin is TensorRT's IPluginV3, in Python; it needs numpy and cuda-bindings, never Triton or PyTorch.
 
-A node is a kernel of its own (`cubins`), or a product that cuBLASLt computes (plugins/cublas_lt.py).
+A node is a kernel of its own (`cubins`), or a product that cuBLASLt computes; plugins/work.py runs either.
 
 When which part runs:
     build     the ONNX parser makes the plugin from the node; shapes and types come from the description; both attributes go into
@@ -15,7 +15,6 @@ When which part runs:
 TensorRT prints an exception in a callback to stderr and answers with a bare failure, so each is also kept in `failures`.
 """
 
-import ctypes
 import functools
 import logging
 from collections import deque
@@ -25,11 +24,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from plugins import cublas_lt
-from plugins.launch import Expression, Launch, LaunchError, Product, evaluate
+from plugins.launch import Expression, Launch, LaunchError
 from plugins.native import load_native
+from plugins.work import KernelWork, ProductWork
 
-__all__ = ["FIELDS", "OPS", "DriverError", "failures", "register"]
+__all__ = ["FIELDS", "OPS", "failures", "register"]
 
 OPS = (
     "Conv3x3",
@@ -57,170 +56,10 @@ OPS = (
 FIELDS = ("launch", "cubins")
 NOTHING = b"\0"  # the cubins of a node without kernels: TensorRT drops an empty field
 VERSION, NAMESPACE = "1", ""
-WARP = 32  # threads
-ALIGNMENT = 16  # bytes: the kernels load this much at once
-MAX_GRID = (2**31 - 1, 65535, 65535)  # blocks, on every CUDA GPU
-PLAIN_SHARED = 48 * 1024  # bytes of dynamic shared memory that a kernel may have without asking
 
 failures: deque[Exception] = deque(maxlen=16)  # the latest exceptions of plugins, newest last; TensorRT's own errors don't say why
 
 _creators: dict[tuple[str, str], Any] = {}  # TensorRT keeps no reference to a Python creator, so this does
-_functions: dict[tuple[int, str], Any] = {}  # (CUDA context id, cubin's SHA-256): the loaded kernel, never unloaded
-
-
-class DriverError(RuntimeError):
-    """A CUDA driver call failed."""
-
-
-def _ok(result: tuple[Any, ...], call: str) -> Any:
-    """Unpack what a cuda-bindings call returned. Raises DriverError with the call and CUDA's own name and text for the error."""
-    if int(result[0]):
-        from cuda.bindings import driver
-
-        name, text = (driver.cuGetErrorName(result[0])[1], driver.cuGetErrorString(result[0])[1])
-        raise DriverError(f"{call}: got {(name or b'?').decode()}: {(text or b'?').decode()}")
-    return result[1] if len(result) > 1 else None
-
-
-def _load(launch: Launch, cubins: bytes) -> tuple[Any, int, int]:
-    """(function, threads a block, bytes of shared memory) of the kernel for the current CUDA context's device.
-
-    Raises LaunchError if the node has no cubin for it, DriverError if CUDA refuses the cubin.
-    """
-    from cuda.bindings import driver
-
-    context = _ok(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
-    if not int(context):
-        raise DriverError(f"{launch.op}: no CUDA context is current in this thread; expected TensorRT to have made one")
-    device = _ok(driver.cuCtxGetDevice(), "cuCtxGetDevice")
-    attribute = driver.CUdevice_attribute
-    major, minor = (
-        _ok(driver.cuDeviceGetAttribute(which, device), "cuDeviceGetAttribute")
-        for which in (
-            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-        )
-    )
-    sm = f"sm{major}{minor}"
-    cubin = launch.cubin(cubins, sm)
-    kernel = launch.kernels[sm]
-    key = (_ok(driver.cuCtxGetId(context), "cuCtxGetId"), kernel.sha256)  # an id, unlike a handle, is never used again
-    if key not in _functions:
-        module = _ok(driver.cuModuleLoadData(cubin), f"{launch.op}: cuModuleLoadData of the {sm} cubin")
-        function = _ok(
-            driver.cuModuleGetFunction(module, kernel.entry.encode()), f"{launch.op}: cuModuleGetFunction({kernel.entry})"
-        )
-        if kernel.shared > PLAIN_SHARED:
-            which = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _ok(driver.cuFuncSetAttribute(function, which, kernel.shared), f"{launch.op}: {kernel.shared} bytes of shared memory")
-        _functions[key] = function
-    return _functions[key], WARP * kernel.warps, kernel.shared
-
-
-class Arguments:
-    """A kernel's arguments as cuLaunchKernel takes them: 8 bytes for each, and the array of their addresses.
-
-    Made once; a launch then only writes pointers. `at` is the address to pass as kernelParams.
-    """
-
-    def __init__(self, launch: Launch) -> None:
-        self._values = (ctypes.c_uint64 * len(launch.args))()  # a scalar lies in the first, little-endian, bytes of its slot
-        start, size = ctypes.addressof(self._values), ctypes.sizeof(ctypes.c_uint64)
-        self._addresses = (ctypes.c_void_p * len(launch.args))(*(start + size * i for i in range(len(launch.args))))
-        self.at = ctypes.addressof(self._addresses)
-        self._inputs = [(slot, arg[1]) for slot, arg in enumerate(launch.args) if arg[0] == "in"]
-        self._outputs = [(slot, arg[1]) for slot, arg in enumerate(launch.args) if arg[0] == "out"]
-        self._numbers = [(slot, arg[1]) for slot, arg in enumerate(launch.args) if arg[0] == "i32"]
-        self._op = launch.op
-        for slot, arg in enumerate(launch.args):
-            if arg[0] == "f32":
-                self._values[slot] = int(np.float32(arg[1]).view(np.uint32))
-
-    def set_shapes(self, dims: list[tuple[int, ...]]) -> None:
-        """Write the scalars for input shapes `dims`. Raises LaunchError for one that 32 bits do not hold."""
-        for slot, expression in self._numbers:
-            value = evaluate(expression, dims)
-            if not -(2**31) <= value < 2**31:
-                raise LaunchError(f"{self._op}: got shapes {dims}, where {expression!r} is {value}; expected a number of 32 bits")
-            self._values[slot] = value & 0xFFFFFFFF
-
-    def set_addresses(self, inputs: list[int], outputs: list[int]) -> None:
-        """Write device addresses. Raises LaunchError unless all are aligned, which the kernel relies on."""
-        values, seen = self._values, 0
-        for slot, index in self._inputs:
-            values[slot] = inputs[index]
-            seen |= inputs[index]
-        for slot, index in self._outputs:
-            values[slot] = outputs[index]
-            seen |= outputs[index]
-        if seen % ALIGNMENT:
-            found = ", ".join(map(hex, (*inputs, *outputs)))
-            raise LaunchError(f"{self._op}: got tensors at {found}; expected addresses that are multiples of {ALIGNMENT} bytes")
-
-
-class KernelWork:
-    """A node's kernel, loaded for the current CUDA context's device, with its arguments."""
-
-    workspace = 0  # bytes
-
-    def __init__(self, launch: Launch, cubins: bytes) -> None:
-        """Raises as _load."""
-        self._launch, self._arguments = launch, Arguments(launch)
-        self._kernel = _load(launch, cubins)
-        self._grid: tuple[int, ...] = (0, 0, 0)
-
-    def prepare(self, dims: list[tuple[int, ...]]) -> None:
-        grid = tuple(evaluate(expression, dims) for expression in self._launch.grid)
-        if any(not 0 <= size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):
-            raise LaunchError(f"{self._launch.op}: got shapes {dims}, a grid of {grid}; expected at most {MAX_GRID}")
-        self._arguments.set_shapes(dims)
-        self._grid = grid
-
-    def queue(self, inputs: list[int], outputs: list[int], workspace: int, stream: int) -> None:
-        if 0 in self._grid:
-            return  # an empty tensor; CUDA refuses an empty grid
-        function, threads, shared = self._kernel
-        self._arguments.set_addresses(inputs, outputs)
-        result = _launch_kernel()(function, *self._grid, threads, 1, 1, shared, stream, self._arguments.at, 0)
-        if int(result[0]):
-            _ok(result, f"{self._launch.op}: cuLaunchKernel, grid {self._grid}, {threads} threads, {shared} bytes shared")
-
-
-class ProductWork:
-    """A node's matrix product through cuBLASLt."""
-
-    workspace = cublas_lt.WORKSPACE
-
-    def __init__(self, launch: Launch, product: Product) -> None:
-        """Raises cublas_lt.CublasError if it is not installed."""
-        from cuda.bindings import driver
-
-        context = _ok(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
-        self._op, self._sizes, self._empty = launch.op, product, True
-        self._scaled = launch.inputs[0] == "int8"
-        self._biased = len(launch.inputs) == (5 if self._scaled else 3)
-        dtype = "fp8" if self._scaled else launch.inputs[0]
-        self._product = cublas_lt.Product(dtype, bias=self._biased, context_id=_ok(driver.cuCtxGetId(context), "cuCtxGetId"))
-
-    def prepare(self, dims: list[tuple[int, ...]]) -> None:
-        rows, columns, depth = (evaluate(size, dims) for size in (self._sizes.rows, self._sizes.columns, self._sizes.depth))
-        scales = [dims[0][:-1], (columns,)] if self._scaled else []
-        expected = [(*dims[0][:-1], depth), (columns, depth), *scales, *([(columns,)] if self._biased else [])]
-        if dims != expected:
-            raise LaunchError(f"{self._op}: got shapes {dims}; expected {expected}")
-        self._empty = 0 in (rows, columns, depth)
-        if not self._empty:
-            self._product.prepare(rows, columns, depth)
-
-    def queue(self, inputs: list[int], outputs: list[int], workspace: int, stream: int) -> None:
-        x, weight, *rest = inputs
-        if any(address % ALIGNMENT for address in (*inputs, *outputs)):
-            raise LaunchError(f"{self._op}: got {[*map(hex, (*inputs, *outputs))]}; expected multiples of {ALIGNMENT} bytes")
-        if self._empty:
-            return
-        x_scale, w_scale = rest[:2] if self._scaled else (0, 0)
-        bias = rest[-1] if self._biased else 0
-        self._product.run(x, weight, bias, outputs[0], workspace, stream, x_scale=x_scale, w_scale=w_scale)
 
 
 P = ParamSpec("P")
@@ -381,13 +220,6 @@ def _classes(trt: Any) -> tuple[Any, Any]:
             return Plugin(launch, data["cubins"][: max((k.offset + k.size for k in launch.kernels.values()), default=0)])
 
     return Plugin, Creator
-
-
-@functools.cache
-def _launch_kernel() -> Any:
-    from cuda.bindings import driver
-
-    return driver.cuLaunchKernel
 
 
 def register(trt: ModuleType, ops: Iterable[str] = OPS) -> None:

@@ -32,7 +32,7 @@ NEVER = {  # room: packages that it does not import, not even lazily
     "runtime": HEAVY,
     "apps": HEAVY,
 }
-NEVER_IN_FILE = {"plugins/shell.py": HEAVY, "plugins/launch.py": HEAVY}
+NEVER_IN_FILE = {f"plugins/{name}.py": HEAVY for name in ("shell", "launch", "work")}
 ONLY_IN = {"tensorrt": ("engines/tensorrt.py", "engines/tensorrt_library.py")}  # the one place; others are given the module
 MAX_LINES = 450
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import cpp_build
 import pytest
 
-from plugins import native, shell
-from plugins.launch import Kernel, Launch, Output, Product
+from plugins import native, work
+from plugins.launch import Kernel, Launch, LaunchError, Output, Product, evaluate
 
 REPOSITORY = Path(__file__).parents[2]
 BUILD_WITH = """
@@ -87,10 +87,9 @@ def test_a_library_that_is_not_there(tmp_path):
 
 def kernels() -> tuple[dict[str, Kernel], bytes]:
     found, cubins = {}, b""
-    for sm, cubin, warps, shared in (("sm80", b"for 80", 4, 49152), ("sm89", b"for 89!", 8, 65536)):
-        found[sm] = Kernel(
-            entry="run", warps=warps, shared=shared, offset=len(cubins), size=len(cubin), sha256=hashlib.sha256(cubin).hexdigest()
-        )
+    for sm, cubin, warps, shared in (("sm80", b"for 80", 4, 49152), ("sm89", b"for 89!", 8, 65536), ("sm90", b"for 90", 2, 1024)):
+        digest, waits = hashlib.sha256(cubin).hexdigest(), sm == "sm90"
+        found[sm] = Kernel(entry="run", warps=warps, shared=shared, offset=len(cubins), size=len(cubin), sha256=digest, waits=waits)
         cubins += cubin
     return found, cubins
 
@@ -116,27 +115,49 @@ def live(plugins, tmp_path, launch: bytes, *shapes: tuple[int, ...], sm="89", cu
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | fake, check=True).stdout.splitlines()
 
 
-@pytest.mark.parametrize(("sm", "shapes"), [("89", ((3, 9), (5,))), ("80", ((1, 4096), (7,))), ("89", ((2, 11), (1,)))])
+LAUNCH_WITH = """
+import sys
+from pathlib import Path
+from plugins.launch import Launch
+from plugins.work import KernelWork
+launch, cubins = (Path(path).read_bytes() for path in sys.argv[1:3])
+work = KernelWork(Launch.from_json(launch), cubins)
+work.prepare([tuple(map(int, shape.split(","))) for shape in sys.argv[3:]])
+work.queue([4096, 8192], [65536], 0, 7)
+"""
+
+
+@pytest.mark.parametrize(
+    ("sm", "shapes"),
+    [("89", ((3, 9), (5,))), ("80", ((1, 4096), (7,))), ("89", ((2, 11), (1,))), ("90", ((3, 9), (5,)))],
+)
 def test_the_same_launch(plugins, tmp_path, sm, shapes):
+    """All that both shells tell the driver, Python's through cuda.bindings; the attribute where the kernel waits alone."""
     lines = live(plugins, tmp_path, LAUNCH.to_json(), *shapes, sm=sm)
+    python = [sys.executable, "-c", LAUNCH_WITH, tmp_path / "launch", tmp_path / "cubins"]
+    fake = {"LD_LIBRARY_PATH": str(plugins / "fake"), "FAKE_CUDA_SM": sm, "FAKE_CUDA_ARGS": str(len(LAUNCH.args))}
+    environment = os.environ | fake | {"PYTHONPATH": str(REPOSITORY)}
+    command = [*python, *(",".join(map(str, shape)) for shape in shapes)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     dims = list(shapes)
-    arguments = shell.Arguments(LAUNCH)
+    arguments = work.Arguments(LAUNCH)
     arguments.set_shapes(dims)
     arguments.set_addresses([4096, 8192], [65536])
-    grid = [shell.evaluate(each, dims) for each in LAUNCH.grid]
+    grid = [evaluate(each, dims) for each in LAUNCH.grid]
     kernel = LAUNCH.kernels[f"sm{sm}"]
     numbers = [*grid, 32 * kernel.warps, 1, 1, kernel.shared, 1, 1, 1]
-    expected = " ".join(["launch", *map(str, numbers), *(f"{value:016x}" for value in arguments._values)])
+    early = ["with 6 00000001"] if sm == "90" else []
+    expected = " ".join([*early, "launch", *map(str, numbers), *(f"{value:016x}" for value in arguments._values)])
     fields = [f"field launch {LAUNCH.to_json().hex()}", f"field cubins {kernels()[1].hex()}"]
     asked = ["attribute 8 65536"] if sm == "89" else []
-    assert lines == [
-        *fields,
+    told = [
         f"load {LAUNCH.cubin(kernels()[1], f'sm{sm}')[:6].decode()}",
         "function run",
         *asked,
         expected,
-        "enqueue 0",
     ]
+    assert done.stdout.splitlines() == told
+    assert lines == [*fields, *told, "enqueue 0"]
 
 
 def test_an_empty_tensor_launches_nothing(plugins, tmp_path):
@@ -149,13 +170,17 @@ def test_an_empty_tensor_launches_nothing(plugins, tmp_path):
     [
         (
             {"sm": "87"},
-            "Linear: got a GPU of architecture sm87; this engine has kernels for sm80, sm89. Build it again with sm87 among",
+            "Linear: got a GPU of architecture sm87; this engine has kernels for sm80, sm89, sm90. Build it again with sm87 among",
         ),
-        ({"cubins": b"for 80for 88!"}, "Linear, sm89: the cubin's SHA-256 is not"),
+        ({"cubins": b"for 80for 88!for 90"}, "Linear, sm89: the cubin's SHA-256 is not"),
         ({"FAKE_CUDA_NO_CONTEXT": "1"}, "Linear: no CUDA context is current in this thread; expected TensorRT to have made one"),
         (
             {"FAKE_CUDA_FAILS": "1"},
             "Linear: cuLaunchKernel, grid (6, 5, 3), 256 threads, 65536 bytes shared: got CUDA_ERROR_OF_SOME",
+        ),
+        (
+            {"sm": "90", "FAKE_CUDA_FAILS": "1"},
+            "Linear: cuLaunchKernelEx, grid (6, 5, 3), 64 threads, 1024 bytes shared: got CUDA_ERROR_OF_SOME",
         ),
     ],
     ids=str,
@@ -176,9 +201,9 @@ def changed(**changes: object) -> bytes:
 
 
 PRODUCT = {"rows": 1, "columns": 1, "depth": 1}
-WARPS = {"sm80": dataclasses.asdict(LAUNCH.kernels["sm80"]) | {"warps": 33}}
+SM80 = dataclasses.asdict(LAUNCH.kernels["sm80"])
 BAD = {
-    "format": changed(format=3),
+    "format": changed(format=2),
     "type": changed(inputs=["fp17", "fp16"]),
     "grid": changed(grid=[1, 1]),
     "input": changed(grid=[["dim", 2, 0], 1, 1]),
@@ -188,15 +213,17 @@ BAD = {
     "number": changed(args=[["f32", "1"]]),
     "unknown": changed(more=1),
     "product": changed(product=PRODUCT),
-    "warps": changed(kernels=WARPS),
-    "list": b'{"op":"Linear","format":2}',
+    "warps": changed(kernels={"sm80": SM80 | {"warps": 33}}),
+    "waits": changed(kernels={"sm80": SM80 | {"waits": 1}}),
+    "waits unsaid": changed(kernels={"sm80": {name: value for name, value in SM80.items() if name != "waits"}}),
+    "list": b'{"op":"Linear","format":3}',
     "text": b'"op":"Linear"',
 }
 
 
 @pytest.mark.parametrize("launch", BAD.values(), ids=BAD)
 def test_both_refuse(plugins, tmp_path, launch):
-    with pytest.raises(shell.LaunchError):
+    with pytest.raises(LaunchError):
         Launch.from_json(launch)
     lines = live(plugins, tmp_path, launch)
     assert len(lines) == 1, "an error, and no plugin"

@@ -10,8 +10,10 @@ from plugins.launch import Kernel, Launch, LaunchError, Output, Product, evaluat
 
 CUBINS = b"first" + b"second"
 KERNELS = {
-    "sm80": Kernel(entry="kernel", warps=4, shared=0, offset=0, size=5, sha256=hashlib.sha256(b"first").hexdigest()),
-    "sm89": Kernel(entry="kernel", warps=8, shared=65536, offset=5, size=6, sha256=hashlib.sha256(b"second").hexdigest()),
+    "sm80": Kernel(entry="kernel", warps=4, shared=0, offset=0, size=5, sha256=hashlib.sha256(b"first").hexdigest(), waits=False),
+    "sm90": Kernel(
+        entry="kernel", warps=8, shared=65536, offset=5, size=6, sha256=hashlib.sha256(b"second").hexdigest(), waits=True
+    ),
 }
 LAUNCH = Launch(
     op="Example",
@@ -55,7 +57,7 @@ def test_written_and_read_again():
 def test_cubin_by_architecture():
     assert [LAUNCH.cubin(CUBINS, sm) for sm in KERNELS] == [b"first", b"second"]
     with pytest.raises(
-        LaunchError, match=r"got a GPU of architecture sm87; this engine has kernels for sm80, sm89\. Build it again"
+        LaunchError, match=r"got a GPU of architecture sm87; this engine has kernels for sm80, sm90\. Build it again"
     ):
         LAUNCH.cubin(CUBINS, "sm87")
 
@@ -63,7 +65,7 @@ def test_cubin_by_architecture():
 @pytest.mark.parametrize("cubins", [b"firstseconD", b"firstsecon", b""])
 def test_changed_cubins(cubins):
     with pytest.raises(LaunchError, match="SHA-256"):
-        LAUNCH.cubin(cubins, "sm89")
+        LAUNCH.cubin(cubins, "sm90")
 
 
 deep = 0
@@ -89,6 +91,8 @@ BAD = {
     "product of one input": {"product": Product(rows=1, columns=1, depth=1), "kernels": {}, "inputs": ["fp16"]},
     "product with kernels": {"product": Product(rows=1, columns=1, depth=1), "inputs": ["fp16"] * 2},
     "product of no size": {"product": Product(rows=["dim", 9, 0], columns=1, depth=1), "inputs": ["fp16"] * 2, "kernels": {}},
+    "waits, as a number": {"kernels": {"sm80": replace(KERNELS["sm80"], waits=1)}},
+    "waits unsaid": {"kernels": {"sm80": replace(KERNELS["sm80"], waits=None)}},
     "empty cubin": {"kernels": {"sm80": replace(KERNELS["sm80"], size=0)}},
 }
 
@@ -99,8 +103,17 @@ def test_refused(changes):
         replace(LAUNCH, **changes)
 
 
-def edited(**changes):
-    return json.dumps({k: v for k, v in (json.loads(LAUNCH.to_json()) | changes).items() if v is not None}).encode()
+FIELDS = json.loads(LAUNCH.to_json())
+SM80 = FIELDS["kernels"]["sm80"]
+
+
+def edited(without=None, **changes):
+    return json.dumps({name: value for name, value in (FIELDS | changes).items() if name != without}).encode()
+
+
+def test_edited_alone_is_read():
+    """What is refused below is refused for its change."""
+    assert Launch.from_json(edited()) == LAUNCH
 
 
 @pytest.mark.parametrize(
@@ -114,12 +127,17 @@ def edited(**changes):
         b"[" * 100_000,
         edited(format=2),
         edited(grid=None),
+        edited(without="grid"),
+        edited(without="product"),
         edited(surprise=1),
         edited(kernels=[1]),
         edited(outputs=[{"type": "fp16"}]),
         edited(kernels={"sm80": {"entry": "kernel"}}),
-        edited(kernels={"sm80": json.loads(LAUNCH.to_json())["kernels"]["sm80"] | {"warps": "four"}}),
-        edited(kernels={"sm80": json.loads(LAUNCH.to_json())["kernels"]["sm80"] | {"warps": 4.0}}),
+        edited(kernels={"sm80": SM80 | {"warps": "four"}}),
+        edited(kernels={"sm80": SM80 | {"warps": 4.0}}),
+        edited(kernels={"sm80": SM80 | {"waits": 1}}),
+        edited(kernels={"sm80": SM80 | {"waits": None}}),
+        edited(kernels={"sm80": {name: value for name, value in SM80.items() if name != "waits"}}),
         edited(inputs=7),
         edited(args=7),
     ],

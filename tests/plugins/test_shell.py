@@ -14,10 +14,18 @@ from onnx import TensorProto, helper
 
 from engines import tensorrt
 from engines.tensorrt_library import logger
-from plugins import cublas_lt, linear, shell
+from plugins import cublas_lt, linear, shell, work
 from plugins.launch import Kernel, Launch, LaunchError, Output
 
-CUBINS = {"sm80": b"for 80", "sm89": b"for 89!"}
+CUBINS = {"sm80": b"for 80", "sm89": b"for 89!", "sm90": b"for 90"}
+SHARED = {"sm80": 49152, "sm89": 65536, "sm90": 1024}  # bytes
+
+
+def kernel(sm, *, warps, offset, waits=False):
+    digest = hashlib.sha256(CUBINS[sm]).hexdigest()
+    return Kernel(entry="run", warps=warps, shared=SHARED[sm], offset=offset, size=len(CUBINS[sm]), sha256=digest, waits=waits)
+
+
 LAUNCH = Launch(
     op="Example",
     inputs=["fp16", "fp16"],
@@ -25,8 +33,9 @@ LAUNCH = Launch(
     grid=[["mul", ["dim", 0, 0], 2], ["dim", 1, 0], 1],
     args=[["in", 1], ["out", 0], ["in", 0], ["i32", ["sub", ["dim", 0, 1], 10]], ["f32", 1e-15], ["null"]],
     kernels={
-        "sm80": Kernel(entry="run", warps=4, shared=49152, offset=0, size=6, sha256=hashlib.sha256(CUBINS["sm80"]).hexdigest()),
-        "sm89": Kernel(entry="run", warps=8, shared=65536, offset=6, size=7, sha256=hashlib.sha256(CUBINS["sm89"]).hexdigest()),
+        "sm80": kernel("sm80", warps=4, offset=0),
+        "sm89": kernel("sm89", warps=8, offset=6),
+        "sm90": kernel("sm90", warps=2, offset=13, waits=True),
     },
 )
 PAYLOAD = b"".join(CUBINS.values())
@@ -39,6 +48,8 @@ class Driver:
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
     )
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
+    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="early")
+    CUlaunchConfig = SimpleNamespace
 
     def __init__(self, capability=(8, 9), context=1, context_id=1):
         self.capability, self.context, self.context_id = capability, context, context_id
@@ -69,11 +80,23 @@ class Driver:
     def cuFuncSetAttribute(self, function, which, value):
         return self._answer((which, value))
 
-    def cuLaunchKernel(self, function, *numbers):
-        *grid_and_block, shared, stream, params, _extra = numbers
+    def CUlaunchAttribute(self):
+        return SimpleNamespace(value=SimpleNamespace())
+
+    def cuLaunchKernel(self, function, *numbers, attributes=()):
+        *grid_and_block, shared, stream, params, extra = numbers
+        assert (function, extra) == (f"function of {CUBINS['sm{}{}'.format(*self.capability)]!r}", 0)
         addresses = (ctypes.c_void_p * len(LAUNCH.args)).from_address(params)
         slots = [ctypes.string_at(address, 8) for address in addresses]
-        return self._answer(("launch", tuple(grid_and_block), shared, stream, slots))
+        return self._answer(("launch", tuple(grid_and_block), shared, stream, slots, dict(attributes)))
+
+    def cuLaunchKernelEx(self, config, function, params, extra):
+        grid_and_block = [getattr(config, f"{what}Dim{axis}") for what in ("grid", "block") for axis in "XYZ"]
+        attributes = [(each.id, vars(each.value)) for each in config.attrs]
+        assert len(attributes) == config.numAttrs
+        return self.cuLaunchKernel(
+            function, *grid_and_block, config.sharedMemBytes, config.hStream, params, extra, attributes=attributes
+        )
 
     def cuGetErrorName(self, code):
         return 0, b"CUDA_ERROR_OF_SOME_KIND"
@@ -90,10 +113,8 @@ def driver(monkeypatch):
     fake = Driver()
     monkeypatch.setattr(cuda.bindings, "driver", fake, raising=False)
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
-    monkeypatch.setattr(shell, "_functions", {})
-    shell._launch_kernel.cache_clear()
-    yield fake
-    shell._launch_kernel.cache_clear()
+    monkeypatch.setattr(work, "_functions", {})
+    return fake
 
 
 @pytest.fixture
@@ -114,35 +135,49 @@ def launches(driver):
     return [call for call in driver.calls if call[0] == "launch"]
 
 
-def test_launch(driver, plugin):
-    """Grid, block, shared memory, stream, and each argument's bits in its slot, in the kernel's order."""
+@pytest.mark.parametrize(
+    ("sm", "threads", "attributes"),
+    [("sm89", 256, {}), ("sm90", 64, {"early": {"programmaticStreamSerializationAllowed": 1}})],
+)
+def test_launch(driver, plugin, sm, threads, attributes):
+    """Grid, block, shared memory, stream, and each argument's bits in its slot, in the kernel's order.
+
+    A kernel that waits, and no other, may start before the one before it has ended.
+    """
+    driver.capability = int(sm[2]), int(sm[3])
     attached = plugin.attach_to_context(None)
-    assert driver.calls == [("load", CUBINS["sm89"]), ("function", b"run"), ("shared", 65536)]
+    asked = [("shared", 65536)] if sm == "sm89" else []
+    assert driver.calls == [("load", CUBINS[sm]), ("function", b"run"), *asked]
     inputs, outputs = descs((3, 9), (5,)), descs((3, 5))
     attached.on_shape_change(inputs, outputs)
     attached.enqueue(inputs, outputs, [0x7F0000000010, 0x20], [0x30], 0, 77)
-    (_, grid_and_block, shared, stream, slots) = launches(driver)[0]
-    assert (grid_and_block, shared, stream) == ((6, 5, 1, 256, 1, 1), 65536, 77)
+    (_, grid_and_block, shared, stream, slots, given) = launches(driver)[0]
+    assert (grid_and_block, shared, stream, given) == ((6, 5, 1, threads, 1, 1), SHARED[sm], 77, attributes)
     assert [struct.unpack("<Q", slots[i])[0] for i in (0, 1, 2, 5)] == [0x20, 0x30, 0x7F0000000010, 0]
     assert struct.unpack("<i", slots[3][:4])[0] == -1
     assert struct.unpack("<f", slots[4][:4])[0] == np.float32(1e-15)
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_shapes_change_between_launches(driver, plugin, told):
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_shapes_and_streams_change_between_launches(driver, plugin, told, capability):
     """Also if TensorRT launches without having said so."""
+    driver.capability = capability
     attached = plugin.attach_to_context(None)
     for batch, length in ((1, 12), (4, 30)):
         shapes = descs((batch, length), (1,))
         if told:
             attached.on_shape_change(shapes, descs((batch, length // 2)))
-        attached.enqueue(shapes, [], [16, 32], [48], 0, 0)
+        attached.enqueue(shapes, [], [16, 32], [48], 0, 70 + batch)
     assert [call[1][:3] for call in launches(driver)] == [(2, 1, 1), (8, 1, 1)]
+    assert [call[3] for call in launches(driver)] == [71, 74]
     assert [struct.unpack("<i", call[4][3][:4])[0] for call in launches(driver)] == [2, 20]
 
 
-def test_enqueue_only_launches(driver, plugin):
+@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
+def test_enqueue_only_launches(driver, plugin, capability):
     """No load, no attribute, no query: what a CUDA graph may record."""
+    driver.capability = capability
     attached = plugin.attach_to_context(None)
     attached.on_shape_change(descs((3, 9), (5,)), [])
     driver.calls.clear()
@@ -184,14 +219,16 @@ def raises(kind, message, call, *args):
 
 def test_what_goes_wrong(driver, plugin):
     driver.capability = (8, 7)
-    raises(LaunchError, r"got a GPU of architecture sm87; this engine has kernels for sm80, sm89", plugin.attach_to_context, None)
+    raises(
+        LaunchError, r"got a GPU of architecture sm87; this engine has kernels for sm80, sm89, sm90", plugin.attach_to_context, None
+    )
     driver.capability, driver.context = (8, 9), 0
-    raises(shell.DriverError, "no CUDA context is current", plugin.attach_to_context, None)
+    raises(work.DriverError, "no CUDA context is current", plugin.attach_to_context, None)
     driver.context = 1
     steps = {"load": "cuModuleLoadData of the sm89 cubin", "function": "cuModuleGetFunction", "shared": "65536 bytes"}
     for call, named in steps.items():
         driver.fails = {call: 200}
-        raises(shell.DriverError, f"Example: .*{named}.*CUDA_ERROR_OF_SOME_KIND: some kind", plugin.attach_to_context, None)
+        raises(work.DriverError, f"Example: .*{named}.*CUDA_ERROR_OF_SOME_KIND: some kind", plugin.attach_to_context, None)
     driver.fails = {}
     shapes = descs((3, 9), (5,))
     raises(LaunchError, "enqueued without a kernel", plugin.enqueue, shapes, [], [16, 32], [48], 0, 0)
@@ -201,7 +238,10 @@ def test_what_goes_wrong(driver, plugin):
     raises(LaunchError, "expected at most", attached.on_shape_change, descs((1, 1), (65536,)), [])
     raises(LaunchError, "multiples of 16 bytes", attached.enqueue, shapes, [], [16, 32], [56], 0, 0)
     driver.fails = {"launch": 1}
-    raises(shell.DriverError, r"cuLaunchKernel, grid \(6, 5, 1\), 256 threads", attached.enqueue, shapes, [], [16, 32], [48], 0, 0)
+    for driver.capability, words in (((8, 9), r"cuLaunchKernel, .* 256 threads"), ((9, 0), r"cuLaunchKernelEx, .* 64 threads")):
+        attached = plugin.attach_to_context(None)
+        words = words.replace(".*", r"grid \(6, 5, 1\),")
+        raises(work.DriverError, words, attached.enqueue, shapes, [], [16, 32], [48], 0, 0)
 
 
 def test_clone_and_serialized_fields(trt, plugin):
@@ -333,7 +373,7 @@ class Products:
 
 @pytest.fixture
 def linear_plugin(driver, trt, monkeypatch):
-    monkeypatch.setattr(shell.cublas_lt, "Product", Products)
+    monkeypatch.setattr(cublas_lt, "Product", Products)
     Products.made.clear()
     launch = Launch.from_json(linear.attributes("fp16", 3, 6, 8, bias=True)["launch"])
     return shell._classes(trt)[0](launch, b"")
@@ -350,7 +390,7 @@ def test_product(linear_plugin):
 
 def test_product_of_fp8(driver, trt, monkeypatch):
     """Bits and scales of both, then the bias."""
-    monkeypatch.setattr(shell.cublas_lt, "Product", Products)
+    monkeypatch.setattr(cublas_lt, "Product", Products)
     Products.made.clear()
     launch = Launch.from_json(linear.fp8_attributes(3, 16, 32, bias=True)["launch"])
     attached = shell._classes(trt)[0](launch, b"").attach_to_context(None)
