@@ -9,7 +9,7 @@ Shapes are small integer expressions in prefix form, so that neither Python nor 
 
 Fields of format 3, every one required, no others allowed:
 
-    format    2
+    format    3
     op        the op's name, for messages
     inputs    [TYPE, ...]                                  TYPE is one of TYPES
     outputs   [{"type": TYPE, "shape": [expression, ...]}, ...]

@@ -8,16 +8,22 @@ import torch
 import triton
 
 from engines.tensorrt import current_target
-from plugins import cross_attention, cubin, gated_depthwise_conv, qkv_linear_attention
+from plugins import cross_attention, cubin, fp8_quantize, gated_depthwise_conv, gated_sum, modulated_norm, qkv_linear_attention
 from plugins.launch import Launch
 from plugins.work import KernelWork
 
+NORM = modulated_norm.Variant(dim=1152, rows=(0, 1, 5), time_rows=6, gate_time_rows=6)
 STATE, APPLY = qkv_linear_attention.STATE, qkv_linear_attention.APPLY
 KERNELS = {
     "gate": lambda capability: gated_depthwise_conv.compile_cubin(capability, "fp16", 2240),
     "state": lambda capability: qkv_linear_attention.compile_cubin(STATE, capability, "fp16", 32, False),
     "apply": lambda capability: qkv_linear_attention.compile_cubin(APPLY, capability, "fp16", 32, False),
     "cross": lambda capability: cross_attention.compile_cubin(capability, "fp16", 300, 112),
+    "norm": lambda capability: modulated_norm.compile_cubin(capability, "fp16", NORM),
+}
+FP8 = {  # of SM 89 and later alone
+    "sum": lambda capability: gated_sum.compile_cubin(capability, 1152, 2, 6),
+    "quantize": lambda capability: fp8_quantize.compile_cubin(capability, "fp16", 1152),
 }
 GLOBAL = re.compile(r"\b(LD|ST|LDG|STG|LDGSTS|RED|REDG|ATOM|ATOMG|UTMALDG|UBLKCP)\b")  # what may reach global memory
 
@@ -28,15 +34,20 @@ def test_from_sm90_on(name):
     assert found == {80: False, 86: False, 89: False, 90: True, 100: True, 120: True}
 
 
+@pytest.mark.parametrize("name", FP8)
+def test_from_sm90_on_of_fp8(name):
+    assert {capability: FP8[name](capability).waits for capability in (89, 90, 120)} == {89: False, 90: True, 120: True}
+
+
 @pytest.mark.parametrize("capability", [90, 100, 120])
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", [*KERNELS, *FP8])
 def test_nothing_comes_before(tmp_path, name, capability):
     """Also after ptxas has put the instructions into its own order. ACQBULK is griddepcontrol.wait.
 
     On SM 100, a block takes its tensor memory before it waits, in branches; none leads past the wait.
     """
     path = tmp_path / "kernel.cubin"
-    path.write_bytes(KERNELS[name](capability).code)
+    path.write_bytes((KERNELS | FP8)[name](capability).code)
     disassembler = triton.knobs.nvidia.nvdisasm.path
     text = subprocess.run([disassembler, path], capture_output=True, text=True, check=True).stdout
     assert text.count("ACQBULK") == 1
