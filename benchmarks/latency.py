@@ -6,8 +6,9 @@
     python benchmarks/latency.py --accept RUN                                   # from now on, that run is what others are judged by
     python benchmarks/latency.py --report out/latency.html                      # everything under benchmarks/history as one page
 
-Correctness first, by the bundle's own golden inputs; and where engines run beside a checkpoint, at every size: their error against
-PyTorch in fp32 may be at most twice that of PyTorch at their precision. If it is more, nothing is timed and the exit code is 1.
+Correctness first, by the bundle's own golden inputs; and where engines run beside a checkpoint, at every size and batch: their
+error against PyTorch in fp32 may be at most twice that of PyTorch at their precision. If it is more, nothing is timed, and the exit
+code is 1.
 Each peer is held to the same. Then every component, and pictures from prompt to PNG, by turns with a GEMM and the peers
 (latency_timing.py). Each run is appended to benchmarks/history. --record appends figures to benchmarks/results/figures.jsonl; of an
 fp16 bundle and a quantised one of the same model (--bundle A B) also step_ratio_FORMAT, a step's time of fp16's.

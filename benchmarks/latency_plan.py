@@ -18,10 +18,10 @@ from torch import Tensor
 from apps.cli.inspect import read_quantization
 from engines.bundle import Bundle
 from engines.errors import BundleError
-from engines.spec import QUANTIZED, Precision
+from engines.spec import QUANTIZED, ComponentName, Precision
 from sana_ref.quantization import Format, LayerPlan, QuantizationPlan, group_of, groups_of
 
-__all__ = ["bundle_plan"]
+__all__ = ["bundle_plan", "has_narrow_weights"]
 
 # Numbers of weights: suffix of their name, type, format. The portable graph has two numbers of NVFP4 a byte.
 _NUMBERS: dict[tuple[str, int], Format] = {
@@ -48,6 +48,12 @@ def bundle_plan(bundle: Bundle, parameters: Iterable[str], device: str = "cpu") 
     report = read_quantization(bundle)
     formats = dict.fromkeys(groups_of(parameters), "fp8") if report is None else report.formats
     return QuantizationPlan(layers={group: LayerPlan(format="fp8") for group, kind in formats.items() if kind == Precision.FP8})
+
+
+def has_narrow_weights(bundle: Bundle, component: ComponentName) -> bool:
+    """Whether its portable graph stores weights in 4 or 8 bits."""
+    nodes = onnx.load(bundle.onnx_path(component), load_external_data=False).graph.node
+    return any(node.op_type == "DequantizeLinear" for node in nodes)
 
 
 def _of_graph(bundle: Bundle, device: str) -> QuantizationPlan:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.figures import ROOT
 from benchmarks.latency_check import Limits, Verdict, compare
@@ -24,13 +24,14 @@ from engines.spec import ComponentName
 from runtime import SanaEngine
 
 if TYPE_CHECKING:
+    from engines.parity_report import ErrorStats
     from sana_ref.checkpoint import Checkpoint
 
 __all__ = ["TINY", "Session", "has_gpu", "judge", "row", "tiny_bundle"]
 
 TINY, TINY_BUNDLE = ROOT / "models" / "sana-tiny", ROOT / "out" / "sana-tiny"
 BUSY_PERCENT = 5.0  # caches that are shared with others slow a GEMM and a model differently: by up to 4 % as measured
-CHECKED: tuple[ComponentName, ...] = ("denoiser", "decoder")  # against PyTorch in the same run
+CHECKED: tuple[ComponentName, ...] = ("text_encoder", "denoiser", "decoder")  # against PyTorch in the same run
 
 
 def asked_sizes(options: argparse.Namespace, engine: SanaEngine) -> list[tuple[int, int]]:
@@ -50,27 +51,32 @@ def works(options: argparse.Namespace, engine: SanaEngine) -> Iterator[Work]:
 
 
 def complaints(
-    engine: SanaEngine, checkpoint: Checkpoint | None, sizes: Sequence[tuple[int, int]], components: Sequence[str] = CHECKED
-) -> tuple[list[str], dict[str, Any]]:
-    """What is not exact enough: by the bundle's golden inputs and, on a GPU with a checkpoint, by PyTorch at every size.
+    engine: SanaEngine, checkpoint: Checkpoint | None, works: Sequence[Work]
+) -> tuple[list[str], dict[str, dict[str, ErrorStats]]]:
+    """What is not exact enough: by the bundle's golden inputs and, on a GPU with a checkpoint, by PyTorch for each of the works. A
+    text encoder in 4 or 8 bits has its golden inputs alone.
 
-    And the errors by component, of the first size.
+    And the errors by component, of the first size and the smallest batch.
     """
     from benchmarks.latency_parity import engine_errors, golden_complaints
+    from benchmarks.latency_plan import has_narrow_weights
     from engines.parity_report import bound_from, check_size
 
     wrong = golden_complaints(engine)
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, ErrorStats]] = {}
     if checkpoint is None or engine.backend != "tensorrt":
         return wrong, found
-    for width, height in dict.fromkeys(sizes):
-        for component in (each for each in CHECKED if each in components):
-            inputs = graph_inputs(engine, Work(component=component, width=width, height=height, batch=1))
-            errors = engine_errors(engine, component, checkpoint, inputs)
-            found.setdefault(component, errors)
-            wrong += [
-                f"{component}, {width} x {height}: {text}" for text in check_size(errors["engine"], bound_from(errors["pytorch"]))
-            ]
+    for work in sorted(works, key=lambda each: each.batch):
+        component = next((each for each in CHECKED if each == work.component), None)
+        if component is None or (component == "text_encoder" and has_narrow_weights(engine.bundle, component)):
+            continue
+        errors = engine_errors(engine, component, checkpoint, graph_inputs(engine, work))
+        found.setdefault(component, errors)
+        size = f"{work.width} tokens" if component == "text_encoder" else f"{work.width} x {work.height}"
+        wrong += [
+            f"{component}, {size}, batch {work.batch}: {text}"
+            for text in check_size(errors["engine"], bound_from(errors["pytorch"]))
+        ]
     print(json.dumps({name: {who: e.model_dump() for who, e in rows.items()} for name, rows in found.items()}))
     return wrong, found
 
@@ -138,18 +144,19 @@ class Session:
         with self.open() as engine:
             if gpu and engine.backend != "tensorrt":
                 bench = self.bench(False)
-            for work in works(self.options, engine):  # before hours may pass
+            asked = list(works(self.options, engine))
+            for work in asked:  # before hours may pass
                 work.check(engine)
             self.check_model(engine)
             if self.options.record and engine.backend != "tensorrt":
                 raise RequestError(
                     f"--record: got {engine.backend}; figures are of engines beside a --model. benchmarks/picture.py is for CPUs."
                 )
-            wrong, errors = complaints(engine, self.checkpoint, asked_sizes(self.options, engine), self.options.components)
+            wrong, errors = complaints(engine, self.checkpoint, asked)
             if wrong:
                 print("\n".join(["the engine is not exact enough; nothing is timed", *wrong]))
                 return 1, []
-            for work in works(self.options, engine):
+            for work in asked:
                 records.append((work, measure(engine, work, bench, self.plan, self.checkpoint)))
                 print(row(records[-1][1]), flush=True)
             self.records = [found for _, found in records]
@@ -183,7 +190,7 @@ class Session:
             bench.kernels = Profiler(gpu=gpu, num_threads=self.options.threads)
         return bench
 
-    def record(self, engine: SanaEngine, records: Sequence[Record], errors: dict[str, Any]) -> bool:
+    def record(self, engine: SanaEngine, records: Sequence[Record], errors: dict[str, dict[str, ErrorStats]]) -> bool:
         assert self.checkpoint is not None  # latency.py asks for --model
         options = self.options
         return record_figures(
