@@ -1,10 +1,12 @@
 """Time of each kernel of a component, beside the least that its arithmetic and its traffic could take.
 
 - In ONNX Runtime: its own profile, which knows every node's shapes, so FLOPs and bytes are known.
-- In TensorRT: a profiler (IProfiler) on a second context of the same engine, so that the first stays as fast as it is, and shapes
-  from the engine inspector. FLOPs are known of layers with weights of their own; a plugin's are not. The GPU is kept waiting until
-  all layers are queued: else each one's time has the host's launch of the next in it, five times a step's of Sana-1.6B in all.
-- Where TensorRT's profiler says nothing: CUPTI, through torch.profiler. Names and times alone.
+- In TensorRT, on a second context of the same engine, so that the first stays as fast as it is, of two the one that knows FLOPs of
+  more of the time:
+  - CUPTI, through torch.profiler: all kernels. FLOPs and bytes are known of plugins' (plugin_costs.py).
+  - TensorRT's own profiler (IProfiler), with shapes from the engine inspector. FLOPs are known of layers with weights of their own.
+    The GPU is kept waiting until all layers are queued: else each one's time has the host's launch of the next in it, five times a
+    step's of Sana-1.6B in all.
 
 What the machine can do is measured in the same run: the rate of the fastest of a few GEMMs, and of a copy.
 """
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any, cast
 from benchmarks.latency_history import Kernel, Kernels
 from benchmarks.latency_work import Arrays, Work, graph_inputs
 from benchmarks.latency_yardstick import CPU_GEMM, GPU_GEMM, copy_rate, gemm_rate
+from benchmarks.plugin_costs import attributed, launches
 from engines.spec import ComponentName
 from runtime.token_table import TokenTable
 
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Profiler", "layer_cost", "node_cost", "ort_kernels", "trt_kernels"]
 
 MOST = 40  # kernels in a record
+NO_KERNELS = "not there: TensorRT's profiler said nothing, and PyTorch sees no GPU"
 GPU_GEMMS = (GPU_GEMM, (8192, 8192, 8192))
 CPU_GEMMS = (CPU_GEMM, (256, 256, 256), (256, 1024, 256))  # those whose operands stay in a cache are faster
 RUNS = 5
@@ -143,11 +147,13 @@ def trt_kernels(session: Any, inputs: Arrays, *, runs: int = RUNS) -> tuple[list
             second.launch(addresses)
             cuda.synchronize()
 
+        seen = _cupti(call, runs)
         times = _profiled(library.module, second._context, call, runs, cuda.stream)
-        if times:
-            layers = _layers(library.module, second)
-            return [_layer(name, ms, layers.get(name, {})) for name, ms in times.items()], "layers, by TensorRT's profiler"
-        return _cupti(call, runs)
+        layers = _layers(library.module, second) if times else {}
+        profiled = [_layer(name, ms, layers.get(name, {})) for name, ms in times.items()]
+        if _known(seen) > _known(profiled) or not profiled:
+            return seen, "kernels, by CUPTI through torch.profiler" if seen else NO_KERNELS
+        return profiled, "layers, by TensorRT's profiler"
     finally:
         cuda.synchronize()
         for slot in slots.values():
@@ -226,19 +232,23 @@ def layer_cost(layer: Mapping[str, Any]) -> tuple[int, int]:
     return 2 * count * math.prod(out) // max(channels, 1), size + count * (2 if "half" in words or "16" in words else 4)
 
 
-def _cupti(call: Callable[[], None], runs: int) -> tuple[list[Kernel], str]:
+def _known(kernels: Sequence[Kernel]) -> float:
+    """Milliseconds of those whose FLOPs are known."""
+    return sum(kernel.ms for kernel in kernels if kernel.flops)
+
+
+def _cupti(call: Callable[[], None], runs: int) -> list[Kernel]:
+    """None if PyTorch sees no GPU."""
     import torch
 
     if not torch.cuda.is_available():
-        return [], "not there: TensorRT's profiler said nothing, and PyTorch sees no GPU"
+        return []
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    call()
+    with launches() as launched, profile(activities=[ProfilerActivity.CUDA]) as profiler:
         for _ in range(runs):
             call()
-    found = [
-        Kernel(name=str(row.key)[:300], kind="", ms=row.self_device_time_total / 1000 / runs, flops=0, bytes=0)
-        for row in profiler.key_averages()
-        if row.self_device_time_total > 0
-    ]
-    return found, "kernels, by CUPTI through torch.profiler: times alone, for TensorRT's profiler said nothing"
+    events = [event for event in profiler.events() or () if event.device_type.name == "CUDA"]
+    events.sort(key=lambda event: event.time_range.start)
+    return attributed([(str(event.name), event.time_range.elapsed_us() / 1000) for event in events], launched, runs)

@@ -115,7 +115,7 @@ class Arguments:
 
 
 class KernelWork:
-    """A node's kernel, loaded for the current CUDA context's device, with its arguments."""
+    """A node's kernel, loaded for the current CUDA context's device, with its arguments. dims: that it is prepared for."""
 
     workspace = 0  # bytes
 
@@ -123,19 +123,20 @@ class KernelWork:
         """Raises as _load."""
         from cuda.bindings import driver
 
-        self._launch, self._arguments, self._driver = launch, Arguments(launch), driver
-        self._function, self._kernel = _load(launch, cubins)
-        self._threads = WARP * self._kernel.warps
+        self.launch, self._arguments, self._driver = launch, Arguments(launch), driver
+        self._function, self.kernel = _load(launch, cubins)
+        self._threads = WARP * self.kernel.warps
         self._grid: tuple[int, ...] = (0, 0, 0)
+        self.dims: list[tuple[int, ...]] = []
         self._config: Any = None  # of a kernel that waits
 
     def prepare(self, dims: list[tuple[int, ...]]) -> None:
-        grid = tuple(evaluate(expression, dims) for expression in self._launch.grid)
+        grid = tuple(evaluate(expression, dims) for expression in self.launch.grid)
         if any(not 0 <= size <= limit for size, limit in zip(grid, MAX_GRID, strict=True)):
-            raise LaunchError(f"{self._launch.op}: got shapes {dims}, a grid of {grid}; expected at most {MAX_GRID}")
+            raise LaunchError(f"{self.launch.op}: got shapes {dims}, a grid of {grid}; expected at most {MAX_GRID}")
         self._arguments.set_shapes(dims)
-        self._grid = grid
-        if self._kernel.waits:
+        self._grid, self.dims = grid, dims
+        if self.kernel.waits:
             self._config = self._early_config()
 
     def _early_config(self) -> Any:
@@ -145,7 +146,7 @@ class KernelWork:
         attribute.value.programmaticStreamSerializationAllowed = 1
         config.gridDimX, config.gridDimY, config.gridDimZ = self._grid
         config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
-        config.sharedMemBytes = self._kernel.shared
+        config.sharedMemBytes = self.kernel.shared
         config.attrs, config.numAttrs = [attribute], 1
         return config
 
@@ -153,7 +154,7 @@ class KernelWork:
         if 0 in self._grid:
             return  # an empty tensor; CUDA refuses an empty grid
         self._arguments.set_addresses(inputs, outputs)
-        at, shared = self._arguments.at, self._kernel.shared
+        at, shared = self._arguments.at, self.kernel.shared
         if self._config is None:
             call = "cuLaunchKernel"
             result = self._driver.cuLaunchKernel(self._function, *self._grid, self._threads, 1, 1, shared, stream, at, 0)
@@ -162,11 +163,11 @@ class KernelWork:
             self._config.hStream = stream
             result = self._driver.cuLaunchKernelEx(self._config, self._function, at, 0)
         if int(result[0]):
-            _ok(result, f"{self._launch.op}: {call}, grid {self._grid}, {self._threads} threads, {shared} bytes shared")
+            _ok(result, f"{self.launch.op}: {call}, grid {self._grid}, {self._threads} threads, {shared} bytes shared")
 
 
 class ProductWork:
-    """A node's matrix product through cuBLASLt."""
+    """A node's matrix product through cuBLASLt. dims: that it is prepared for."""
 
     workspace = cublas_lt.WORKSPACE
 
@@ -175,7 +176,8 @@ class ProductWork:
         from cuda.bindings import driver
 
         context = _ok(driver.cuCtxGetCurrent(), "cuCtxGetCurrent")
-        self._op, self._sizes, self._empty = launch.op, product, True
+        self.launch, self._op, self._sizes, self._empty = launch, launch.op, product, True
+        self.dims: list[tuple[int, ...]] = []
         self._scaled = launch.inputs[0] == "int8"
         self._biased = len(launch.inputs) == (5 if self._scaled else 3)
         dtype = "fp8" if self._scaled else launch.inputs[0]
@@ -187,7 +189,7 @@ class ProductWork:
         expected = [(*dims[0][:-1], depth), (columns, depth), *scales, *([(columns,)] if self._biased else [])]
         if dims != expected:
             raise LaunchError(f"{self._op}: got shapes {dims}; expected {expected}")
-        self._empty = 0 in (rows, columns, depth)
+        self._empty, self.dims = 0 in (rows, columns, depth), dims
         if not self._empty:
             self._product.prepare(rows, columns, depth)
 

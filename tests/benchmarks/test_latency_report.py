@@ -233,6 +233,9 @@ def test_layers_by_tensorrts_profiler(engine: SanaEngine, monkeypatch: pytest.Mo
     monkeypatch.setattr(FakeEngine, "create_execution_context", make_context)
     monkeypatch.setattr(FakeEngine, "create_engine_inspector", lambda self: Inspector(), raising=False)
     object.__setattr__(session._tensorrt, "module", module)
+    monkeypatch.setattr(
+        latency_kernels, "_cupti", lambda call, runs: [Kernel(name="mix_kernel", kind="", ms=1.0, flops=0, bytes=8)]
+    )
     found, why = trt_kernels(session, fake_inputs("denoiser"), runs=2)
     assert why == "layers, by TensorRT's profiler"
     assert order == ["run", "run", *2 * ["held True, True", "profiled"]]
@@ -240,6 +243,10 @@ def test_layers_by_tensorrts_profiler(engine: SanaEngine, monkeypatch: pytest.Mo
         ("mix", "Convolution", 0.5, 8),
         ("tanh", "", 0.25, 0),
     ]
+    own = Kernel(name="mix_kernel", kind="Mix", ms=0.4, flops=8, bytes=8)
+    monkeypatch.setattr(latency_kernels, "_cupti", lambda call, runs: [own])
+    found, why = trt_kernels(session, fake_inputs("denoiser"), runs=2)
+    assert (found, why) == ([own], "kernels, by CUPTI through torch.profiler")  # the one that knows FLOPs
     assert len(cuda.allocations) == held
     np.testing.assert_equal(session.run(fake_inputs("denoiser"))["prediction"].shape, (1, 4, 4, 6))
 
