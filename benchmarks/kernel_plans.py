@@ -4,21 +4,24 @@
 
 For each kernel, at sizes of Sana-1.6B and 0.6B and of DC-AE's decoder: milliseconds in a CUDA graph of every plan that fits, the
 best ones and the source's printed. The constants at the top of each file in plugins/ come from such a run; change them where
-another plan is better at most sizes. Beside the convolution stands cuDNN's, of PyTorch's choice.
+another plan is better at most sizes. Beside the convolution stands cuDNN's, of PyTorch's choice. --out is written after each
+kernel; a call that finds there what was measured of this code on this machine goes on behind it.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import triton
 
-from benchmarks.figures import machine, versions, write_result
+from benchmarks.figures import commit, machine, versions, write_result
 from benchmarks.graph_timing import graph_ms
 from benchmarks.writable import writable_file
 from plugins import (
@@ -285,6 +288,22 @@ def measured(case: Case) -> dict[str, Any]:
     }
 
 
+def measure(names: Iterable[str], out: Path | None) -> None:
+    """Cases of CASES, written to `out` one after the other, but for those that it has."""
+    head = {"machine": machine(), "versions": versions(), "commit": commit()}
+    before = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
+    found = before.get("kernels", []) if {key: before.get(key) for key in head} == head else []
+    done = {row["kernel"] for row in found}
+    for case in (case for name in names for case in CASES[name]()):
+        if case.name in done:
+            continue
+        found.append(measured(case))
+        best = "; ".join(str(row) for row in found[-1]["plans"][:BEST])
+        print(f"{case.name}: source {found[-1]['source']}; best {best}; {found[-1]['peers']}", flush=True)
+        if out is not None:
+            write_result(out, head | {"kernels": found})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default=",".join(CASES), help="some of them, joined by commas")
@@ -295,14 +314,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         parser.error("got no GPU; expected one: plans are measured")
     torch.backends.cudnn.benchmark = True
-    found = []
-    for name in options.kernels.split(","):
-        for case in CASES[name]():
-            found.append(measured(case))
-            best = "; ".join(str(row) for row in found[-1]["plans"][:BEST])
-            print(f"{case.name}: source {found[-1]['source']}; best {best}; {found[-1]['peers']}", flush=True)
-    if options.out:
-        write_result(options.out, {"machine": machine(), "versions": versions(), "kernels": found})
+    measure(options.kernels.split(","), options.out)
     return 0
 
 

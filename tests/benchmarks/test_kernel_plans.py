@@ -20,6 +20,32 @@ def test_refused(monkeypatch, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_call_goes_on_behind_what_was_measured(monkeypatch, tmp_path):
+    out, measured, stop = tmp_path / "plans.json", [], {"second"}
+
+    def measure_one(case):
+        if case.name in stop:
+            raise KeyboardInterrupt
+        measured.append(case.name)
+        return {"kernel": case.name, "source": {}, "peers": {}, "plans": []}
+
+    def cases():
+        for name in ("first", "second"):
+            yield kernel_plans.Case(name, [], lambda plan: lambda: None, {})
+
+    monkeypatch.setattr(kernel_plans, "measured", measure_one)
+    monkeypatch.setattr(kernel_plans, "CASES", {"kernel": cases})
+    with pytest.raises(KeyboardInterrupt):
+        kernel_plans.measure(["kernel"], out)
+    stop.clear()
+    kernel_plans.measure(["kernel"], out)
+    assert measured == ["first", "second"]
+    assert [row["kernel"] for row in json.loads(out.read_text())["kernels"]] == ["first", "second"]
+    monkeypatch.setattr(kernel_plans, "commit", lambda: "another")
+    kernel_plans.measure(["kernel"], out)
+    assert measured == ["first", "second", "first", "second"]
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
