@@ -93,11 +93,8 @@ def kernel(
     PADDED_L: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WAIT: tl.constexpr = False,
 ):
     """out_scale: None, or out is in 8 bits; out_scales: None, or it has scales."""
-    if WAIT:
-        tl.extra.cuda.gdc_wait()
     first, head, picture = tl.program_id(0) * BLOCK_M, tl.program_id(1), tl.program_id(2)
     heads, pictures = tl.num_programs(1), tl.num_programs(2)
     m, d = tl.arange(0, BLOCK_M), tl.arange(0, FIRST_D)

@@ -21,23 +21,17 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120, 121)  # what the ptxas that comes with
 MAX_SHARED = 99 * 1024  # bytes a block may have on SM 86, 89 and 120, the smallest of them
 _MORE_SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # CUDA's programming guide, "Technical Specifications"
 TYPES = ("fp16", "bf16", "fp32")
-WAITS_FROM = 90  # the first SM with griddepcontrol (PTX ISA, "griddepcontrol")
-_WAIT = "griddepcontrol.wait"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cubin:
-    """A kernel for one architecture. shared: bytes of dynamic shared memory. params: how many it takes, Triton's own included.
-
-    waits: it begins by waiting for the kernel before it, and may be launched before that one has ended.
-    """
+    """A kernel for one architecture. shared: bytes of dynamic shared memory. params: how many it takes, Triton's own included."""
 
     code: bytes
     entry: str
     warps: int
     shared: int
     params: int
-    waits: bool
 
 
 def check_type(op: str, dtype: str) -> None:
@@ -65,18 +59,11 @@ def compile_cubin(
     """For an SM such as 89. No GPU needed; about 0.4 s.
 
     signature: Triton's type of each argument, "constexpr" for those in `constants`. aligned: arguments that are multiples of 16,
-    as the plugin checks of pointers. A kernel's parameter WAIT is set here. The same arguments and Triton version give the same
-    bytes, on any machine and from any folder.
+    as the plugin checks of pointers. The same arguments and Triton version give the same bytes, on any machine and from any folder.
     Raises ValueError for a capability that is not in CAPABILITIES.
     """
     if capability not in CAPABILITIES:
         raise ValueError(f"{op}: got target sm{capability}; expected one of {', '.join(f'sm{c}' for c in CAPABILITIES)}")
-    # A kernel with a parameter WAIT begins with griddepcontrol.wait where the architecture has it. Its launch then allows the GPU
-    # to prepare it before the kernel before it has ended (programmatic stream serialization), and on an H200 it starts 0.4 to
-    # 0.5 us sooner. Whether a kernel waits is read from the PTX and never said by hand: one that was launched so and did not wait
-    # would read what is not written yet.
-    if "WAIT" in kernel.arg_names:
-        signature, constants = {**signature, "WAIT": "constexpr"}, {**constants, "WAIT": capability >= WAITS_FROM}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
     source = triton.compiler.ASTSource(kernel, dict(signature), dict(constants), attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
@@ -91,22 +78,17 @@ def compile_cubin(
             f"scratch, {meta.num_ctas} blocks a cluster; expected at most {limit}, 0 and 1. Triton {triton.__version__} needs "
             "another plan()"
         )
-    ptx = compiled.asm["ptx"]
-    header = re.search(rf"\.entry {meta.name}\((.*?)\)", ptx, re.DOTALL)
+    header = re.search(rf"\.entry {meta.name}\((.*?)\)", compiled.asm["ptx"], re.DOTALL)
     if header is None:
         raise RuntimeError(
             f"{op}, sm{capability}: Triton's PTX has no entry {meta.name!r}; this Triton version is not known to work"
         )
-    before, wait, _ = ptx[header.end() :].partition(_WAIT)
-    if wait and re.search(r"\.global|\bbra\b", before):
-        raise RuntimeError(f"{op}, sm{capability}: got PTX that reads, writes or branches before {_WAIT}; expected it to begin so")
     return Cubin(
         code=compiled.asm["cubin"],
         entry=meta.name,
         warps=meta.num_warps,
         shared=meta.shared,
         params=header[1].count(".param"),
-        waits=bool(wait),
     )
 
 
@@ -136,7 +118,6 @@ def attributes(
             offset=len(payload),
             size=len(cubin.code),
             sha256=hashlib.sha256(cubin.code).hexdigest(),
-            waits=cubin.waits,
         )
         payload += cubin.code
         num_params.add(cubin.params)

@@ -84,10 +84,8 @@ def write_bits(bits, row, part, inverse, START: tl.constexpr, SIZE: tl.constexpr
 
 
 @triton.jit
-def quantize_kernel(x, bits, scale, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, WAIT: tl.constexpr = False):
+def quantize_kernel(x, bits, scale, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
     """A program: one row."""
-    if WAIT:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)  # int64: 64 images of 4096 px pass 2**31 elements
     head, largest = _loaded(x, row, 0, HEAD, D)
     if TAIL > 0:

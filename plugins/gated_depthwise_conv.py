@@ -163,14 +163,11 @@ def gate_kernel(
     inner: tl.constexpr,
     C: tl.constexpr,
     BACKWARD: tl.constexpr,
-    WAIT: tl.constexpr = False,
 ):
     """out: y (B, H, W, E); if BACKWARD, the gradient of the convolution's result (B, H, W, 2E). rows: of a program.
 
     out_scale: None, or y is in 8 bits; out_scales: None, or it has scales.
     """
-    if WAIT:
-        tl.extra.cuda.gdc_wait()
     channels_C = tl.program_id(0) * C + tl.arange(0, C)
     live_C = channels_C < inner
     num_strips = tl.cdiv(width, 4)

@@ -91,11 +91,8 @@ def sum_kernel(
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
-    WAIT: tl.constexpr = False,
 ):
     """A program: one token."""
-    if WAIT:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)  # int64: 64 images of 4096 px pass 2**31 elements
     image = tl.program_id(0) // tokens
     head, largest = _summed(x, branch, time, table, image, row, ROW, ROWS, 0, HEAD, D)

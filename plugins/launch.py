@@ -7,18 +7,16 @@ Shapes are small integer expressions in prefix form, so that neither Python nor 
     expression   7 | ["dim", INPUT, AXIS] | [OPERATION, expression, expression]
     OPERATION    add  sub  mul  floordiv  ceildiv  min  max      (the operations that TensorRT has on dimensions)
 
-Fields of format 3, every one required, no others allowed:
+Fields of format 2, every one required, no others allowed:
 
-    format    3
+    format    2
     op        the op's name, for messages
     inputs    [TYPE, ...]                                  TYPE is one of TYPES
     outputs   [{"type": TYPE, "shape": [expression, ...]}, ...]
     grid      [expression, expression, expression]         thread blocks
     args      [["in", i] | ["out", i] | ["i32", expression] | ["f32", number] | ["null"], ...]   in the kernel's order;
               "null" is a pointer that is 0 (Triton kernels end with two, for scratch memory that ours do not use)
-    kernels   {"sm89": {"entry", "warps", "shared" (bytes), "offset", "size" (bytes, in cubins), "sha256", "waits"}, ...}
-              waits: true, and the kernel begins with griddepcontrol.wait, so it is launched with the attribute
-              CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION, or false, and it must not be
+    kernels   {"sm89": {"entry", "warps", "shared" (bytes), "offset", "size" (bytes, in cubins), "sha256"}, ...}
     product   null; or {"rows", "columns", "depth"}, expressions each: no kernel is launched, but cuBLASLt multiplies the inputs
               x (rows, depth), weight (columns, depth) and, if there is a third, adds bias (columns,); grid and args are unused.
               Where x and weight are int8, they are the bits of FP8 (e4m3), and two fp32 inputs follow them: the scales of x's rows
@@ -37,7 +35,7 @@ from typing import Any
 
 __all__ = ["FORMAT", "TYPES", "Expression", "Kernel", "Launch", "LaunchError", "Output", "Product", "evaluate"]
 
-FORMAT = 3
+FORMAT = 2
 TYPES = ("fp32", "fp16", "bf16", "fp8", "int32", "int64", "int8", "uint8", "bool")  # fp8: e4m3
 PRODUCTS: dict[tuple[str, ...], str] = {  # types of the inputs, without a bias, and of the output, which a bias shares
     ("fp32", "fp32"): "fp32",
@@ -66,10 +64,7 @@ class LaunchError(ValueError):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kernel:
-    """One architecture's cubin. offset and size in bytes of the node's `cubins`; shared in bytes of dynamic shared memory.
-
-    waits: the kernel itself waits for the one before it (plugins/cubin.py).
-    """
+    """One architecture's cubin. offset and size in bytes of the node's `cubins`; shared in bytes of dynamic shared memory."""
 
     entry: str
     warps: int
@@ -77,7 +72,6 @@ class Kernel:
     offset: int
     size: int
     sha256: str
-    waits: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,12 +116,8 @@ class Launch:
         for sm, kernel in self.kernels.items():
             counts = (kernel.warps, kernel.shared, kernel.offset, kernel.size)
             whole = all(type(count) is int and 0 <= count < 2**31 for count in counts)
-            whole = whole and type(kernel.waits) is bool
             if not whole or kernel.size == 0 or not 1 <= kernel.warps <= 32 or not kernel.entry:
-                raise LaunchError(
-                    f"{self.op}, {sm}: got {kernel}; expected whole numbers, 1 to 32 warps, a cubin, an entry, and waits true or "
-                    "false"
-                )
+                raise LaunchError(f"{self.op}, {sm}: got {kernel}; expected whole numbers, 1 to 32 warps, a cubin and an entry")
 
     def _check_arg(self, arg: list[Any]) -> None:
         match arg:

@@ -120,11 +120,8 @@ def norm_kernel(
     D: tl.constexpr,
     HEAD: tl.constexpr,
     TAIL: tl.constexpr,
-    WAIT: tl.constexpr = False,
 ):
     """A program: one token. GATE: a row, or -1 for none. normed_scale and out_scale: None, or normed has such scales."""
-    if WAIT:
-        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)  # int64: 64 images of 4096 px pass 2**31 elements
     image = tl.program_id(0) // tokens
     head = _summed(x, branch, gate_time, gate_table, image, row, GATE, GATE_TIME_ROWS, 0, HEAD, D)

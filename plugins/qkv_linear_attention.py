@@ -91,11 +91,8 @@ def state_kernel(
     D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    WAIT: tl.constexpr = False,
 ):
     """A program: one head of an image, n_part tokens."""
-    if WAIT:
-        tl.extra.cuda.gdc_wait()
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row = 3 * heads * D
     d = tl.arange(0, D)
@@ -138,11 +135,8 @@ def apply_kernel(
     BLOCK_N: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
-    WAIT: tl.constexpr = False,
 ):
     """A program: one head of an image, n_tile tokens. out_scale: None, or out is in 8 bits; out_scales: None, or it has scales."""
-    if WAIT:
-        tl.extra.cuda.gdc_wait()
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     d = tl.arange(0, D)
     tokens, row = image.to(tl.int64) * n_tokens, 3 * heads * D

@@ -1,8 +1,5 @@
 """What a node does when it runs: a kernel that the CUDA driver launches, or a product that cuBLASLt computes.
 
-A kernel that itself waits for the one before it (plugins/cubin.py) is launched with programmatic stream serialization, and starts
-0.4 to 0.5 us sooner on an H200, also in a CUDA graph. After what is no kernel, such as a memset, CUDA starts it as any other.
-
 plugins/cpp/work.cpp has the same classes. Needs numpy and cuda-bindings, never Triton or PyTorch.
 """
 
@@ -128,7 +125,6 @@ class KernelWork:
         self._threads = WARP * self.kernel.warps
         self._grid: tuple[int, ...] = (0, 0, 0)
         self.dims: list[tuple[int, ...]] = []
-        self._config: Any = None  # of a kernel that waits
 
     def prepare(self, dims: list[tuple[int, ...]]) -> None:
         grid = tuple(evaluate(expression, dims) for expression in self.launch.grid)
@@ -136,34 +132,15 @@ class KernelWork:
             raise LaunchError(f"{self.launch.op}: got shapes {dims}, a grid of {grid}; expected at most {MAX_GRID}")
         self._arguments.set_shapes(dims)
         self._grid, self.dims = grid, dims
-        if self.kernel.waits:
-            self._config = self._early_config()
-
-    def _early_config(self) -> Any:
-        """A CUlaunchConfig that lets the kernel start before the one before it has ended; a launch sets the stream."""
-        attribute, config = self._driver.CUlaunchAttribute(), self._driver.CUlaunchConfig()
-        attribute.id = self._driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config.gridDimX, config.gridDimY, config.gridDimZ = self._grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = self._threads, 1, 1
-        config.sharedMemBytes = self.kernel.shared
-        config.attrs, config.numAttrs = [attribute], 1
-        return config
 
     def queue(self, inputs: list[int], outputs: list[int], workspace: int, stream: int) -> None:
         if 0 in self._grid:
             return  # an empty tensor; CUDA refuses an empty grid
         self._arguments.set_addresses(inputs, outputs)
         at, shared = self._arguments.at, self.kernel.shared
-        if self._config is None:
-            call = "cuLaunchKernel"
-            result = self._driver.cuLaunchKernel(self._function, *self._grid, self._threads, 1, 1, shared, stream, at, 0)
-        else:
-            call = "cuLaunchKernelEx"
-            self._config.hStream = stream
-            result = self._driver.cuLaunchKernelEx(self._config, self._function, at, 0)
+        result = self._driver.cuLaunchKernel(self._function, *self._grid, self._threads, 1, 1, shared, stream, at, 0)
         if int(result[0]):
-            _ok(result, f"{self.launch.op}: {call}, grid {self._grid}, {self._threads} threads, {shared} bytes shared")
+            _ok(result, f"{self.launch.op}: cuLaunchKernel, grid {self._grid}, {self._threads} threads, {shared} bytes shared")
 
 
 class ProductWork:

@@ -24,7 +24,6 @@ Driver opened() {
     find(library, "cuModuleGetFunction", out.cuModuleGetFunction);
     find(library, "cuFuncSetAttribute", out.cuFuncSetAttribute);
     find(library, "cuLaunchKernel", out.cuLaunchKernel);
-    find(library, "cuLaunchKernelEx", out.cuLaunchKernelEx);
     find(library, "cuGetErrorName", out.cuGetErrorName);
     find(library, "cuGetErrorString", out.cuGetErrorString);
     return out;

@@ -13,26 +13,6 @@ struct DriverError : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
-// CUlaunchAttribute and CUlaunchConfig of cuda.h, CUDA 12; 13 has the same.
-struct LaunchAttribute {
-    int id;
-    char pad[4];
-    union {  // CUlaunchAttributeValue: of its members, the one that is used
-        char bytes[64];
-        int programmatic_stream_serialization_allowed;
-    } value;
-};
-struct LaunchConfig {
-    unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared;
-    void* stream;
-    LaunchAttribute* attributes;
-    unsigned num_attributes;
-};
-static_assert(sizeof(LaunchAttribute) == 72 && offsetof(LaunchAttribute, value) == 8);
-static_assert(sizeof(LaunchConfig) == 56 && offsetof(LaunchConfig, stream) == 32 && offsetof(LaunchConfig, attributes) == 40 &&
-              offsetof(LaunchConfig, num_attributes) == 48);
-constexpr int kProgrammaticStreamSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_…
-
 // The functions that are used, by the ABI names of cuda.h. Handles are pointers.
 struct Driver {
     int (*cuCtxGetCurrent)(void** context);
@@ -44,7 +24,6 @@ struct Driver {
     int (*cuFuncSetAttribute)(void* function, int attribute, int value);
     int (*cuLaunchKernel)(void* function, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
                           unsigned block_z, unsigned shared, void* stream, void** arguments, void** extra);
-    int (*cuLaunchKernelEx)(const LaunchConfig* config, void* function, void** arguments, void** extra);
     int (*cuGetErrorName)(int code, const char** name);
     int (*cuGetErrorString)(int code, const char** text);
 };

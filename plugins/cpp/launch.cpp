@@ -13,7 +13,7 @@
 namespace sana::plugins {
 namespace {
 
-constexpr std::int64_t kFormat = 3;
+constexpr std::int64_t kFormat = 2;
 constexpr std::size_t kMaxDepth = 8;
 constexpr std::int64_t kMaxAxes = 8;
 constexpr std::array<const char*, 9> kTypes = {"fp32", "fp16", "bf16", "fp8", "int32", "int64", "int8", "uint8", "bool"};
@@ -108,8 +108,8 @@ Argument argument(const Json& value, const Launch& launch) {
 }
 
 Kernel kernel(const Json& value, const std::string& op, const std::string& sm) {
-    only(value, {"entry", "warps", "shared", "offset", "size", "sha256", "waits"});
-    Kernel out{as<std::string>(field(value, "entry")), 0, 0, 0, 0, as<std::string>(field(value, "sha256")), false};
+    only(value, {"entry", "warps", "shared", "offset", "size", "sha256"});
+    Kernel out{as<std::string>(field(value, "entry")), 0, 0, 0, 0, as<std::string>(field(value, "sha256"))};
     bool whole = true;
     const auto count = [&](const char* name) {
         const auto found = index_below(field(value, name), std::int64_t{1} << 31);
@@ -117,11 +117,9 @@ Kernel kernel(const Json& value, const std::string& op, const std::string& sm) {
         return static_cast<std::int64_t>(found.value_or(0));
     };
     out.warps = count("warps"), out.shared = count("shared"), out.offset = count("offset"), out.size = count("size");
-    const bool* waits = field(value, "waits").get<bool>();
-    out.waits = waits != nullptr && *waits;
-    if (!whole || out.size == 0 || out.warps < 1 || out.warps > 32 || out.entry.empty() || waits == nullptr) {
+    if (!whole || out.size == 0 || out.warps < 1 || out.warps > 32 || out.entry.empty()) {
         throw LaunchError(op + ", " + sm + ": got " + python_repr(value) +
-                          "; expected whole numbers, 1 to 32 warps, a cubin, an entry, and waits true or false");
+                          "; expected whole numbers, 1 to 32 warps, a cubin and an entry");
     }
     return out;
 }

@@ -34,7 +34,6 @@ struct Kernel {
     std::string entry;
     std::int64_t warps = 0, shared = 0, offset = 0, size = 0;  // bytes, but for warps
     std::string sha256;
-    bool waits = false;  // for the kernel before it, itself
 };
 struct Output {
     std::string type;

@@ -71,27 +71,20 @@ class KernelWork : public Work {
             }
         }
         arguments_.set_shapes(dims);
-        for (std::size_t i = 0; i < grid.size(); ++i) grid_[i] = static_cast<unsigned>(grid[i]);
+        grid_ = grid;
     }
 
     void queue(const Addresses& inputs, const Addresses& outputs, std::uint64_t, void* stream) override {
-        if (std::find(grid_.begin(), grid_.end(), 0U) != grid_.end()) return;  // an empty tensor; CUDA refuses an empty grid
+        if (std::find(grid_.begin(), grid_.end(), 0) != grid_.end()) return;  // an empty tensor; CUDA refuses an empty grid
         arguments_.set_addresses(inputs, outputs);
-        const auto [x, y, z] = grid_;
-        const unsigned threads = kWarp * static_cast<unsigned>(kernel_->warps), shared = static_cast<unsigned>(kernel_->shared);
-        int code = 0;
-        if (kernel_->waits) {
-            LaunchAttribute early{kProgrammaticStreamSerialization, {}, {}};
-            early.value.programmatic_stream_serialization_allowed = 1;
-            const LaunchConfig config{x, y, z, threads, 1, 1, shared, stream, &early, 1};
-            code = driver().cuLaunchKernelEx(&config, function_, arguments_.at(), nullptr);
-        } else {
-            code = driver().cuLaunchKernel(function_, x, y, z, threads, 1, 1, shared, stream, arguments_.at(), nullptr);
-        }
+        const unsigned threads = kWarp * static_cast<unsigned>(kernel_->warps);
+        const int code = driver().cuLaunchKernel(function_, static_cast<unsigned>(grid_[0]), static_cast<unsigned>(grid_[1]),
+                                                 static_cast<unsigned>(grid_[2]), threads, 1, 1,
+                                                 static_cast<unsigned>(kernel_->shared), stream, arguments_.at(), nullptr);
         if (code != 0) {
-            driver_ok(code, launch_.op + (kernel_->waits ? ": cuLaunchKernelEx" : ": cuLaunchKernel") + ", grid (" + std::to_string(x) +
-                                ", " + std::to_string(y) + ", " + std::to_string(z) + "), " + std::to_string(threads) +
-                                " threads, " + std::to_string(shared) + " bytes shared");
+            driver_ok(code, launch_.op + ": cuLaunchKernel, grid (" + std::to_string(grid_[0]) + ", " + std::to_string(grid_[1]) +
+                                ", " + std::to_string(grid_[2]) + "), " + std::to_string(threads) + " threads, " +
+                                std::to_string(kernel_->shared) + " bytes shared");
         }
     }
 
@@ -100,7 +93,7 @@ class KernelWork : public Work {
     Arguments arguments_;
     const Kernel* kernel_ = nullptr;
     void* function_;
-    std::array<unsigned, 3> grid_{};
+    std::array<std::int64_t, 3> grid_{};
 };
 
 class ProductWork : public Work {

@@ -43,17 +43,6 @@ FAKE int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, u
     for (int i = 0; i < atoi(getenv("FAKE_CUDA_ARGS")); ++i) printf(" %016llx", *(unsigned long long*)arguments[i]);
     return printf("\n"), getenv("FAKE_CUDA_FAILS") != NULL ? 719 : 0;
 }
-struct attribute { /* of cuda.h; here by its offsets, for a check of those in plugins/cpp/driver.hpp */
-    int id, pad;
-    unsigned value, rest[15];
-};
-FAKE int cuLaunchKernelEx(const char* config, void* function, void** arguments, void** extra) {
-    const unsigned* numbers = (const unsigned*)config; /* at byte 0: grid, block, shared */
-    struct attribute* const* attributes = (struct attribute* const*)(config + 40);
-    for (unsigned i = 0; i < *(const unsigned*)(config + 48); ++i) printf("with %d %08x ", (*attributes)[i].id, (*attributes)[i].value);
-    return cuLaunchKernel(function, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6],
-                          *(void* const*)(config + 32), arguments, extra);
-}
 FAKE int cuGetErrorName(int code, const char** name) { return (void)code, *name = "CUDA_ERROR_OF_SOME_KIND", 0; }
 FAKE int cuGetErrorString(int code, const char** text) { return (void)code, *text = "some kind", 0; }
 /* cuda.bindings finds all the others through this one. */

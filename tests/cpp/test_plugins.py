@@ -87,9 +87,9 @@ def test_a_library_that_is_not_there(tmp_path):
 
 def kernels() -> tuple[dict[str, Kernel], bytes]:
     found, cubins = {}, b""
-    for sm, cubin, warps, shared in (("sm80", b"for 80", 4, 49152), ("sm89", b"for 89!", 8, 65536), ("sm90", b"for 90", 2, 1024)):
-        digest, waits = hashlib.sha256(cubin).hexdigest(), sm == "sm90"
-        found[sm] = Kernel(entry="run", warps=warps, shared=shared, offset=len(cubins), size=len(cubin), sha256=digest, waits=waits)
+    for sm, cubin, warps, shared in (("sm80", b"for 80", 4, 49152), ("sm89", b"for 89!", 8, 65536)):
+        digest = hashlib.sha256(cubin).hexdigest()
+        found[sm] = Kernel(entry="run", warps=warps, shared=shared, offset=len(cubins), size=len(cubin), sha256=digest)
         cubins += cubin
     return found, cubins
 
@@ -127,12 +127,9 @@ work.queue([4096, 8192], [65536], 0, 7)
 """
 
 
-@pytest.mark.parametrize(
-    ("sm", "shapes"),
-    [("89", ((3, 9), (5,))), ("80", ((1, 4096), (7,))), ("89", ((2, 11), (1,))), ("90", ((3, 9), (5,)))],
-)
+@pytest.mark.parametrize(("sm", "shapes"), [("89", ((3, 9), (5,))), ("80", ((1, 4096), (7,))), ("89", ((2, 11), (1,)))])
 def test_the_same_launch(plugins, tmp_path, sm, shapes):
-    """All that both shells tell the driver, Python's through cuda.bindings; the attribute where the kernel waits alone."""
+    """All that both shells tell the driver, Python's through cuda.bindings."""
     lines = live(plugins, tmp_path, LAUNCH.to_json(), *shapes, sm=sm)
     python = [sys.executable, "-c", LAUNCH_WITH, tmp_path / "launch", tmp_path / "cubins"]
     fake = {"LD_LIBRARY_PATH": str(plugins / "fake"), "FAKE_CUDA_SM": sm, "FAKE_CUDA_ARGS": str(len(LAUNCH.args))}
@@ -146,8 +143,7 @@ def test_the_same_launch(plugins, tmp_path, sm, shapes):
     grid = [evaluate(each, dims) for each in LAUNCH.grid]
     kernel = LAUNCH.kernels[f"sm{sm}"]
     numbers = [*grid, 32 * kernel.warps, 1, 1, kernel.shared, 1, 1, 1]
-    early = ["with 6 00000001"] if sm == "90" else []
-    expected = " ".join([*early, "launch", *map(str, numbers), *(f"{value:016x}" for value in arguments._values)])
+    expected = " ".join(["launch", *map(str, numbers), *(f"{value:016x}" for value in arguments._values)])
     fields = [f"field launch {LAUNCH.to_json().hex()}", f"field cubins {kernels()[1].hex()}"]
     asked = ["attribute 8 65536"] if sm == "89" else []
     told = [
@@ -170,17 +166,13 @@ def test_an_empty_tensor_launches_nothing(plugins, tmp_path):
     [
         (
             {"sm": "87"},
-            "Linear: got a GPU of architecture sm87; this engine has kernels for sm80, sm89, sm90. Build it again with sm87 among",
+            "Linear: got a GPU of architecture sm87; this engine has kernels for sm80, sm89. Build it again with sm87 among",
         ),
-        ({"cubins": b"for 80for 88!for 90"}, "Linear, sm89: the cubin's SHA-256 is not"),
+        ({"cubins": b"for 80for 88!"}, "Linear, sm89: the cubin's SHA-256 is not"),
         ({"FAKE_CUDA_NO_CONTEXT": "1"}, "Linear: no CUDA context is current in this thread; expected TensorRT to have made one"),
         (
             {"FAKE_CUDA_FAILS": "1"},
             "Linear: cuLaunchKernel, grid (6, 5, 3), 256 threads, 65536 bytes shared: got CUDA_ERROR_OF_SOME",
-        ),
-        (
-            {"sm": "90", "FAKE_CUDA_FAILS": "1"},
-            "Linear: cuLaunchKernelEx, grid (6, 5, 3), 64 threads, 1024 bytes shared: got CUDA_ERROR_OF_SOME",
         ),
     ],
     ids=str,
@@ -203,7 +195,7 @@ def changed(**changes: object) -> bytes:
 PRODUCT = {"rows": 1, "columns": 1, "depth": 1}
 SM80 = dataclasses.asdict(LAUNCH.kernels["sm80"])
 BAD = {
-    "format": changed(format=2),
+    "format": changed(format=3),
     "type": changed(inputs=["fp17", "fp16"]),
     "grid": changed(grid=[1, 1]),
     "input": changed(grid=[["dim", 2, 0], 1, 1]),
@@ -214,9 +206,8 @@ BAD = {
     "unknown": changed(more=1),
     "product": changed(product=PRODUCT),
     "warps": changed(kernels={"sm80": SM80 | {"warps": 33}}),
-    "waits": changed(kernels={"sm80": SM80 | {"waits": 1}}),
-    "waits unsaid": changed(kernels={"sm80": {name: value for name, value in SM80.items() if name != "waits"}}),
-    "list": b'{"op":"Linear","format":3}',
+    "warps unsaid": changed(kernels={"sm80": {name: value for name, value in SM80.items() if name != "warps"}}),
+    "list": b'{"op":"Linear","format":2}',
     "text": b'"op":"Linear"',
 }
 

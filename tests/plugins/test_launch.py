@@ -10,10 +10,8 @@ from plugins.launch import Kernel, Launch, LaunchError, Output, Product, evaluat
 
 CUBINS = b"first" + b"second"
 KERNELS = {
-    "sm80": Kernel(entry="kernel", warps=4, shared=0, offset=0, size=5, sha256=hashlib.sha256(b"first").hexdigest(), waits=False),
-    "sm90": Kernel(
-        entry="kernel", warps=8, shared=65536, offset=5, size=6, sha256=hashlib.sha256(b"second").hexdigest(), waits=True
-    ),
+    "sm80": Kernel(entry="kernel", warps=4, shared=0, offset=0, size=5, sha256=hashlib.sha256(b"first").hexdigest()),
+    "sm90": Kernel(entry="kernel", warps=8, shared=65536, offset=5, size=6, sha256=hashlib.sha256(b"second").hexdigest()),
 }
 LAUNCH = Launch(
     op="Example",
@@ -91,8 +89,6 @@ BAD = {
     "product of one input": {"product": Product(rows=1, columns=1, depth=1), "kernels": {}, "inputs": ["fp16"]},
     "product with kernels": {"product": Product(rows=1, columns=1, depth=1), "inputs": ["fp16"] * 2},
     "product of no size": {"product": Product(rows=["dim", 9, 0], columns=1, depth=1), "inputs": ["fp16"] * 2, "kernels": {}},
-    "waits, as a number": {"kernels": {"sm80": replace(KERNELS["sm80"], waits=1)}},
-    "waits unsaid": {"kernels": {"sm80": replace(KERNELS["sm80"], waits=None)}},
     "empty cubin": {"kernels": {"sm80": replace(KERNELS["sm80"], size=0)}},
 }
 
@@ -125,7 +121,7 @@ def test_edited_alone_is_read():
         b"null",
         b"{}",
         b"[" * 100_000,
-        edited(format=2),
+        edited(format=3),
         edited(grid=None),
         edited(without="grid"),
         edited(without="product"),
@@ -135,9 +131,7 @@ def test_edited_alone_is_read():
         edited(kernels={"sm80": {"entry": "kernel"}}),
         edited(kernels={"sm80": SM80 | {"warps": "four"}}),
         edited(kernels={"sm80": SM80 | {"warps": 4.0}}),
-        edited(kernels={"sm80": SM80 | {"waits": 1}}),
-        edited(kernels={"sm80": SM80 | {"waits": None}}),
-        edited(kernels={"sm80": {name: value for name, value in SM80.items() if name != "waits"}}),
+        edited(kernels={"sm80": {name: value for name, value in SM80.items() if name != "warps"}}),
         edited(inputs=7),
         edited(args=7),
     ],

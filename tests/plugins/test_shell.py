@@ -17,15 +17,7 @@ from engines.tensorrt_library import logger
 from plugins import cublas_lt, linear, shell, work
 from plugins.launch import Kernel, Launch, LaunchError, Output
 
-CUBINS = {"sm80": b"for 80", "sm89": b"for 89!", "sm90": b"for 90"}
-SHARED = {"sm80": 49152, "sm89": 65536, "sm90": 1024}  # bytes
-
-
-def kernel(sm, *, warps, offset, waits=False):
-    digest = hashlib.sha256(CUBINS[sm]).hexdigest()
-    return Kernel(entry="run", warps=warps, shared=SHARED[sm], offset=offset, size=len(CUBINS[sm]), sha256=digest, waits=waits)
-
-
+CUBINS = {"sm80": b"for 80", "sm89": b"for 89!"}
 LAUNCH = Launch(
     op="Example",
     inputs=["fp16", "fp16"],
@@ -33,9 +25,8 @@ LAUNCH = Launch(
     grid=[["mul", ["dim", 0, 0], 2], ["dim", 1, 0], 1],
     args=[["in", 1], ["out", 0], ["in", 0], ["i32", ["sub", ["dim", 0, 1], 10]], ["f32", 1e-15], ["null"]],
     kernels={
-        "sm80": kernel("sm80", warps=4, offset=0),
-        "sm89": kernel("sm89", warps=8, offset=6),
-        "sm90": kernel("sm90", warps=2, offset=13, waits=True),
+        "sm80": Kernel(entry="run", warps=4, shared=49152, offset=0, size=6, sha256=hashlib.sha256(CUBINS["sm80"]).hexdigest()),
+        "sm89": Kernel(entry="run", warps=8, shared=65536, offset=6, size=7, sha256=hashlib.sha256(CUBINS["sm89"]).hexdigest()),
     },
 )
 PAYLOAD = b"".join(CUBINS.values())
@@ -48,8 +39,6 @@ class Driver:
         CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR="major", CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR="minor"
     )
     CUfunction_attribute = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared")
-    CUlaunchAttributeID = SimpleNamespace(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION="early")
-    CUlaunchConfig = SimpleNamespace
 
     def __init__(self, capability=(8, 9), context=1, context_id=1):
         self.capability, self.context, self.context_id = capability, context, context_id
@@ -80,23 +69,11 @@ class Driver:
     def cuFuncSetAttribute(self, function, which, value):
         return self._answer((which, value))
 
-    def CUlaunchAttribute(self):
-        return SimpleNamespace(value=SimpleNamespace())
-
-    def cuLaunchKernel(self, function, *numbers, attributes=()):
-        *grid_and_block, shared, stream, params, extra = numbers
-        assert (function, extra) == (f"function of {CUBINS['sm{}{}'.format(*self.capability)]!r}", 0)
+    def cuLaunchKernel(self, function, *numbers):
+        *grid_and_block, shared, stream, params, _extra = numbers
         addresses = (ctypes.c_void_p * len(LAUNCH.args)).from_address(params)
         slots = [ctypes.string_at(address, 8) for address in addresses]
-        return self._answer(("launch", tuple(grid_and_block), shared, stream, slots, dict(attributes)))
-
-    def cuLaunchKernelEx(self, config, function, params, extra):
-        grid_and_block = [getattr(config, f"{what}Dim{axis}") for what in ("grid", "block") for axis in "XYZ"]
-        attributes = [(each.id, vars(each.value)) for each in config.attrs]
-        assert len(attributes) == config.numAttrs
-        return self.cuLaunchKernel(
-            function, *grid_and_block, config.sharedMemBytes, config.hStream, params, extra, attributes=attributes
-        )
+        return self._answer(("launch", tuple(grid_and_block), shared, stream, slots))
 
     def cuGetErrorName(self, code):
         return 0, b"CUDA_ERROR_OF_SOME_KIND"
@@ -135,49 +112,35 @@ def launches(driver):
     return [call for call in driver.calls if call[0] == "launch"]
 
 
-@pytest.mark.parametrize(
-    ("sm", "threads", "attributes"),
-    [("sm89", 256, {}), ("sm90", 64, {"early": {"programmaticStreamSerializationAllowed": 1}})],
-)
-def test_launch(driver, plugin, sm, threads, attributes):
-    """Grid, block, shared memory, stream, and each argument's bits in its slot, in the kernel's order.
-
-    A kernel that waits, and no other, may start before the one before it has ended.
-    """
-    driver.capability = int(sm[2]), int(sm[3])
+def test_launch(driver, plugin):
+    """Grid, block, shared memory, stream, and each argument's bits in its slot, in the kernel's order."""
     attached = plugin.attach_to_context(None)
-    asked = [("shared", 65536)] if sm == "sm89" else []
-    assert driver.calls == [("load", CUBINS[sm]), ("function", b"run"), *asked]
+    assert driver.calls == [("load", CUBINS["sm89"]), ("function", b"run"), ("shared", 65536)]
     inputs, outputs = descs((3, 9), (5,)), descs((3, 5))
     attached.on_shape_change(inputs, outputs)
     attached.enqueue(inputs, outputs, [0x7F0000000010, 0x20], [0x30], 0, 77)
-    (_, grid_and_block, shared, stream, slots, given) = launches(driver)[0]
-    assert (grid_and_block, shared, stream, given) == ((6, 5, 1, threads, 1, 1), SHARED[sm], 77, attributes)
+    (_, grid_and_block, shared, stream, slots) = launches(driver)[0]
+    assert (grid_and_block, shared, stream) == ((6, 5, 1, 256, 1, 1), 65536, 77)
     assert [struct.unpack("<Q", slots[i])[0] for i in (0, 1, 2, 5)] == [0x20, 0x30, 0x7F0000000010, 0]
     assert struct.unpack("<i", slots[3][:4])[0] == -1
     assert struct.unpack("<f", slots[4][:4])[0] == np.float32(1e-15)
 
 
 @pytest.mark.parametrize("told", [True, False])
-@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
-def test_shapes_and_streams_change_between_launches(driver, plugin, told, capability):
+def test_shapes_change_between_launches(driver, plugin, told):
     """Also if TensorRT launches without having said so."""
-    driver.capability = capability
     attached = plugin.attach_to_context(None)
     for batch, length in ((1, 12), (4, 30)):
         shapes = descs((batch, length), (1,))
         if told:
             attached.on_shape_change(shapes, descs((batch, length // 2)))
-        attached.enqueue(shapes, [], [16, 32], [48], 0, 70 + batch)
+        attached.enqueue(shapes, [], [16, 32], [48], 0, 0)
     assert [call[1][:3] for call in launches(driver)] == [(2, 1, 1), (8, 1, 1)]
-    assert [call[3] for call in launches(driver)] == [71, 74]
     assert [struct.unpack("<i", call[4][3][:4])[0] for call in launches(driver)] == [2, 20]
 
 
-@pytest.mark.parametrize("capability", [(8, 9), (9, 0)])
-def test_enqueue_only_launches(driver, plugin, capability):
+def test_enqueue_only_launches(driver, plugin):
     """No load, no attribute, no query: what a CUDA graph may record."""
-    driver.capability = capability
     attached = plugin.attach_to_context(None)
     attached.on_shape_change(descs((3, 9), (5,)), [])
     driver.calls.clear()
@@ -219,9 +182,7 @@ def raises(kind, message, call, *args):
 
 def test_what_goes_wrong(driver, plugin):
     driver.capability = (8, 7)
-    raises(
-        LaunchError, r"got a GPU of architecture sm87; this engine has kernels for sm80, sm89, sm90", plugin.attach_to_context, None
-    )
+    raises(LaunchError, r"got a GPU of architecture sm87; this engine has kernels for sm80, sm89", plugin.attach_to_context, None)
     driver.capability, driver.context = (8, 9), 0
     raises(work.DriverError, "no CUDA context is current", plugin.attach_to_context, None)
     driver.context = 1
@@ -238,10 +199,7 @@ def test_what_goes_wrong(driver, plugin):
     raises(LaunchError, "expected at most", attached.on_shape_change, descs((1, 1), (65536,)), [])
     raises(LaunchError, "multiples of 16 bytes", attached.enqueue, shapes, [], [16, 32], [56], 0, 0)
     driver.fails = {"launch": 1}
-    for driver.capability, words in (((8, 9), r"cuLaunchKernel, .* 256 threads"), ((9, 0), r"cuLaunchKernelEx, .* 64 threads")):
-        attached = plugin.attach_to_context(None)
-        words = words.replace(".*", r"grid \(6, 5, 1\),")
-        raises(work.DriverError, words, attached.enqueue, shapes, [], [16, 32], [48], 0, 0)
+    raises(work.DriverError, r"cuLaunchKernel, grid \(6, 5, 1\), 256 threads", attached.enqueue, shapes, [], [16, 32], [48], 0, 0)
 
 
 def test_clone_and_serialized_fields(trt, plugin):
