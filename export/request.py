@@ -59,7 +59,8 @@ def parse_components(text: str) -> tuple[ComponentName, ...]:
 def targets_of(text: str, precision: Precision = Precision.FP16) -> tuple[Target, ...]:
     """As engines.spec.parse_targets, but "current" raises NoGpuError where there is none, which says why and what to do.
 
-    precision: what is to be built; the message names architectures that have it.
+    precision: what is to be built; the message names architectures that have it. What a GPU has not is said first, where its
+    engines are compiled on it alone: there it would be refused too.
     """
 
     def fits(target: Target) -> bool:
@@ -80,6 +81,9 @@ def targets_of(text: str, precision: Precision = Precision.FP16) -> tuple[Target
             ) from None
         return current_target()
 
+    for word in (each.strip() for each in text.split(",")):
+        if word in set(Target) and word not in AHEAD_OF_TIME_TARGETS:
+            check_precision(precision, [Target(word)])
     return parse_targets(text, current=current)
 
 

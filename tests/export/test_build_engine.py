@@ -25,6 +25,8 @@ def answer(capsys, *options: str) -> tuple[int, str]:
     [
         (("--precision", "fp8", "--target", "sm86"), 2, ["got fp8 for sm86", "expected sm89 or later", "--precision int8"]),
         (("--precision", "nvfp4", "--target", "sm89"), 2, ["got nvfp4 for sm89", "expected sm120 or sm121", "--precision fp8"]),
+        (("--precision", "nvfp4", "--target", "sm90"), 2, ["got nvfp4 for sm90", "expected sm120 or sm121", "--precision fp8"]),
+        (("--precision", "fp8", "--target", "sm90"), 2, ["got 'sm90'", "Build on that GPU"]),
         (("--decoder-precision", "fp8"), 2, ["decoder-precision: got fp8 for onnx", "sm89", "Use bf16 there"]),
         (("decoder_precision=int4",), 2, ["decoder_precision: got 'int4'", "Valid: fp32, bf16, fp8, int8"]),
         (("--plan", "/no/such/plan"), 2, ["got /no/such/plan with --precision fp16", "int8, fp8, nvfp4"]),
