@@ -159,6 +159,8 @@ def record_step_ratios(checkpoint: Checkpoint, records: Sequence[Record], *, not
             continue
         done.add((each.model, each.precision))
         times = f"{each.device.p50:.2f} ms of {beside.device.p50:.2f}"
+        if each.clock_mhz and beside.clock_mhz:  # a GPU at its limit of power is faster with work that takes less of it
+            times += f", GPU at {each.clock_mhz:.0f} MHz and {beside.clock_mhz:.0f}"
         words = (f"{each.model}, {each.width} x {each.height} px, batch 1", times, note, _unsupported())
         record(
             f"{name}_{each.precision}",

@@ -176,6 +176,16 @@ def test_a_quantised_step_by_fp16_s(recorded: Path, monkeypatch: pytest.MonkeyPa
     assert lines[0]["versions"]["tensorrt"] == "rtx 1.6.1"
 
 
+def test_clocks_of_both_are_said(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ratio of times at two clocks is not one of work."""
+    monkeypatch.setattr("benchmarks.latency_figures.device_info", lambda: SimpleNamespace(capability=(8, 9)))
+    found = [record(clock_mhz=1680.0), record(ratio=6.0, precision="fp8", clock_mhz=1710.0), record(ratio=8.0, precision="int8")]
+    record_step_ratios(model_of(30_000_000), found, note="")
+    fp8, int8 = (json.loads(line)["note"] for line in recorded.read_text().splitlines())
+    assert "12.00 ms of 20.00, GPU at 1710 MHz and 1680" in fp8
+    assert "MHz" not in int8
+
+
 def test_no_ratio_without_both(recorded: Path) -> None:
     record_step_ratios(model_of(30_000_000), [record(), record(component="decoder", precision="fp8")], note="")
     assert not recorded.exists()
