@@ -26,6 +26,7 @@ FIGURES = ROOT / "benchmarks" / "results" / "figures.jsonl"
 # Said beside every figure of a combination that NVIDIA does not support.
 UNSUPPORTED = "TensorRT for RTX on compute capability 9.0: works, but is not a combination that NVIDIA supports"
 PACKAGES = ("torch", "triton", "diffusers", "onnx", "onnxruntime", "tensorrt-rtx-cu13", "transformers")
+UNKNOWN, CHANGES = "unknown", "+changes"  # in place of a commit; behind one
 
 
 def machine() -> str:
@@ -66,14 +67,14 @@ def commit() -> str:
     if said := os.environ.get("SANA_COMMIT"):
         return said
     if not (ROOT / ".git").exists():
-        return "unknown"
+        return UNKNOWN
     appended = (":!benchmarks/results", ":!benchmarks/history")
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *appended)
     except (OSError, subprocess.CalledProcessError):  # not installed; or a folder of somebody else's
-        return "unknown"
-    return head + ("+changes" if changed else "")
+        return UNKNOWN
+    return head + (CHANGES if changed else "")
 
 
 def _git(*words: str) -> str:

@@ -5,7 +5,7 @@
 For each kernel, at sizes of Sana-1.6B and 0.6B and of DC-AE's decoder: milliseconds in a CUDA graph of every plan that fits, the
 best ones and the source's printed. The constants at the top of each file in plugins/ come from such a run; change them where
 another plan is better at most sizes. Beside the convolution stands cuDNN's, of PyTorch's choice. --out is written after each
-kernel; a call that finds there what was measured of this code on this machine goes on behind it.
+kernel; a call that finds there what was measured of this commit, without changes, on this machine goes on behind it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 import triton
 
-from benchmarks.figures import commit, machine, versions, write_result
+from benchmarks.figures import CHANGES, UNKNOWN, commit, machine, versions, write_result
 from benchmarks.graph_timing import graph_ms
 from benchmarks.writable import writable_file
 from plugins import (
@@ -289,10 +289,12 @@ def measured(case: Case) -> dict[str, Any]:
 
 
 def measure(names: Iterable[str], out: Path | None) -> None:
-    """Cases of CASES, written to `out` one after the other, but for those that it has."""
+    """Cases of CASES, written to `out` one after the other, but for those that it has of the same commit. Changes that are not
+    committed may be others by now: all is measured anew."""
     head = {"machine": machine(), "versions": versions(), "commit": commit()}
     before = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
-    found = before.get("kernels", []) if {key: before.get(key) for key in head} == head else []
+    known = head["commit"] != UNKNOWN and CHANGES not in str(head["commit"])
+    found = before.get("kernels", []) if known and {key: before.get(key) for key in head} == head else []
     done = {row["kernel"] for row in found}
     for case in (case for name in names for case in CASES[name]()):
         if case.name in done:

@@ -238,7 +238,7 @@ def _known(kernels: Sequence[Kernel]) -> float:
 
 
 def _cupti(call: Callable[[], None], runs: int) -> list[Kernel]:
-    """None if PyTorch sees no GPU."""
+    """Means over `runs`; empty if PyTorch sees no GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -72,9 +72,9 @@ def complaints(
             continue
         errors = engine_errors(engine, component, checkpoint, graph_inputs(engine, work))
         found.setdefault(component, errors)
-        size = f"{work.width} tokens" if component == "text_encoder" else f"{work.width} x {work.height}"
+        size = f"{work.width} tokens, " if component == "text_encoder" else f"{work.width} x {work.height}, "
         wrong += [
-            f"{component}, {size}, batch {work.batch}: {text}"
+            f"{component}, {size if work.width else ''}batch {work.batch}: {text}"
             for text in check_size(errors["engine"], bound_from(errors["pytorch"]))
         ]
     print(json.dumps({name: {who: e.model_dump() for who, e in rows.items()} for name, rows in found.items()}))

@@ -24,6 +24,7 @@ __all__ = ["Launched", "attributed", "cost", "launches"]
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "int32": 4, "int64": 8, "int8": 1, "uint8": 1, "bool": 1}
 CONVOLUTIONS = re.compile(r"(Fp8|Int8)?Conv3x3|GatedDepthwiseConv")  # x (B, H, W, channels) and weight, of which a pixel meets all
 OF_A_BLOCK = {"CrossAttention": (1, 2)}  # inputs that have all blocks' keys and values, of which one block's are read
+OF_QKV = {"LinearAttentionState": 2, "LinearAttentionApply": 1}  # thirds of the first input that are read: k and v; q
 PRODUCT = ""  # in place of a kernel's name
 PRODUCTS = re.compile(r"nvjet|gemm|cutlass|xmma", re.IGNORECASE)  # names of cuBLASLt's kernels
 
@@ -37,18 +38,29 @@ class Launched:
 
 
 def cost(launch: Launch, dims: Sequence[tuple[int, ...]]) -> tuple[int, int]:
-    """FLOPs of products, convolutions and attention, 0 of others; bytes of all that is read and written once. dims: of inputs."""
+    """FLOPs of products, convolutions and attention, 0 of others; bytes of all that is read and written once. dims: of inputs.
+
+    Those of Conv3x3Upsample are the model's: of repeated pixels the kernel leaves out five taps of nine, of which the launch says
+    nothing.
+    """
     size = sum(math.prod(evaluate(n, dims) for n in output.shape) * ITEM_BYTES[output.type] for output in launch.outputs)
     for number, (kind, shape) in enumerate(zip(launch.inputs, dims, strict=True)):
-        size += math.prod(shape[1:] if number in OF_A_BLOCK.get(launch.op, ()) else shape) * ITEM_BYTES[kind]
+        count = math.prod(shape[1:] if number in OF_A_BLOCK.get(launch.op, ()) else shape)
+        if number == 0 and launch.op in OF_QKV:
+            count = count // 3 * OF_QKV[launch.op]
+        size += count * ITEM_BYTES[kind]
     if launch.product is not None:
         sizes = launch.product
         return 2 * math.prod(evaluate(n, dims) for n in (sizes.rows, sizes.columns, sizes.depth)), size
     if CONVOLUTIONS.match(launch.op):
         return 2 * math.prod(dims[0][:3]) * math.prod(dims[1]), size
+    if launch.op == "MultiscaleProjection":  # x (B, h, w, C), near (25, C), mix (C, D)
+        return 2 * math.prod(dims[0][:3]) * (math.prod(dims[1]) + math.prod(dims[2])), size
     if launch.op == "CrossAttention":  # q (B, N, H D), keys (blocks, B, 1, H, L, D): scores and their sums of values
         return 4 * math.prod(dims[0]) * dims[1][-2], size
-    if launch.op in ("LinearAttentionState", "LinearAttentionApply"):  # one of q, k and v meets D columns a head
+    if launch.op == "ReluLinearAttention":  # k^T v, and q (B, H, N, D) with that
+        return 4 * math.prod(dims[0]) * dims[0][-1], size
+    if launch.op in OF_QKV:  # one of q, k and v meets D columns a head
         state = launch.outputs[0].shape if launch.op == "LinearAttentionState" else dims[1]
         return 2 * math.prod(dims[0]) // 3 * evaluate(state[-1], dims), size
     return 0, size

@@ -82,16 +82,7 @@ def _channel(number: tl.constexpr, head, heads, D: tl.constexpr, INTERLEAVED: tl
 
 
 @triton.jit
-def state_kernel(
-    qkv,
-    state,
-    heads,
-    n_tokens,
-    n_part,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-):
+def state_kernel(qkv, state, heads, n_tokens, n_part, D: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr):
     """A program: one head of an image, n_part tokens."""
     image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     row = 3 * heads * D

@@ -1,4 +1,4 @@
-// What a node does when it runs: a kernel, or a product. The classes of plugins/shell.py by their names.
+// What a node does when it runs: a kernel, or a product. The classes of plugins/work.py by their names.
 #pragma once
 
 #include <cstdint>

@@ -35,6 +35,7 @@ def test_a_call_goes_on_behind_what_was_measured(monkeypatch, tmp_path):
 
     monkeypatch.setattr(kernel_plans, "measured", measure_one)
     monkeypatch.setattr(kernel_plans, "CASES", {"kernel": cases})
+    monkeypatch.setattr(kernel_plans, "commit", lambda: "one")
     with pytest.raises(KeyboardInterrupt):
         kernel_plans.measure(["kernel"], out)
     stop.clear()
@@ -43,7 +44,22 @@ def test_a_call_goes_on_behind_what_was_measured(monkeypatch, tmp_path):
     assert [row["kernel"] for row in json.loads(out.read_text())["kernels"]] == ["first", "second"]
     monkeypatch.setattr(kernel_plans, "commit", lambda: "another")
     kernel_plans.measure(["kernel"], out)
-    assert measured == ["first", "second", "first", "second"]
+    assert measured == 2 * ["first", "second"]
+
+
+@pytest.mark.parametrize("commit", ["one+changes", "unknown"])
+def test_what_is_not_of_a_commit_is_measured_anew(monkeypatch, tmp_path, commit):
+    measured = []
+    monkeypatch.setattr(kernel_plans, "commit", lambda: commit)
+    monkeypatch.setattr(kernel_plans, "CASES", {"kernel": lambda: [kernel_plans.Case("first", [], lambda plan: lambda: None, {})]})
+    monkeypatch.setattr(
+        kernel_plans,
+        "measured",
+        lambda case: measured.append(case.name) or {"kernel": case.name, "source": {}, "peers": {}, "plans": []},
+    )
+    for _ in range(2):
+        kernel_plans.measure(["kernel"], tmp_path / "plans.json")
+    assert measured == ["first", "first"]
 
 
 @pytest.mark.gpu

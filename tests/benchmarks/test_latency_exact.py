@@ -71,6 +71,14 @@ def test_each_size_and_batch_is_held_to_pytorch(
     assert "text_encoder" in capsys.readouterr().out
 
 
+def test_a_whole_prompt_has_no_number_of_tokens(asked: Asked, bundle: Bundle) -> None:
+    engine: Any = SimpleNamespace(backend="tensorrt", bundle=bundle("Gather"))
+    checkpoint: Any = object()
+    wrong, _ = complaints(engine, checkpoint, [Work(component="text_encoder", width=0, height=0, batch=3)])
+    assert all(each.startswith("text_encoder, batch 3: ") for each in wrong)
+    assert len(wrong) == 2
+
+
 def test_narrow_weights_of_the_text_encoder_have_their_golden_inputs_alone(asked: Asked, bundle: Bundle) -> None:
     engine: Any = SimpleNamespace(backend="tensorrt", bundle=bundle("DequantizeLinear", "Gather"))
     assert has_narrow_weights(engine.bundle, "text_encoder")

@@ -9,7 +9,16 @@ import pytest
 
 from benchmarks.latency_history import Kernel
 from benchmarks.plugin_costs import PRODUCT, Launched, attributed, cost, launches
-from plugins import conv3x3, cross_attention, gated_depthwise_conv, linear, modulated_norm, qkv_linear_attention
+from plugins import (
+    conv3x3,
+    cross_attention,
+    gated_depthwise_conv,
+    linear,
+    modulated_norm,
+    multiscale_projection,
+    qkv_linear_attention,
+    relu_linear_attention,
+)
 from plugins.launch import Launch
 from plugins.work import KernelWork, ProductWork
 
@@ -45,19 +54,33 @@ CASES = {  # attributes, shapes of inputs, FLOPs, numbers of 16 bits and of 32 t
         2 * B * N * H * D + 2 * B * H * L * D + B * L,
         0,
     ),
-    "state": (
+    "state": (  # k and v of qkv are read
         lambda: qkv_linear_attention.compile_cubins(STATE, TARGET, "fp16", H, D),
         [(B, N, 3 * H * D)],
         2 * B * N * H * D * D,
-        3 * B * N * H * D,
+        2 * B * N * H * D,
         B * H * D * (D + 1),
     ),
-    "apply": (
+    "apply": (  # q of qkv is read
         lambda: qkv_linear_attention.compile_cubins(APPLY, TARGET, "fp16", H, D),
         [(B, N, 3 * H * D), (B, H, 1, D + 1, D)],
         2 * B * N * H * D * D,
-        4 * B * N * H * D,
+        2 * B * N * H * D,
         B * H * D * (D + 1),
+    ),
+    "attention in one kernel": (
+        lambda: relu_linear_attention.compile_cubins(TARGET, "fp16", D),
+        [(B, H, N, D)] * 3,
+        4 * B * N * H * D * D,
+        4 * B * N * H * D,
+        0,
+    ),
+    "scales": (
+        lambda: multiscale_projection.compile_cubins(TARGET, "bf16", C, D),
+        [(B, 8, 8, C), (25, C), (C, D)],
+        2 * B * 64 * C * (25 + D),
+        3 * B * 64 * C + 25 * C + C * D,
+        0,
     ),
     "norm": (
         lambda: modulated_norm.compile_cubins(TARGET, "fp16", modulated_norm.Variant(dim=C, rows=(0, 1), time_rows=2), 1e-6),

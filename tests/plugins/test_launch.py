@@ -11,7 +11,7 @@ from plugins.launch import Kernel, Launch, LaunchError, Output, Product, evaluat
 CUBINS = b"first" + b"second"
 KERNELS = {
     "sm80": Kernel(entry="kernel", warps=4, shared=0, offset=0, size=5, sha256=hashlib.sha256(b"first").hexdigest()),
-    "sm90": Kernel(entry="kernel", warps=8, shared=65536, offset=5, size=6, sha256=hashlib.sha256(b"second").hexdigest()),
+    "sm89": Kernel(entry="kernel", warps=8, shared=65536, offset=5, size=6, sha256=hashlib.sha256(b"second").hexdigest()),
 }
 LAUNCH = Launch(
     op="Example",
@@ -55,7 +55,7 @@ def test_written_and_read_again():
 def test_cubin_by_architecture():
     assert [LAUNCH.cubin(CUBINS, sm) for sm in KERNELS] == [b"first", b"second"]
     with pytest.raises(
-        LaunchError, match=r"got a GPU of architecture sm87; this engine has kernels for sm80, sm90\. Build it again"
+        LaunchError, match=r"got a GPU of architecture sm87; this engine has kernels for sm80, sm89\. Build it again"
     ):
         LAUNCH.cubin(CUBINS, "sm87")
 
@@ -63,7 +63,7 @@ def test_cubin_by_architecture():
 @pytest.mark.parametrize("cubins", [b"firstseconD", b"firstsecon", b""])
 def test_changed_cubins(cubins):
     with pytest.raises(LaunchError, match="SHA-256"):
-        LAUNCH.cubin(cubins, "sm90")
+        LAUNCH.cubin(cubins, "sm89")
 
 
 deep = 0

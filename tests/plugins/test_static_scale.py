@@ -169,6 +169,31 @@ def test_a_nan_stays_one(interpreted, name):
     assert (interpreted["int8", name, "nan"][0][exact.isnan()] == -128).all()
 
 
+APPLY = """
+import torch
+from plugins import qkv_linear_attention as op
+def apply(qkv, state, out):
+    bits = torch.zeros(1, 64, 32, dtype=torch.int8)
+    options = {"D": 32, "BLOCK_N": 64, "INTERLEAVED": False, "PRECISION": op.precision("fp16", "e4m3")}
+    op.apply_kernel[1, 1](qkv, state, bits.view(torch.float8_e4m3fn), None, 1, 64, 64, 1, op.EPS, 1.0, **options)
+    out[..., :32] = bits
+"""
+
+
+def test_what_is_no_number_in_a_state_stays_so_in_tf32(tmp_path, monkeypatch):
+    """A GPU's own NaN has all bits of the mantissa, and rounded up would be -0."""
+    (tmp_path / "static_apply.py").write_text(APPLY)
+    monkeypatch.syspath_prepend(tmp_path)
+    state = torch.ones(1, 1, 1, 33, 32)
+    state.view(torch.int32)[..., 3, 5] = 0x7FFFFFFF
+    state[..., 4, 6], state[..., 4, 7] = torch.inf, -torch.inf
+    (out,) = interpret("static_apply:apply", [((torch.ones(1, 64, 96, dtype=torch.float16), state), {})])
+    found = out[..., :32].to(torch.int8).view(torch.float8_e4m3fn).float()
+    assert found[0, :, 5].isnan().all()
+    assert found[0, :, 6:8].unique().tolist() == [-448, 448]  # cut, as all outputs of FP8
+    assert not found[..., [0, 4, 8]].isnan().any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHAPES)
 def test_planted_errors_are_caught(interpreted, name, kind):
