@@ -26,7 +26,17 @@ from sana_ref.build import empty
 if TYPE_CHECKING:
     from sana_ref.transformer import SanaTransformerConfig
 
-__all__ = ["Floor", "Product", "decoder_floor", "decoder_flops", "denoiser_floor", "products", "residual_flops", "traffic_bytes"]
+__all__ = [
+    "Floor",
+    "Product",
+    "decoder_floor",
+    "decoder_flops",
+    "denoiser_floor",
+    "narrow_rate",
+    "products",
+    "residual_flops",
+    "traffic_bytes",
+]
 
 BIG_GEMM = (8192, 8192, 8192)
 HALF = 2  # bytes
@@ -79,6 +89,13 @@ def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, te
     return Floor(graph_ms(calls), 1000 * traffic)
 
 
+def narrow_rate(precision: str) -> float:
+    """FLOP/s of PyTorch's product of BIG_GEMM in "fp8" or "int8". Needs a GPU."""
+    rows, depth, columns = BIG_GEMM
+    repeats = 5
+    return 1000 * repeats * gemm_flops(BIG_GEMM) / graph_ms([_call(Product(rows, columns, depth), precision)] * repeats)
+
+
 def _call(product: Product, precision: str) -> Callable[[], object]:
     if precision == "int8":
         rows = max(product.rows, LEAST_INT8_ROWS)
@@ -127,8 +144,5 @@ def decoder_floor(config: AutoencoderDCConfig, *, width: int, height: int, batch
     flops, seconds = decoder_flops(config, **size), 0.0
     if precision in ("fp8", "int8"):
         narrow = residual_flops(config, **size)
-        rows, depth, columns = BIG_GEMM
-        repeats = 5
-        per_flop = graph_ms([_call(Product(rows, columns, depth), precision)] * repeats) / 1000 / (repeats * gemm_flops(BIG_GEMM))
-        flops, seconds = flops - narrow, narrow * per_flop
+        flops, seconds = flops - narrow, narrow / narrow_rate(precision)
     return Floor(1000 * (seconds + flops / gemm_rate(BIG_GEMM, gpu=True)), 0.0)

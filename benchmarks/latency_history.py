@@ -21,7 +21,7 @@ from engines.atomic import locked
 from engines.errors import ManifestError, RequestError
 from engines.strict import MAX_JSON_BYTES, read_bounded, validate_json
 
-__all__ = ["HISTORY", "History", "Kernel", "Kernels", "Key", "Record", "Reference", "Times", "new_run"]
+__all__ = ["HISTORY", "NARROW", "History", "Kernel", "Kernels", "Key", "Record", "Reference", "Times", "new_run"]
 
 HISTORY = ROOT / "benchmarks" / "history"
 BUSY = 1.1  # the wall clock's time over the processor's
@@ -53,6 +53,9 @@ class Times(_Model):
     p99: Positive
 
 
+NARROW = ("Fp8", "Int8")  # how kinds of kernels begin whose products are of numbers of 8 bits
+
+
 class Kernel(_Model):
     """One kernel, or a layer of an engine, in one run of the work. Zero for what is not known."""
 
@@ -68,6 +71,7 @@ class Kernels(_Model):
 
     why: str
     peak_flops: NotNegative = 0  # per second, of the fastest GEMM in the same run
+    peak_narrow_flops: NotNegative = 0  # of a product in 8 bits in the same run; 0 where no kernel is one
     peak_bytes: NotNegative = 0  # per second, of a copy in the same run: read and written
     kernels: tuple[Kernel, ...] = ()
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from benchmarks.latency_history import Kernel, Kernels
+from benchmarks.latency_history import NARROW, Kernel, Kernels
 from benchmarks.latency_work import Arrays, Work, graph_inputs
 from benchmarks.latency_yardstick import CPU_GEMM, GPU_GEMM, copy_rate, gemm_rate
 from benchmarks.plugin_costs import attributed, launches
@@ -73,7 +73,17 @@ class Profiler:
         if found:
             share = sum(kernel.ms for kernel in shown) / total if total else 1.0
             why += f"; the {len(shown)} slowest of {len(found)}, which take {share:.0%} of {total:.3f} ms"
-        return Kernels(why=why, peak_flops=self.peak_flops, peak_bytes=self.peak_bytes, kernels=tuple(shown))
+        peaks = {"peak_flops": self.peak_flops, "peak_narrow_flops": _narrow_peak(shown), "peak_bytes": self.peak_bytes}
+        return Kernels(why=why, **peaks, kernels=tuple(shown))
+
+
+def _narrow_peak(kernels: Sequence[Kernel]) -> float:
+    narrow = next((kernel.kind for kernel in kernels if kernel.flops and kernel.kind.startswith(NARROW)), None)
+    if narrow is None:
+        return 0.0
+    from benchmarks.latency_floor import narrow_rate
+
+    return narrow_rate("fp8" if narrow.startswith("Fp8") else "int8")
 
 
 def node_cost(kind: str, inputs: Sequence[tuple[str, list[int]]], outputs: Sequence[tuple[str, list[int]]]) -> tuple[int, int]:

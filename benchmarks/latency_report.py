@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.latency_history import Kernel, Kernels, Key, Record
+from benchmarks.latency_history import NARROW, Kernel, Kernels, Key, Record
 from benchmarks.plots import Axis, Series, chart
 from engines.errors import RequestError
 
@@ -160,7 +160,9 @@ def _megapixels(record: Record) -> float:
 
 def floor_ms(kernel: Kernel, kernels: Kernels) -> float:
     """The least that a kernel can take, in milliseconds. 0 if neither FLOPs nor bytes are known."""
-    by_arithmetic = kernel.flops / kernels.peak_flops if kernels.peak_flops else 0.0
+    narrow = kernels.peak_narrow_flops if kernel.kind.startswith(NARROW) else 0.0
+    peak = narrow or kernels.peak_flops
+    by_arithmetic = kernel.flops / peak if peak else 0.0
     by_traffic = kernel.bytes / kernels.peak_bytes if kernels.peak_bytes else 0.0
     return 1000 * max(by_arithmetic, by_traffic)
 
@@ -185,12 +187,16 @@ def _roofline(record: Record, kernels: Kernels) -> str:
     placed = [kernel for kernel in kernels.kernels if kernel.flops and kernel.bytes and kernel.ms]
     if placed and kernels.peak_flops and kernels.peak_bytes:
         intensity = [kernel.flops / kernel.bytes for kernel in placed]
-        ridge = kernels.peak_flops / kernels.peak_bytes
-        low, high = min(*intensity, ridge) / 2, max(*intensity, ridge) * 2
-        roof = [(low, low * kernels.peak_bytes), (ridge, kernels.peak_flops), (high, kernels.peak_flops)]
+        peaks = {"roof": kernels.peak_flops, "roof, 8 bits": kernels.peak_narrow_flops}
+        ridges = {name: peak / kernels.peak_bytes for name, peak in peaks.items() if peak}
+        low, high = min(*intensity, *ridges.values()) / 2, max(*intensity, *ridges.values()) * 2
         words = [f"{kernel.name} ({kernel.kind}): {kernel.ms:.3f} ms" for kernel in placed]
         points = [(at, 1000 * kernel.flops / kernel.ms) for at, kernel in zip(intensity, placed, strict=True)]
-        series = [Series(name="roof", points=roof, dots=False), Series(name="kernels", points=points, words=words, line=False)]
+        series = [
+            Series(name=name, points=[(low, low * kernels.peak_bytes), (ridge, peaks[name]), (high, peaks[name])], dots=False)
+            for name, ridge in ridges.items()
+        ]
+        series.append(Series(name="kernels", points=points, words=words, line=False))
         x, y = Axis(label="FLOP per byte of traffic", log=True), Axis(label="FLOP/s", log=True)
         parts.append(f"<div class=charts>{chart(f'Roofline, {record.title}', x, y, series)}</div>")
     else:

@@ -61,6 +61,16 @@ def test_the_page_shows_history_sizes_and_kernels() -> None:
     assert sum("run 1" in (title.text or "") or "run 2" in (title.text or "") for title in history.iter("title")) == 3
 
 
+def test_products_in_8_bits_have_a_roof_of_their_own() -> None:
+    fast = Kernel(name="nvjet", kind="Fp8Linear", ms=1.0, flops=1.5e9, bytes=1e6)
+    found = LAYERS.model_copy(update={"peak_narrow_flops": 2e12, "kernels": (*LAYERS.kernels, fast)})
+    assert floor_ms(fast, found) == pytest.approx(0.75)
+    assert floor_ms(LAYERS.kernels[0], found) == pytest.approx(1.0)
+    (roofline,) = [each for each in charts(page([record(kernels=found)])) if "FLOP/s" in "".join(each.itertext())]
+    assert "roof, 8 bits" in "".join(roofline.itertext())
+    assert "roof, 8 bits" not in page([record(kernels=LAYERS)])
+
+
 def test_no_kernels_are_said_plainly() -> None:
     text = page([record(kernels=Kernels(why="not there: TensorRT's profiler said nothing, and PyTorch sees no GPU"))])
     assert "No kernels: not there: TensorRT&#x27;s profiler said nothing" in text
