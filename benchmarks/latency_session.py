@@ -51,10 +51,10 @@ def works(options: argparse.Namespace, engine: SanaEngine) -> Iterator[Work]:
 
 
 def complaints(
-    engine: SanaEngine, checkpoint: Checkpoint | None, works: Sequence[Work]
+    engine: SanaEngine, checkpoint: Checkpoint | None, asked: Sequence[Work]
 ) -> tuple[list[str], dict[str, dict[str, ErrorStats]]]:
-    """What is not exact enough: by the bundle's golden inputs and, on a GPU with a checkpoint, by PyTorch for each of the works. A
-    text encoder in 4 or 8 bits has its golden inputs alone.
+    """What is not exact enough: by the bundle's golden inputs and, on a GPU with a checkpoint, by PyTorch for each work that was
+    asked for. A text encoder in 4 or 8 bits has its golden inputs alone.
 
     And the errors by component, of the first size and the smallest batch.
     """
@@ -66,7 +66,7 @@ def complaints(
     found: dict[str, dict[str, ErrorStats]] = {}
     if checkpoint is None or engine.backend != "tensorrt":
         return wrong, found
-    for work in sorted(works, key=lambda each: each.batch):
+    for work in sorted(asked, key=lambda each: each.batch):
         component = next((each for each in CHECKED if each == work.component), None)
         if component is None or (component == "text_encoder" and has_narrow_weights(engine.bundle, component)):
             continue

@@ -24,7 +24,7 @@ from plugins import cubin
 from plugins.cubin import Cubin
 from plugins.fp8_quantize import CHANNELS, check_target, magnitude, row_scale, write_bits
 from plugins.launch import Output
-from plugins.rows import head_and_tail, modulation_row, num_warps, row_part, write_part
+from plugins.rows import head_and_tail, num_warps, row_part, summed, write_part
 
 if TYPE_CHECKING:
     import torch
@@ -43,31 +43,6 @@ def gated_sum_truth(
     """hidden, at the inputs' precision."""
     gate = table[row] + time.unflatten(1, table.shape)[:, row, None]
     return x + gate * branch.clip(-LARGEST.value, LARGEST.value)
-
-
-@triton.jit
-def _summed(
-    x,
-    branch,
-    time,
-    table,
-    image,
-    row,
-    ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-    D: tl.constexpr,
-):
-    """hidden, fp16, of a part of the row, and its magnitude."""
-    d, live = row_part(START, SIZE, D)
-    added = tl.load(branch + row * D + d, mask=live, other=0.0).to(tl.float32)
-    # Not tl.clamp: a NaN has to stay one.
-    added = tl.where(added > LARGEST, LARGEST, tl.where(added < -LARGEST, -LARGEST, added))
-    gate = modulation_row(time, table, image, d, live, ROW, ROWS, D)
-    part = tl.load(x + row * D + d, mask=live, other=0.0).to(tl.float32) + gate * added
-    part = part.to(x.dtype.element_ty)
-    return part, magnitude(part, live)
 
 
 @triton.jit
@@ -95,10 +70,11 @@ def sum_kernel(
     """A program: one token."""
     row = tl.program_id(0).to(tl.int64)  # int64: 64 images of 4096 px pass 2**31 elements
     image = tl.program_id(0) // tokens
-    head, largest = _summed(x, branch, time, table, image, row, ROW, ROWS, 0, HEAD, D)
+    head = summed(x, branch, time, table, image, row, ROW, ROWS, LARGEST, 0, HEAD, D).to(x.dtype.element_ty)
+    largest = magnitude(head, row_part(0, HEAD, D)[1])
     if TAIL > 0:
-        tail, other = _summed(x, branch, time, table, image, row, ROW, ROWS, HEAD, TAIL, D)
-        largest = tl.maximum(largest, other)
+        tail = summed(x, branch, time, table, image, row, ROW, ROWS, LARGEST, HEAD, TAIL, D).to(x.dtype.element_ty)
+        largest = tl.maximum(largest, magnitude(tail, row_part(HEAD, TAIL, D)[1]))
     own_scale, inverse = row_scale(largest)
     tl.store(scale + row, own_scale)
     _write(hidden, bits, row, head, inverse, 0, HEAD, D)

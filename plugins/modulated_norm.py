@@ -38,7 +38,7 @@ from plugins.cubin import Cubin
 from plugins.eight_bits import check_target
 from plugins.fp8_quantize import magnitude, row_scale, write_bits
 from plugins.launch import Output
-from plugins.rows import head_and_tail, modulation_row, num_warps, row_part, write_part
+from plugins.rows import head_and_tail, modulation_row, num_warps, row_part, summed, write_part
 from plugins.static_scale import OutKind, as_output
 
 if TYPE_CHECKING:
@@ -53,28 +53,6 @@ INPUTS = {PLAIN: ("x", "branch", "time", "table"), GATED: ("x", "branch", "time"
 # Channels a thread, at most; to FP8, and else. Measured on an H200 with rows of 1152 and 2240: to FP8, which looks for the largest
 # first, one warp and two are fastest, else two and four.
 FP8_CHANNELS, CHANNELS = 40, 20
-
-
-@triton.jit
-def _summed(
-    x,
-    branch,
-    gate_time,
-    gate_table,
-    image,
-    row,
-    GATE: tl.constexpr,
-    TIME_ROWS: tl.constexpr,
-    START: tl.constexpr,
-    SIZE: tl.constexpr,
-    D: tl.constexpr,
-):
-    """hidden, fp32, of a part of the row; 0 where there are no channels."""
-    d, live = row_part(START, SIZE, D)
-    added = tl.load(branch + row * D + d, mask=live, other=0.0).to(tl.float32)
-    if GATE >= 0:
-        added *= modulation_row(gate_time, gate_table, image, d, live, GATE, TIME_ROWS, D)
-    return tl.load(x + row * D + d, mask=live, other=0.0).to(tl.float32) + added
 
 
 @triton.jit
@@ -124,9 +102,9 @@ def norm_kernel(
     """A program: one token. GATE: a row, or -1 for none. normed_scale and out_scale: None, or normed has such scales."""
     row = tl.program_id(0).to(tl.int64)  # int64: 64 images of 4096 px pass 2**31 elements
     image = tl.program_id(0) // tokens
-    head = _summed(x, branch, gate_time, gate_table, image, row, GATE, GATE_TIME_ROWS, 0, HEAD, D)
+    head = summed(x, branch, gate_time, gate_table, image, row, GATE, GATE_TIME_ROWS, None, 0, HEAD, D)
     if TAIL > 0:
-        tail = _summed(x, branch, gate_time, gate_table, image, row, GATE, GATE_TIME_ROWS, HEAD, TAIL, D)
+        tail = summed(x, branch, gate_time, gate_table, image, row, GATE, GATE_TIME_ROWS, None, HEAD, TAIL, D)
     write_part(hidden, row, head, 0, HEAD, D)
     if TAIL > 0:
         write_part(hidden, row, tail, HEAD, TAIL, D)

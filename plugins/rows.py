@@ -10,7 +10,7 @@ A kernel has HEAD and TAIL as constants; it computes with row_part(0, HEAD, D) a
 import triton
 import triton.language as tl
 
-__all__ = ["MAX_WARPS", "head_and_tail", "modulation_row", "num_warps", "row_part", "write_part"]
+__all__ = ["MAX_WARPS", "head_and_tail", "modulation_row", "num_warps", "row_part", "summed", "write_part"]
 
 MAX_WARPS = 16  # of a program
 
@@ -42,6 +42,32 @@ def modulation_row(time, table, image, d, live, ROW: tl.constexpr, TIME_ROWS: tl
     time_row = tl.load(time + (image * TIME_ROWS + ROW % TIME_ROWS) * D + d, mask=live, other=0.0)
     table_row = tl.load(table + ROW * D + d, mask=live, other=0.0)
     return table_row.to(tl.float32) + time_row.to(tl.float32)
+
+
+@triton.jit
+def summed(
+    x,
+    branch,
+    time,
+    table,
+    image,
+    row,
+    GATE: tl.constexpr,
+    TIME_ROWS: tl.constexpr,
+    LARGEST: tl.constexpr,
+    START: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+):
+    """x + gate branch, fp32, of a part of a row; 0 where there are no channels. GATE: a row of table and time, or -1 for none.
+    LARGEST: to which branch is cut, or None."""
+    d, live = row_part(START, SIZE, D)
+    added = tl.load(branch + row * D + d, mask=live, other=0.0).to(tl.float32)
+    if LARGEST is not None:  # not tl.clamp: a NaN has to stay one
+        added = tl.where(added > LARGEST, LARGEST, tl.where(added < -LARGEST, -LARGEST, added))
+    if GATE >= 0:
+        added *= modulation_row(time, table, image, d, live, GATE, TIME_ROWS, D)
+    return tl.load(x + row * D + d, mask=live, other=0.0).to(tl.float32) + added
 
 
 @triton.jit
