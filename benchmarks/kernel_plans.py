@@ -65,7 +65,7 @@ def gated_convolution() -> Iterator[Case]:
     module = gated_depthwise_conv
     sizes = ((2, 32, 5600), (2, 64, 5600), (2, 128, 5600), (2, 32, 2880))
     for (batch, side, inner), quantized in itertools.product(sizes, (False, True)):
-        x, weight, bias = half(batch, side, side, 2 * inner), half(2 * inner, 1, 3, 3), half(2 * inner)
+        x, weight, bias = half(batch, side, side, 2 * inner), half(3, 3, 2 * inner), half(2 * inner)
         y, scales, scale = half(batch, side, side, inner), None, None
         if quantized:
             scales, scale = torch.empty(batch, side, side, device="cuda"), 0.1

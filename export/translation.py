@@ -72,7 +72,7 @@ _GATED_DEPTHWISE_CONV = _sana_op(gated_depthwise_conv.OP, ("x", "weight", "bias"
 
 
 def _gated_depthwise_conv(x: Any, weight: Any, bias: Any) -> Any:
-    return _GATED_DEPTHWISE_CONV(x, weight, bias, channels=weight.shape[0])
+    return _GATED_DEPTHWISE_CONV(x, weight, bias, channels=weight.shape[2])
 
 
 _CONV3X3 = _sana_op(conv3x3.OP, ("x", "weight", "bias"), {"activation": OpSchema.AttrType.STRING})

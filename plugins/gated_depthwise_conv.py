@@ -108,12 +108,12 @@ def silu_row(row, COARSE: tl.constexpr):
 
 
 @triton.jit
-def taps(weight, row: tl.constexpr, channels_C, live_C):
-    """Three taps of a filter's row, (C,) each, fp32. weight (channels, 1, 3, 3)."""
-    at = weight + channels_C * 9 + 3 * row
+def taps(weight, row: tl.constexpr, channels, channels_C, live_C):
+    """Three taps of a filter's row, (C,) each, fp32. weight (3, 3, channels)."""
+    at = weight + 3 * row * channels + channels_C
     left = tl.load(at, mask=live_C, other=0.0).to(tl.float32)
-    here = tl.load(at + 1, mask=live_C, other=0.0).to(tl.float32)
-    right = tl.load(at + 2, mask=live_C, other=0.0).to(tl.float32)
+    here = tl.load(at + channels, mask=live_C, other=0.0).to(tl.float32)
+    right = tl.load(at + 2 * channels, mask=live_C, other=0.0).to(tl.float32)
     return left, here, right
 
 
@@ -194,9 +194,9 @@ def gate_kernel(
     E4M3: tl.constexpr = out_scales is not None or out.dtype.element_ty == tl.float8e4nv
     COARSE: tl.constexpr = x.dtype.element_ty == tl.bfloat16 or (E4M3 and x.dtype.element_ty == tl.float16)
 
-    a0, g0 = taps(weight, 0, channels_C, live_C), taps(weight, 0, channels_C + inner, live_C)
-    a1, g1 = taps(weight, 1, channels_C, live_C), taps(weight, 1, channels_C + inner, live_C)
-    a2, g2 = taps(weight, 2, channels_C, live_C), taps(weight, 2, channels_C + inner, live_C)
+    a0, g0 = taps(weight, 0, channels, channels_C, live_C), taps(weight + inner, 0, channels, channels_C, live_C)
+    a1, g1 = taps(weight, 1, channels, channels_C, live_C), taps(weight + inner, 1, channels, channels_C, live_C)
+    a2, g2 = taps(weight, 2, channels, channels_C, live_C), taps(weight + inner, 2, channels, channels_C, live_C)
     bias_a = tl.load(bias + channels_C, mask=live_C, other=0.0).to(tl.float32)
     bias_g = tl.load(bias + inner + channels_C, mask=live_C, other=0.0).to(tl.float32)
     if out_scale is not None:
@@ -276,7 +276,7 @@ def check(*tensors: "torch.Tensor") -> None:
 def launch(
     x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor", y: "torch.Tensor", quantized: "Quantized | None" = None
 ) -> None:
-    """Write the op's result into y (B, H, W, E). x (B, H, W, 2E), of y's dtype; weight (2E, 1, 3, 3), bias (2E,) of any.
+    """Write the op's result into y (B, H, W, E). x (B, H, W, 2E), of y's dtype; weight (3, 3, 2E), bias (2E,) of any.
 
     x and y: contiguous, of bf16, fp16 or fp32, on the current GPU, else ValueError. quantized: y is in 8 bits; also write
     these scales, if any.
@@ -349,7 +349,7 @@ def compile_cubins(
 def function_body(opset: int = 20) -> "onnx.FunctionProto":
     """The op in standard ONNX operators, for every reader that has no plugin: fp32 inside, cast back to x's type, whatever that is.
 
-    Inputs x (B, H, W, 2E), weight (2E, 1, 3, 3), bias (2E,), output out (B, H, W, E). Attribute channels, 2E, required; the
+    Inputs x (B, H, W, 2E), weight (3, 3, 2E), bias (2E,), output out (B, H, W, E). Attribute channels, 2E, required; the
     plugin's attributes are allowed and unused. opset: of the standard operators, 18 or newer; it must equal the model's.
     """
     from onnx import TensorProto, helper
@@ -357,7 +357,7 @@ def function_body(opset: int = 20) -> "onnx.FunctionProto":
     def node(op: str, inputs: list[str], outputs: list[str], **attributes: object) -> "onnx.NodeProto":
         return helper.make_node(op, inputs, outputs, **attributes)
 
-    conv = node("Conv", ["activated", "weight_wide", "bias_wide"], ["conv"], pads=[1, 1, 1, 1])
+    conv = node("Conv", ["activated", "filters", "bias_wide"], ["conv"], pads=[1, 1, 1, 1])
     group = helper.make_attribute("group", 1)
     group.ClearField("i")
     group.ref_attr_name = "channels"
@@ -367,6 +367,9 @@ def function_body(opset: int = 20) -> "onnx.FunctionProto":
         node("Transpose", ["x_wide"], ["x_first"], perm=[0, 3, 1, 2]),
         node("Sigmoid", ["x_first"], ["x_sigmoid"]),
         node("Mul", ["x_first", "x_sigmoid"], ["activated"]),
+        node("Transpose", ["weight_wide"], ["taps"], perm=[2, 0, 1]),
+        node("Constant", [], ["one"], value_ints=[1]),
+        node("Unsqueeze", ["taps", "one"], ["filters"]),
         conv,
         node("Split", ["conv"], ["a", "g"], axis=1, num_outputs=2),
         node("Sigmoid", ["g"], ["g_sigmoid"]),

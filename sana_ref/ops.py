@@ -218,7 +218,7 @@ HALF = (torch.float16, torch.bfloat16)
 def gated_depthwise_conv_truth(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """y = a silu(g), where [a, g] = depthwise3x3(silu(x)) + bias, with zeros around the picture.
 
-    x (B, H, W, 2E), weight (2E, 1, 3, 3), bias (2E,); y (B, H, W, E) in x's dtype, computed in fp32 or wider.
+    x (B, H, W, 2E), weight (3, 3, 2E), bias (2E,); y (B, H, W, E) in x's dtype, computed in fp32 or wider.
     Source: Sana, arXiv:2410.10629, section 2.2: the mix-FFN between its 1x1 convolutions.
     """
     with _without_autocast(x.device):
@@ -231,7 +231,12 @@ def gated_depthwise_conv_truth(x: Tensor, weight: Tensor, bias: Tensor) -> Tenso
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """(silu(x), its convolution), both (B, 2E, H, W)."""
     activated = F.silu(x).permute(0, 3, 1, 2)
-    return activated, F.conv2d(activated, weight, bias, padding=1, groups=weight.shape[0])
+    return activated, F.conv2d(activated, _filters(weight), bias, padding=1, groups=weight.shape[2])
+
+
+def _filters(weight: Tensor) -> Tensor:
+    """As PyTorch's convolutions have them, (2E, 1, 3, 3)."""
+    return weight.permute(2, 0, 1)[:, None]
 
 
 def _silu_slope(x: Tensor) -> Tensor:
@@ -247,21 +252,20 @@ def _conv_gradients(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tupl
         activated, conv = _convolved(x_wide, weight_wide, bias.to(wide))
         a, g = conv.chunk(2, dim=1)
         dconv = torch.cat([dy_wide * F.silu(g), dy_wide * a * _silu_slope(g)], dim=1)
-        one, channels = [1, 1], weight.shape[0]
+        one, channels = [1, 1], weight.shape[2]
         d_activated, d_weight, d_bias = torch.ops.aten.convolution_backward(
-            dconv, activated, weight_wide, [channels], one, one, one, False, [0, 0], channels, [True, True, True]
+            dconv, activated, _filters(weight_wide), [channels], one, one, one, False, [0, 0], channels, [True, True, True]
         )
         dx = d_activated.permute(0, 2, 3, 1) * _silu_slope(x_wide)
+        d_weight = d_weight[:, 0].permute(1, 2, 0)
         return dx.to(x.dtype).contiguous(), d_weight.to(weight.dtype).contiguous(), d_bias.to(bias.dtype)
 
 
 def _check_conv(x: Tensor, weight: Tensor, bias: Tensor) -> None:
     channels = x.shape[-1]
-    if x.ndim != 4 or channels % 2 or weight.shape != (channels, 1, 3, 3) or bias.shape != (channels,):
+    if x.ndim != 4 or channels % 2 or weight.shape != (3, 3, channels) or bias.shape != (channels,):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
-        raise ValueError(
-            f"gated_depthwise_conv: got x, weight, bias of shapes {shapes}; expected (B, H, W, 2E), (2E, 1, 3, 3), (2E,)"
-        )
+        raise ValueError(f"gated_depthwise_conv: got x, weight, bias of shapes {shapes}; expected (B, H, W, 2E), (3, 3, 2E), (2E,)")
     if not all(t.dtype.is_floating_point for t in (x, weight, bias)):
         raise ValueError(f"gated_depthwise_conv: got dtypes {x.dtype}, {weight.dtype}, {bias.dtype}; expected floating ones")
 
@@ -329,7 +333,7 @@ _gated_depthwise_conv.register_autograd(_conv_backward, setup_context=_keep_conv
 def gated_depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`gated_depthwise_conv_truth` as the op `sana::gated_depthwise_conv`, which trains and is fast on a GPU.
 
-    x: (B, H, W, 2E) of fp16, bf16, fp32 or fp64, any strides; weight (2E, 1, 3, 3) and bias (2E,) of any floating dtype: autocast
+    x: (B, H, W, 2E) of fp16, bf16, fp32 or fp64, any strides; weight (3, 3, 2E) and bias (2E,) of any floating dtype: autocast
     leaves them as they are. Returns (B, H, W, E), contiguous, in x's dtype. Differentiable once; gradients come in the inputs'
     dtypes. Raises ValueError for other shapes.
     """

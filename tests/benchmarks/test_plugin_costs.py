@@ -42,7 +42,7 @@ CASES = {  # attributes, shapes of inputs, FLOPs, numbers of 16 bits and of 32 t
     ),
     "depthwise": (
         lambda: gated_depthwise_conv.compile_cubins(TARGET, "fp16", 2 * C),
-        [(B, 8, 8, 2 * C), (2 * C, 1, 3, 3), (2 * C,)],
+        [(B, 8, 8, 2 * C), (3, 3, 2 * C), (2 * C,)],
         2 * 9 * B * 64 * 2 * C,
         3 * B * 64 * C + 9 * 2 * C + 2 * C,
         0,

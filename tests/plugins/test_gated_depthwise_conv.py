@@ -32,13 +32,15 @@ def inputs(shape, dtype, device="cpu"):
     """dy, x, weight, bias."""
     *pixels, inner = shape
     generator = torch.Generator().manual_seed(sum(shape))
-    sizes = ((*pixels, inner), (*pixels, 2 * inner), (2 * inner, 1, 3, 3), (2 * inner,))
-    return [torch.randn(size, generator=generator).to(device, DTYPES.get(dtype, dtype)) for size in sizes]
+    sizes = ((*pixels, inner), (*pixels, 2 * inner), (2 * inner, 3, 3), (2 * inner,))
+    dy, x, filters, bias = (torch.randn(size, generator=generator).to(device, DTYPES.get(dtype, dtype)) for size in sizes)
+    return [dy, x, filters.permute(1, 2, 0).contiguous(), bias]
 
 
 def plain(x, weight, bias):
     """Operator by operator, as sana_ref.layers.GLUMBConv."""
-    a, g = F.conv2d(F.silu(x.permute(0, 3, 1, 2)), weight, bias, padding=1, groups=len(weight)).chunk(2, dim=1)
+    filters = weight.permute(2, 0, 1)[:, None]
+    a, g = F.conv2d(F.silu(x.permute(0, 3, 1, 2)), filters, bias, padding=1, groups=len(filters)).chunk(2, dim=1)
     return (a * F.silu(g)).permute(0, 2, 3, 1)
 
 
@@ -121,7 +123,7 @@ def test_planted_error_is_caught(interpreted):
     y, *gradients = interpreted[shape, "fp16"]
     with pytest.raises(AssertionError, match="expected at most"):
         check([y.roll(1, dims=2), *gradients], inputs(shape, "fp16"), "moved by a column")
-    gradients[1] = gradients[1].flip(-1)
+    gradients[1] = gradients[1].flip(1)
     with pytest.raises(AssertionError, match=r"dweight: .* expected at most"):
         check([y, *gradients], inputs(shape, "fp16"), "a filter turned round")
 
@@ -153,7 +155,7 @@ def body_model(dtype, channels):
     kind = ONNX_TYPES[dtype]
     shapes = {
         "x": ["b", "h", "w", channels],
-        "weight": [channels, 1, 3, 3],
+        "weight": [3, 3, channels],
         "bias": [channels],
         "out": ["b", "h", "w", channels // 2],
     }
@@ -188,7 +190,7 @@ def test_cubins(target, out_scale):
     block, least = op.sizes(inner, quantized=out_scale is not None)
     launch = Launch.from_json(attributes["launch"])
     assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
-    dims = [(batch, height, width, 2 * inner), (2 * inner, 1, 3, 3), (2 * inner,)]
+    dims = [(batch, height, width, 2 * inner), (3, 3, 2 * inner), (2 * inner,)]
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, height, width, inner]
     channels, strips, pictures = (evaluate(size, dims) for size in launch.grid)
     assert (channels - 1) * block < inner <= channels * block
@@ -219,12 +221,10 @@ def test_bad_arguments(targets, dtype, channels, message):
         op.compile_cubins(targets, dtype, channels)
 
 
-@pytest.mark.parametrize(
-    ("x", "weight"), [((1, 2, 2, 7), (7, 1, 3, 3)), ((1, 2, 2, 8), (8, 1, 5, 5)), ((2, 2, 8), (8, 1, 3, 3))], ids=str
-)
+@pytest.mark.parametrize(("x", "weight"), [((1, 2, 2, 7), (3, 3, 7)), ((1, 2, 2, 8), (5, 5, 8)), ((2, 2, 8), (3, 3, 8))], ids=str)
 def test_wrong_shapes(x, weight):
     with pytest.raises(ValueError, match=r"got x, weight, bias of shapes .* expected \(B, H, W, 2E\)"):
-        ops.gated_depthwise_conv(torch.ones(x), torch.ones(weight), torch.ones(weight[0]))
+        ops.gated_depthwise_conv(torch.ones(x), torch.ones(weight), torch.ones(weight[-1]))
 
 
 def milliseconds(call, rounds=20):

@@ -22,7 +22,7 @@ SHAPES = {
     "cross": ([(2, 70, 2 * 20), (2, 2, 1, HEADS, 33, 20), (2, 2, 1, HEADS, 33, 20), (2, 33)], (2, 70, 2 * 20)),
     "cross in parts": ([(2, 130, 2 * 39), (2, 2, 1, HEADS, 33, 39), (2, 2, 1, HEADS, 33, 39), (2, 33)], (2, 130, 2 * 39)),
     "linear": ([(2, 70, 3 * HEADS * 32)], (2, 70, HEADS * 32)),
-    "conv": ([(2, 3, 5, 2 * 70), (2 * 70, 1, 3, 3), (2 * 70,)], (2, 3, 5, 70)),
+    "conv": ([(2, 3, 5, 2 * 70), (3, 3, 2 * 70), (2 * 70,)], (2, 3, 5, 70)),
 }
 
 
@@ -32,7 +32,8 @@ def truth(name, tensors, heads=HEADS):
     if name == "linear":
         return ops.qkv_linear_attention_truth(tensors[0], heads)
     x, weight, bias = tensors
-    a, g = F.conv2d(F.silu(x.permute(0, 3, 1, 2)), weight, bias, padding=1, groups=len(weight)).chunk(2, dim=1)
+    filters = weight.permute(2, 0, 1)[:, None]
+    a, g = F.conv2d(F.silu(x.permute(0, 3, 1, 2)), filters, bias, padding=1, groups=len(filters)).chunk(2, dim=1)
     return (a * F.silu(g)).permute(0, 2, 3, 1)
 
 
@@ -103,7 +104,7 @@ def tied(name):
         v = torch.nn.functional.pad(TIES, (0, -dim % 64))
         return [torch.cat([torch.ones(2 * len(v)), v])[None, None]]
     bias = torch.cat([TIES / 128, torch.full((dim,), 128.0)])  # silu(128) is 128
-    return [torch.randn(1, 2, 5, 2 * dim), torch.zeros(2 * dim, 1, 3, 3), bias]
+    return [torch.randn(1, 2, 5, 2 * dim), torch.zeros(3, 3, 2 * dim), bias]
 
 
 OPS = ("cross", "linear", "conv")
@@ -237,7 +238,7 @@ DIMS = {
     "cross": ([(6, 65, 2240), *[(20, 2, 3, 20, 300, 112)] * 2, (6, 300)], [6, 65, 2240]),
     "cross in parts": ([(6, 130, 1152), *[(28, 2, 3, 16, 300, 72)] * 2, (6, 300)], [6, 130, 1152]),
     "linear": ([(2, 70, 3 * 2240), (2, 70, 1, 33, 32)], [2, 70, 2240]),
-    "conv": ([(3, 33, 18, 2 * 64), (2 * 64, 1, 3, 3), (2 * 64,)], [3, 33, 18, 64]),
+    "conv": ([(3, 33, 18, 2 * 64), (3, 3, 2 * 64), (2 * 64,)], [3, 33, 18, 64]),
 }
 
 
