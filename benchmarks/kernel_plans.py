@@ -109,7 +109,7 @@ def linear_attention() -> Iterator[Case]:
         def apply(plan: Plan, qkv=qkv, most=most, out=out, tokens=tokens, heads=heads) -> Call:  # type: ignore[no-untyped-def]
             options = {"D": head_dim, "BLOCK_N": plan["BLOCK_N"], "num_warps": plan["num_warps"], "num_stages": 1}
             numbers = (heads, tokens, plan["tile"], module.num_parts(tokens), module.EPS, None)
-            precision = module.precision("fp16", None)
+            precision = module.PRECISIONS["fp16"]
             return lambda: module.apply_kernel[2 * heads, -(-tokens // plan["tile"])](
                 qkv, most, out, None, *numbers, INTERLEAVED=False, PRECISION=precision, **options
             )
