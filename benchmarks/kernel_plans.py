@@ -3,9 +3,10 @@
     python benchmarks/kernel_plans.py --out benchmarks/results/kernel_plans_h200.json
 
 For each kernel, at sizes of Sana-1.6B and 0.6B and of DC-AE's decoder: milliseconds in a CUDA graph of every plan that fits, the
-best ones and the source's printed. The constants at the top of each file in plugins/ come from such a run; change them where
-another plan is better at most sizes. Beside the convolution stands cuDNN's, of PyTorch's choice. --out is written after each
-kernel; a call that finds there what was measured of this commit, without changes, on this machine goes on behind it.
+best ones and the source's printed. All plans are compiled first, by a process for each core (--jobs). The constants at the top of
+each file in plugins/ come from such a run; change them where another plan is better at most sizes. Beside the convolution stands
+cuDNN's, of PyTorch's choice. --out is written after each kernel; a call that finds there what was measured of this commit, without
+changes, on this machine goes on behind it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +37,7 @@ from plugins import (
     qkv_linear_attention,
 )
 from plugins.rows import head_and_tail, num_warps
+from runtime.together import default_threads
 
 SHARED = 227 * 1024  # bytes a block may have on compute capability 9.0
 CALLS = 6  # in a graph
@@ -288,6 +292,23 @@ def measured(case: Case) -> dict[str, Any]:
     }
 
 
+def compile_share(names: Iterable[str], share: int, shares: int) -> None:
+    """Launch each of the plans of a share once: Triton keeps what it compiled, for all processes."""
+    for case in (case for name in names for case in CASES[name]()):
+        for plan in [*case.plans, case.source][share::shares]:
+            case.launch(plan)()
+    torch.cuda.synchronize()
+
+
+def compile_all(names: str, jobs: int) -> None:
+    """Raises CalledProcessError where a plan does not compile."""
+    command = [sys.executable, __file__, "--kernels", names, "--compile-share"]
+    running = [subprocess.Popen([*command, f"{share}/{jobs}"]) for share in range(jobs)]
+    codes = [process.wait() for process in running]
+    if any(codes):
+        raise subprocess.CalledProcessError(max(codes), command)
+
+
 def measure(names: Iterable[str], out: Path | None) -> None:
     """Cases of CASES, written to `out` one after the other, but for those that it has of the same commit. Changes that are not
     committed may be others by now: all is measured anew."""
@@ -310,13 +331,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default=",".join(CASES), help="some of them, joined by commas")
     parser.add_argument("--out", type=writable_file, help="a JSON file to write")
+    parser.add_argument("--jobs", type=int, default=default_threads(), help="processes that compile, %(default)s here; 1: none")
+    parser.add_argument("--compile-share", help=argparse.SUPPRESS)  # what such a process is given: "3/16"
     options = parser.parse_args()
-    if unknown := [name for name in options.kernels.split(",") if name not in CASES]:
+    names = options.kernels.split(",")
+    if unknown := [name for name in names if name not in CASES]:
         parser.error(f"--kernels: got {', '.join(unknown)}; expected some of {', '.join(CASES)}")
     if not torch.cuda.is_available():
         parser.error("got no GPU; expected one: plans are measured")
+    if options.compile_share:
+        compile_share(names, *map(int, options.compile_share.split("/")))
+        return 0
+    if options.jobs > 1:
+        compile_all(options.kernels, options.jobs)
     torch.backends.cudnn.benchmark = True
-    measure(options.kernels.split(","), options.out)
+    measure(names, options.out)
     return 0
 
 

@@ -62,6 +62,19 @@ def test_what_is_not_of_a_commit_is_measured_anew(monkeypatch, tmp_path, commit)
     assert measured == ["first", "first"]
 
 
+def test_shares_are_all_plans(monkeypatch):
+    plans, compiled = [{"rows": rows} for rows in range(7)], []
+
+    def cases():
+        yield kernel_plans.Case("one", plans[:-1], lambda plan: lambda: compiled.append(plan), plans[-1])
+
+    monkeypatch.setattr(kernel_plans, "CASES", {"kernel": cases})
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for share in range(3):
+        kernel_plans.compile_share(["kernel"], share, 3)
+    assert sorted(compiled, key=plans.index) == plans
+
+
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
