@@ -90,7 +90,7 @@ def gated_convolution() -> Iterator[Case]:
         source = {name: options[name] for name in ("rows", "C", "num_warps")} | {"maxnreg": None}
         plans = [
             p
-            for p in grid_of(rows=(8, 11, 16, 32), C=(64, 128, 256), num_warps=(1, 2, 4), maxnreg=(None, 112))
+            for p in grid_of(rows=(8, 11, 16, 32), C=(64, 128, 256), num_warps=(1, 2, 4), maxnreg=(None, 112, 120))
             if p["C"] // (32 * p["num_warps"]) in (1, 2, 4)
         ]
         kind = " to fp8" if quantized else ""
@@ -105,7 +105,7 @@ def linear_attention() -> Iterator[Case]:
 
         def state(plan: Plan, qkv=qkv, most=most, tokens=tokens, heads=heads) -> Call:  # type: ignore[no-untyped-def]
             parts = -(-tokens // plan["part"])
-            options = {"D": head_dim, "BLOCK_N": plan["BLOCK_N"], "num_warps": plan["num_warps"], "num_stages": 3}
+            options = {"D": head_dim, **{name: plan[name] for name in ("BLOCK_N", "num_warps", "num_stages")}}
             return lambda: module.state_kernel[2 * heads, parts](
                 qkv, most, heads, tokens, plan["part"], INTERLEAVED=False, **options
             )
@@ -121,12 +121,13 @@ def linear_attention() -> Iterator[Case]:
         size = f"2x{tokens} tokens, {heads} heads fp16"
         plans = [
             plan
-            for plan in grid_of(part=(64, 128, 256, 512, 1024), BLOCK_N=(32, 64, 128), num_warps=(1, 2, 4))
+            for plan in grid_of(part=(64, 128, 256, 512, 1024), BLOCK_N=(32, 64, 128), num_warps=(1, 2), num_stages=(1, 3))
             if plan["BLOCK_N"] <= plan["part"] and tokens // plan["part"] <= 64
         ]
-        block, warps, _ = module.PLANS[module.STATE]
+        block, warps, stages = module.PLANS[module.STATE]
         part = -(-tokens // (module.num_parts(tokens) * block)) * block
-        yield Case(f"{module.STATE} {size}", plans, state, {"part": part, "BLOCK_N": block, "num_warps": warps})
+        source = {"part": part, "BLOCK_N": block, "num_warps": warps, "num_stages": stages}
+        yield Case(f"{module.STATE} {size}", plans, state, source)
         plans = [
             plan
             for plan in grid_of(tile=(64, 128, 256, 512), BLOCK_N=(32, 64, 128), num_warps=(1, 2, 4))
