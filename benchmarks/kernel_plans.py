@@ -87,7 +87,7 @@ def gated_convolution() -> Iterator[Case]:
 
         block, least = module.sizes(inner, quantized)
         _, options = module.plan(batch=batch, height=side, width=side, channels=inner, block=block, least=least)
-        source = {name: options[name] for name in ("rows", "C", "num_warps")} | {"maxnreg": None}
+        source = {name: options[name] for name in ("rows", "C", "num_warps")} | {"maxnreg": module.MAX_REGISTERS}
         plans = [
             p
             for p in grid_of(rows=(8, 11, 16, 32), C=(64, 128, 256), num_warps=(1, 2, 4), maxnreg=(None, 112, 120))
@@ -111,7 +111,7 @@ def linear_attention() -> Iterator[Case]:
             )
 
         def apply(plan: Plan, qkv=qkv, most=most, out=out, tokens=tokens, heads=heads) -> Call:  # type: ignore[no-untyped-def]
-            options = {"D": head_dim, "BLOCK_N": plan["BLOCK_N"], "num_warps": plan["num_warps"], "num_stages": 1}
+            options = {"D": head_dim, "BLOCK_N": plan["BLOCK_N"], "num_warps": plan["num_warps"], "num_stages": plan["num_stages"]}
             numbers = (heads, tokens, plan["tile"], module.num_parts(tokens), module.EPS, None)
             precision = module.PRECISIONS["fp16"]
             return lambda: module.apply_kernel[2 * heads, -(-tokens // plan["tile"])](
@@ -124,17 +124,16 @@ def linear_attention() -> Iterator[Case]:
             for plan in grid_of(part=(64, 128, 256, 512, 1024), BLOCK_N=(32, 64, 128), num_warps=(1, 2), num_stages=(1, 3))
             if plan["BLOCK_N"] <= plan["part"] and tokens // plan["part"] <= 64
         ]
-        block, warps, stages = module.PLANS[module.STATE]
-        part = -(-tokens // (module.num_parts(tokens) * block)) * block
-        source = {"part": part, "BLOCK_N": block, "num_warps": warps, "num_stages": stages}
-        yield Case(f"{module.STATE} {size}", plans, state, source)
+        chosen = module.plan(module.STATE, "fp16", head_dim)
+        part = -(-tokens // (module.num_parts(tokens) * chosen["BLOCK_N"])) * chosen["BLOCK_N"]
+        yield Case(f"{module.STATE} {size}", plans, state, {"part": part, **chosen})
         plans = [
             plan
-            for plan in grid_of(tile=(64, 128, 256, 512), BLOCK_N=(32, 64, 128), num_warps=(1, 2, 4))
+            for plan in grid_of(tile=(64, 128, 256, 512), BLOCK_N=(32, 64, 128), num_warps=(1, 2, 4), num_stages=(1,))
             if plan["BLOCK_N"] <= plan["tile"]
         ]
-        block, warps, _ = module.PLANS[module.APPLY]
-        yield Case(f"{module.APPLY} {size}", plans, apply, {"tile": module.TILE, "BLOCK_N": block, "num_warps": warps})
+        chosen = module.plan(module.APPLY, "fp16", head_dim)
+        yield Case(f"{module.APPLY} {size}", plans, apply, {"tile": module.tile(tokens), **chosen})
 
 
 def text_attention() -> Iterator[Case]:

@@ -55,18 +55,20 @@ def compile_cubin(
     aligned: Collection[str],
     num_warps: int,
     num_stages: int = 1,
+    max_registers: int | None = None,
 ) -> Cubin:
     """For an SM such as 89. No GPU needed; about 0.4 s.
 
     signature: Triton's type of each argument, "constexpr" for those in `constants`. aligned: arguments that are multiples of 16,
-    as the plugin checks of pointers. The same arguments and Triton version give the same bytes, on any machine and from any folder.
-    Raises ValueError for a capability that is not in CAPABILITIES.
+    as the plugin checks of pointers. max_registers: of a thread, a multiple of 8, so that more programs run at a time. The same
+    arguments and Triton version give the same bytes, on any machine and from any folder. Raises ValueError for a capability that
+    is not in CAPABILITIES.
     """
     if capability not in CAPABILITIES:
         raise ValueError(f"{op}: got target sm{capability}; expected one of {', '.join(f'sm{c}' for c in CAPABILITIES)}")
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if name in aligned}
     source = triton.compiler.ASTSource(kernel, dict(signature), dict(constants), attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers, "enable_fp_fusion": True}
     with triton.knobs.compilation.scope():
         triton.knobs.compilation.disable_line_info = True  # it would put the kernel's path into the cubin
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -37,13 +37,11 @@ if TYPE_CHECKING:
 OP = "GatedDepthwiseConv"
 DOMAIN = "sana"
 COLUMNS = 4  # of a strip: written out below
-ROWS = 32  # that a program walks down at most; two more are read. Measured on an H200, as is the next line
-LEAST_ROWS = 16  # small pictures need more programs: a quarter of the height, but no less, if `sizes` does not say less
-# Of a program: two channels a thread, or, where y is not in 8 bits and the loop is longer, one. The fastest of those tried on an
-# H200; one in place of two is 2 to 9 % of fp16's time.
-BLOCK_C, WIDE_C, NUM_WARPS = 128, 64, 2
-WAVE = 132 * 8  # programs of 8 bits that an H200 runs at a time, by their registers
-FEW = 2048  # programs of 16 bits
+# What follows was measured on an H200 (benchmarks/results/kernel_plans_h200.json).
+ROWS, LEAST_ROWS = 32, 16  # that a program walks down, two more are read; small pictures need more programs (`sizes`)
+BLOCK_C, ONE_C, NUM_WARPS = 128, 64, 2  # a thread has two channels, or one
+MAX_REGISTERS = 120  # of a thread; with more there is room for fewer programs: 28.3 us in place of 26.8, of 5600 channels to FP8
+WAVE = 132 * 8  # programs that an H200 runs at a time, by their registers
 
 
 @triton.jit
@@ -244,24 +242,24 @@ def gate_kernel(
 def sizes(inner: int, quantized: bool) -> tuple[int, int]:
     """Channels of a program, and the least rows. quantized: y is in 8 bits.
 
-    The usual work, two pictures of 32 x 32 tokens, is little for a GPU. In 8 bits it is a wave of programs or a bit more, for which
-    an H200 takes as long as for the whole of the last: of 5600 channels 1.3 waves with 16 rows and 2 with 11, 34 and 28 us. In fp16
-    fewer than FEW programs want to be twice as many: of 2880 channels 24.2 us with 16 rows, 22.6 with 8.
+    The usual work, two pictures of 32 x 32 tokens, is little for a GPU: a wave of programs or a bit more, for which it takes as
+    long as for the whole of the last. Of 5600 channels these are 1.3 waves with 16 rows and 2 with 11, 31.1 and 27.1 us to FP8. In
+    16 bits, where memory has more to do, programs that would not fill half a wave are twice as many, with a channel a thread and
+    all rows: 22.4 us, not 23.7, of 2880.
     """
-    block = BLOCK_C if quantized else WIDE_C
-    strips = -(-inner // block) * 2 * 32 // COLUMNS
-    if not quantized:
-        return block, LEAST_ROWS if strips * 32 // LEAST_ROWS >= FEW else LEAST_ROWS // 2
-    return block, min((LEAST_ROWS, 11, 8), key=lambda rows: -(-strips * -(-32 // rows) // WAVE) * (rows + 2))
+    strips = -(-inner // BLOCK_C) * 2 * 32 // COLUMNS
+    if not quantized and strips < WAVE // 2:
+        return ONE_C, ROWS
+    return BLOCK_C, min((LEAST_ROWS, 11, 8), key=lambda rows: -(-strips * -(-32 // rows) // WAVE) * (rows + 2))
 
 
 def plan(
     *, batch: int, height: int, width: int, channels: int, block: int | None = None, least: int | None = None
 ) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
     """For a kernel that walks over (batch, height, width, channels): programs of channels, of strips in a picture and of pictures;
-    and its options. block: channels of a program, else BLOCK_C; least: rows, else LEAST_ROWS."""
+    and its options. block: channels of a program, else BLOCK_C; least: rows up to a height of 32, else LEAST_ROWS."""
     block, least = block or BLOCK_C, least or LEAST_ROWS
-    rows = min(ROWS, max(least, height // 4))
+    rows = min(ROWS, max(least, height - 32))
     programs = (-(-channels // block), -(-width // COLUMNS) * -(-height // rows), batch)
     return programs, {"rows": rows, "C": block, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
@@ -290,6 +288,7 @@ def launch(
     programs, options = plan(batch=batch, height=height, width=width, channels=inner, block=block, least=least)
     scales, scale = quantized or (None, None)
     tensors = (x, weight.contiguous(), bias.contiguous(), x, y, scales)
+    options |= {"maxnreg": MAX_REGISTERS}
     gate_kernel[programs](*tensors, height, width, out_scale=scale, inner=inner, BACKWARD=False, **options)
 
 
@@ -308,6 +307,7 @@ def compile_cubin(capability: int, dtype: str, inner: int, quantized: OutKind | 
         constants={"inner": inner, "C": sizes(inner, quantized is not None)[0], "BACKWARD": False} | absent,
         aligned=pointers,
         num_warps=NUM_WARPS,
+        max_registers=MAX_REGISTERS,
     )
 
 
@@ -326,7 +326,7 @@ def compile_cubins(
     batch, height, width = (["dim", 0, axis] for axis in range(3))
     kind = out_kind if out_scale is not None else None
     block, least = sizes(inner, kind is not None)
-    rows = ["min", ROWS, ["max", least, ["floordiv", height, 4]]]
+    rows = ["min", ROWS, ["max", least, ["sub", height, 32]]]
     strips = ["mul", ["ceildiv", width, COLUMNS], ["ceildiv", height, rows]]
     outputs, more_args, last_args = quantized_outputs(dtype, [batch, height, width], inner, out_scale, kind)
     found = cubin.attributes(

@@ -44,11 +44,13 @@ EPS = 1e-15  # as sana_ref.ops.EPS; a test holds the two together
 HEAD_DIMS = (16, 32, 64)  # 16: the least that a tensor core takes; the published models have 32
 PRECISIONS = {"bf16": "split", "fp16": "tf32", "fp32": "ieee"}  # of the product with S
 # Tokens a step, warps of a program, loads under way: measured on an H200 with the heads of Sana-1.6B, as are the parts. One warp a
-# program of State: 0.008 ms where four took 0.017 (1024 px).
-PLANS = {STATE: (32, 1, 3), APPLY: (64, 4, 1)}
+# program of State: 0.008 ms where four took 0.017 (1024 px). fp32 and wide heads have more registers and so smaller steps there.
+PLANS = {STATE: (64, 1, 1), APPLY: (64, 4, 1)}
+SMALL_STATE = (32, 1, 3)
 PART, LONG_PART = 128, 512  # tokens of a part of the state: the shorter until there are PARTS, then the longer
 PARTS, MAX_PARTS = 8, 16  # each program of Apply reads them all
-TILE = 256  # tokens of a program of Apply
+LEAST_BLOCKS, MOST_BLOCKS = 4, 8  # of a program of Apply, each of whom reads all parts: 140 us with 4 of 16384 tokens, 118 with 8
+TOKENS_A_BLOCK = 2048  # in between
 
 
 @triton.jit
@@ -173,15 +175,21 @@ def num_parts(tokens: int) -> int:
     return min(math.ceil(tokens / PART), max(PARTS, math.ceil(tokens / LONG_PART)), MAX_PARTS)
 
 
+def tile(tokens: int) -> int:
+    """Tokens of a program of Apply: whole blocks."""
+    return PLANS[APPLY][0] * min(MOST_BLOCKS, max(LEAST_BLOCKS, tokens // TOKENS_A_BLOCK))
+
+
 def _part(tokens: int, parts: int) -> int:
-    """Tokens of a part: whole blocks."""
+    """Tokens of a part: whole steps."""
     block = PLANS[STATE][0]
     return math.ceil(tokens / (parts * block)) * block
 
 
-def _options(op: str, head_dim: int) -> dict[str, int]:
-    block, warps, stages = PLANS[op]
-    return {"D": head_dim, "BLOCK_N": block, "num_warps": warps, "num_stages": stages}
+def plan(op: str, dtype: str, head_dim: int) -> dict[str, int]:
+    """BLOCK_N, num_warps, num_stages."""
+    chosen = SMALL_STATE if op == STATE and (dtype == "fp32" or head_dim > 32) else PLANS[op]
+    return dict(zip(("BLOCK_N", "num_warps", "num_stages"), chosen, strict=True))
 
 
 def launch(
@@ -214,23 +222,25 @@ def launch(
     n_part = _part(tokens, parts)
     state = qkv.new_empty((batch, num_heads, parts, head_dim + 1, head_dim), dtype=torch.float32)
     state_kernel[batch * num_heads, parts](
-        qkv, state, num_heads, tokens, n_part, INTERLEAVED=interleaved, **_options(STATE, head_dim)
+        qkv, state, num_heads, tokens, n_part, INTERLEAVED=interleaved, D=head_dim, **plan(STATE, dtype, head_dim)
     )
     scales, scale = quantized or (None, None)
-    apply_kernel[batch * num_heads, math.ceil(tokens / TILE)](
+    n_tile = tile(tokens)
+    apply_kernel[batch * num_heads, math.ceil(tokens / n_tile)](
         qkv,
         state,
         out,
         scales,
         num_heads,
         tokens,
-        TILE,
+        n_tile,
         parts,
         eps,
         scale,
         INTERLEAVED=interleaved,
         PRECISION=PRECISIONS[dtype],
-        **_options(APPLY, head_dim),
+        D=head_dim,
+        **plan(APPLY, dtype, head_dim),
     )
 
 
@@ -244,8 +254,8 @@ def compile_cubin(
     op: str, capability: int, dtype: str, head_dim: int, interleaved: bool, quantized: OutKind | None = None
 ) -> Cubin:
     """For STATE or APPLY and an SM such as 89. Raises ValueError for one that has no fp8, if that is asked for."""
-    block, warps, stages = PLANS[op]
-    constants: dict[str, Any] = {"D": head_dim, "BLOCK_N": block, "INTERLEAVED": interleaved}
+    chosen = plan(op, dtype, head_dim)
+    constants: dict[str, Any] = {"D": head_dim, "BLOCK_N": chosen["BLOCK_N"], "INTERLEAVED": interleaved}
     signature = {"qkv": f"*{dtype}", "state": "*fp32"}
     if op == STATE:
         kernel, signature = state_kernel, signature | dict.fromkeys(("heads", "n_tokens", "n_part"), "i32")
@@ -262,8 +272,8 @@ def compile_cubin(
         signature=signature | dict.fromkeys(constants, "constexpr"),
         constants=constants,
         aligned=("qkv", "state", "out", "out_scales"),
-        num_warps=warps,
-        num_stages=stages,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
     )
 
 
@@ -301,7 +311,8 @@ def compile_cubins(
             grid=[rows, parts, 1],
             args=[["in", 0], ["out", 0], ["i32", heads], ["i32", tokens], ["i32", n_part]],
         )
-    numbers = [["i32", number] for number in (heads, tokens, TILE, ["dim", 1, 2])]
+    n_tile = ["mul", PLANS[APPLY][0], ["min", MOST_BLOCKS, ["max", LEAST_BLOCKS, ["floordiv", tokens, TOKENS_A_BLOCK]]]]
+    numbers = [["i32", number] for number in (heads, tokens, n_tile, ["dim", 1, 2])]
     kind = out_kind if out_scale is not None else None
     outputs, more_args, last_args = quantized_outputs(dtype, [batch, tokens], heads * head_dim, out_scale, kind)
     found = cubin.attributes(
@@ -310,7 +321,7 @@ def compile_cubins(
         lambda capability: compile_cubin(op, capability, dtype, head_dim, interleaved, kind),
         inputs=[dtype, "fp32"],
         outputs=outputs,
-        grid=[rows, ["ceildiv", tokens, TILE], 1],
+        grid=[rows, ["ceildiv", tokens, n_tile], 1],
         args=[["in", 0], ["in", 1], *more_args, *numbers, ["f32", eps], *last_args],
     )
     return split | found | {"eps": eps}

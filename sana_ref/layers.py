@@ -79,7 +79,7 @@ class GLUMBConv(nn.Module):
         rows = x.flatten(0, 2)  # a matrix: cuBLAS adds the bias in the same kernel
         wide = F.linear(rows, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias).unflatten(0, x.shape[:3])
         assert self.conv_depth.bias is not None
-        taps = self.conv_depth.weight.squeeze(1).permute(1, 2, 0)
+        taps = self.conv_depth.weight.flatten(1).T.unflatten(0, (3, 3))
         gated = ops.gated_depthwise_conv(wide, taps, self.conv_depth.bias)
         y = F.linear(gated.flatten(0, 2), self.conv_point.weight.flatten(1)).unflatten(0, x.shape[:3])
         return y if self.norm is None else self.norm.channels_last(y) + x

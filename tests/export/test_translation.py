@@ -9,6 +9,7 @@ from engines.errors import BuildError
 from export.onnx_export import Axis, ExportSpec, TensorSpec, export_module, with_function_bodies
 from export.plugin_nodes import add_cubins
 from sana_ref import conv_ops
+from sana_ref.layers import GLUMBConv
 
 SPEC = ExportSpec(
     axes=(Axis(name="n", example=3),),
@@ -66,6 +67,33 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = conv_ops.conv3x3(x, self.conv1.weight.permute(0, 2, 3, 1), self.conv1.bias, "silu")
         return conv_ops.conv3x3_norm(y, self.conv2.weight.permute(0, 2, 3, 1), x, self.norm_weight, self.norm_bias, 1e-3)
+
+
+@pytest.mark.slow
+def test_the_mix_ffn_s_filters_are_views_that_tensorrt_s_parser_takes():
+    """It refuses a Squeeze of a weight. Small weights hide it: the exporter folds them."""
+    spec = ExportSpec(
+        axes=(Axis(name="h", example=3), Axis(name="w", example=4)),
+        inputs=(TensorSpec(name="x", dims=(1, "h", "w", 256), dtype="float16"),),
+        outputs=(TensorSpec(name="y", dims=(1, "h", "w", 256), dtype="float16"),),
+        plugins={"GatedDepthwiseConv": 1},
+    )
+    with torch.device("meta"):
+        block = GLUMBConv(256, expand_ratio=2.5, norm=False).half()
+    block.fused = True
+
+    class ChannelsLast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block.channels_last(x)
+
+    model = with_function_bodies(export_module(ChannelsLast(), spec))
+    found = {node.op_type for node in model.graph}
+    assert "Squeeze" not in found
+    assert "GatedDepthwiseConv" in found
 
 
 class Up(nn.Module):

@@ -194,7 +194,7 @@ def test_cubins(target, out_scale):
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, height, width, inner]
     channels, strips, pictures = (evaluate(size, dims) for size in launch.grid)
     assert (channels - 1) * block < inner <= channels * block
-    rows = min(op.ROWS, max(least, height // 4))
+    rows = min(op.ROWS, max(least, height - 32))
     across, down = -(-width // op.COLUMNS), -(-height // rows)
     assert (strips, pictures) == (across * down, batch)
     arguments = json.loads(launch.to_json())["args"]
@@ -202,10 +202,10 @@ def test_cubins(target, out_scale):
     assert [evaluate(number, dims) for kind, number in arguments[5:8] if kind == "i32"] == [height, width, rows]
 
 
-@pytest.mark.parametrize(("inner", "rows", "wide_rows"), [(5600, 11, 16), (2880, 16, 8), (64, 8, 8)])
+@pytest.mark.parametrize(("inner", "rows", "wide_rows"), [(5600, 11, 11), (2880, 16, 32), (64, 8, 32)])
 def test_programs_fill_waves(inner, rows, wide_rows):
     assert op.sizes(inner, quantized=True) == (op.BLOCK_C, rows)
-    assert op.sizes(inner, quantized=False) == (op.WIDE_C, wide_rows)
+    assert op.sizes(inner, quantized=False) == (op.BLOCK_C if inner == 5600 else op.ONE_C, wide_rows)
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def numbers(launch, dims):
     return [evaluate(arg[1], dims) for arg in json.loads(launch.to_json())["args"] if arg[0] == "i32"]
 
 
-@pytest.mark.parametrize("tokens", [1, 64, 512, 513, 1024, 4096, 16384, 65536])
+@pytest.mark.parametrize("tokens", [1, 64, 512, 513, 1024, 4096, 9216, 16384, 65536])
 def test_parts(tokens):
     """What the plugin computes from the JSON: parts cover all tokens, whole steps each, and are those of a launch from PyTorch."""
     attributes = {name: op.compile_cubins(name, ["sm90"], "fp16", 70, 32) for name in (op.STATE, op.APPLY)}
@@ -176,9 +176,10 @@ def test_parts(tokens):
     assert n_part % op.PLANS[op.STATE][0] == 0
     assert n_part * op.num_parts(tokens) >= tokens
     dims.append(tuple(state))
-    assert numbers(launches[op.APPLY], dims) == [70, tokens, op.TILE, op.num_parts(tokens)]
+    assert numbers(launches[op.APPLY], dims) == [70, tokens, op.tile(tokens), op.num_parts(tokens)]
+    assert op.tile(tokens) % op.PLANS[op.APPLY][0] == 0
     assert ["f32", op.EPS] in json.loads(launches[op.APPLY].to_json())["args"]
-    assert evaluate(launches[op.APPLY].grid[1], dims) * op.TILE >= tokens
+    assert evaluate(launches[op.APPLY].grid[1], dims) * op.tile(tokens) >= tokens
     assert [evaluate(size, dims) for size in launches[op.APPLY].outputs[0].shape] == [2, tokens, 70 * 32]
 
 

@@ -231,14 +231,14 @@ def attributes(name, targets, out_scale, out_kind="fp8"):
         return cross_attention.compile_cubins(targets, "fp16", **sizes, **bits)
     if name == "linear":
         return qkv_linear_attention.compile_cubins(qkv_linear_attention.APPLY, targets, "fp16", 70, 32, **bits)
-    return gated_depthwise_conv.compile_cubins(targets, "fp16", 2 * 64, **bits)
+    return gated_depthwise_conv.compile_cubins(targets, "fp16", 2 * 5600, **bits)
 
 
 DIMS = {
     "cross": ([(6, 65, 2240), *[(20, 2, 3, 20, 300, 112)] * 2, (6, 300)], [6, 65, 2240]),
     "cross in parts": ([(6, 130, 1152), *[(28, 2, 3, 16, 300, 72)] * 2, (6, 300)], [6, 130, 1152]),
     "linear": ([(2, 70, 3 * 2240), (2, 70, 1, 33, 32)], [2, 70, 2240]),
-    "conv": ([(3, 33, 18, 2 * 64), (3, 3, 2 * 64), (2 * 64,)], [3, 33, 18, 64]),
+    "conv": ([(3, 33, 18, 2 * 5600), (3, 3, 2 * 5600), (2 * 5600,)], [3, 33, 18, 5600]),
 }
 
 
