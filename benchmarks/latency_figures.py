@@ -91,7 +91,7 @@ def record_figures(
     size, unsupported = size_name(checkpoint), _unsupported()
     versions = {"tensorrt": f"{tensorrt.flavor()} {tensorrt.version()}"}
     first = next((found for found in records if found.component != "text_encoder"), records[0])
-    px = f"{first.width}px" if first.width == first.height else f"{first.width}x{first.height}px"
+    px = _px(first.width, first.height)
 
     def keep(name: str, value: float, *words: str, peer: dict[str, float] | None = None) -> None:
         record(name, value, "ms", peer=peer, note="; ".join(filter(None, (*words, note, unsupported))), extra_versions=versions)
@@ -142,14 +142,18 @@ def record_figures(
     return True
 
 
+def _px(width: int, height: int) -> str:
+    return f"{width}px" if width == height else f"{width}x{height}px"
+
+
 def record_step_ratios(checkpoint: Checkpoint, records: Sequence[Record], *, note: str) -> None:
-    """Append step_ratio_FORMAT, of Sana-1.6B, or step_ratio_SIZE_FORMAT: of each quantised denoiser among the records of a run its
-    time by that of the fp16 one of the same model and size, each by itself in one CUDA graph.
+    """Append step_ratio_FORMAT, of Sana-1.6B at 1024 px, or step_ratio_SIZE_PX_FORMAT, with the parts that are others: of each
+    quantised denoiser among the records of a run its time by that of the fp16 one of the same model and size, each by itself in one
+    CUDA graph.
 
     Of one picture, at the first size that both were measured at.
     """
     size = size_name(checkpoint)
-    name = "step_ratio" if size == "1600m" else f"step_ratio_{size}"
     steps = [each for each in records if (each.component, each.batch) == ("denoiser", 1)]
     plain = {_same(each): each for each in reversed(steps) if each.precision == Precision.FP16}
     done = set()
@@ -161,9 +165,11 @@ def record_step_ratios(checkpoint: Checkpoint, records: Sequence[Record], *, not
         times = f"{each.device.p50:.2f} ms of {beside.device.p50:.2f}"
         if each.clock_mhz and beside.clock_mhz:  # a GPU at its limit of power is faster with work that takes less of it
             times += f", GPU at {each.clock_mhz:.0f} MHz and {beside.clock_mhz:.0f}"
+        px = _px(each.width, each.height)
+        parts = ("step_ratio", "" if size == "1600m" else size, "" if px == "1024px" else px, str(each.precision))
         words = (f"{each.model}, {each.width} x {each.height} px, batch 1", times, note, _unsupported())
         record(
-            f"{name}_{each.precision}",
+            "_".join(filter(None, parts)),
             each.device.p50 / beside.device.p50,
             "ratio",
             note="; ".join(filter(None, words)),

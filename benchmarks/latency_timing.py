@@ -135,7 +135,11 @@ class Rounds:
 
 
 def interleave(task: Task, references: Sequence[Task], *, rounds: int, warm_up: int) -> Rounds:
-    """Measure by turns. Raises RequestError for fewer than 3 rounds, from which no spread can be told."""
+    """Measure by turns. Raises RequestError for fewer than 3 rounds, from which no spread can be told.
+
+    References are in reverse every other round: a GPU at its limit of power has a higher clock behind work that leaves it idle,
+    such as an eager peer's, which in a fixed order the next peer would always have, and the task never.
+    """
     if rounds < 3:
         raise RequestError(f"rounds: got {rounds}; expected at least 3, and 30 or more for a comparison.")
     names = [reference.name for reference in references]
@@ -147,7 +151,7 @@ def interleave(task: Task, references: Sequence[Task], *, rounds: int, warm_up: 
     samples: list[Sample] = []
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        for reference in references:
+        for reference in references if number % 2 == 0 else reversed(references):
             times[reference.name].append(reference.sample().ms)
         if number < rounds:
             samples.append(task.sample())

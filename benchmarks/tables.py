@@ -34,6 +34,8 @@ WORDS = {  # figure: what it is, in the order of the table
     "step_600m_1024px_fp8_ms": "… in FP8",
     "step_ratio_fp8": "Sana-1.6B, one denoiser step in FP8, of fp16's time in the same run",
     "step_ratio_int8": "… in INT8",
+    "step_ratio_2048px_fp8": "… in FP8, 2048 px",
+    "step_ratio_4096px_fp8": "… in FP8, 4096 px",
     "decode_1024px_bf16_ms": "DC-AE decode, 1024 px, bf16",
     "decode_1024px_fp8_ms": "… in FP8",
     "decode_1024px_int8_ms": "… in INT8",
@@ -78,8 +80,18 @@ WORDS = {  # figure: what it is, in the order of the table
 
 
 def newest(path: Path = FIGURES) -> dict[str, dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    return {row["figure"]: row for row in rows}
+    """The last line of each figure; of those of its commit the last that has peers, beside the floor, if there is one."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()):
+        before = found.get(row["figure"])
+        if (
+            before is None
+            or row["commit"] != before["commit"]
+            or set(row["peer"]) - {"floor"}
+            or not set(before["peer"]) - {"floor"}
+        ):
+            found[row["figure"]] = row
+    return found
 
 
 def number(value: float, unit: str) -> str:

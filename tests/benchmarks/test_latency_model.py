@@ -148,7 +148,7 @@ def model_of(parameters: int) -> Any:
     return SimpleNamespace(sources={"transformer": SimpleNamespace(shapes={"weight": (parameters,)})})
 
 
-@pytest.mark.parametrize(("parameters", "name"), [(1_600_000_000, "step_ratio"), (30_000_000, "step_ratio_tiny")])
+@pytest.mark.parametrize(("parameters", "name"), [(1_600_000_000, "step_ratio_512px"), (30_000_000, "step_ratio_tiny_512px")])
 def test_a_quantised_step_by_fp16_s(recorded: Path, monkeypatch: pytest.MonkeyPatch, parameters: int, name: str) -> None:
     """Whichever bundle came first; the first size, one picture, and nothing of another model or run."""
     monkeypatch.setattr("benchmarks.latency_figures.device_info", lambda: SimpleNamespace(capability=(9, 0)))
@@ -174,6 +174,16 @@ def test_a_quantised_step_by_fp16_s(recorded: Path, monkeypatch: pytest.MonkeyPa
     note = "sana-tiny, 512 x 512 px, batch 1; 12.00 ms of 20.00; random weights; TensorRT for RTX on compute capability 9.0"
     assert lines[0]["note"].startswith(note)
     assert lines[0]["versions"]["tensorrt"] == "rtx 1.6.1"
+
+
+def test_1024_px_is_what_a_name_without_a_size_means(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.latency_figures.device_info", lambda: SimpleNamespace(capability=(8, 9)))
+    found = [record(precision=each, width=1024, height=1024) for each in ("fp16", "fp8")]
+    record_step_ratios(model_of(1_600_000_000), found, note="")
+    found = [record(precision=each, width=2048, height=1024) for each in ("fp16", "fp8")]
+    record_step_ratios(model_of(600_000_000), found, note="")
+    names = [json.loads(line)["figure"] for line in recorded.read_text().splitlines()]
+    assert names == ["step_ratio_fp8", "step_ratio_600m_2048x1024px_fp8"]
 
 
 def test_clocks_of_both_are_said(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
