@@ -35,6 +35,7 @@ from plugins import (
     gated_depthwise_conv,
     modulated_norm,
     qkv_linear_attention,
+    qkv_linear_attention_kernels,
 )
 from plugins.rows import head_and_tail, num_warps
 from runtime.together import default_threads
@@ -99,23 +100,23 @@ def gated_convolution() -> Iterator[Case]:
 
 def linear_attention() -> Iterator[Case]:
     module, head_dim = qkv_linear_attention, 32
+    fixed = {"D": head_dim, "PADDED": head_dim, "INTERLEAVED": False, "PRECISION": module.precision("fp16", rotary=False)}
     for tokens, heads in ((1024, 70), (4096, 70), (16384, 70), (1024, 36)):
         qkv, out = half(2, tokens, 3 * heads * head_dim), half(2, tokens, heads * head_dim)
         most = torch.randn(2, heads, 64, head_dim + 1, head_dim, device="cuda")
 
         def state(plan: Plan, qkv=qkv, most=most, tokens=tokens, heads=heads) -> Call:  # type: ignore[no-untyped-def]
             parts = -(-tokens // plan["part"])
-            options = {"D": head_dim, **{name: plan[name] for name in ("BLOCK_N", "num_warps", "num_stages")}}
-            return lambda: module.state_kernel[2 * heads, parts](
-                qkv, most, heads, tokens, plan["part"], INTERLEAVED=False, **options
+            options = fixed | {name: plan[name] for name in ("BLOCK_N", "num_warps", "num_stages")}
+            return lambda: qkv_linear_attention_kernels.state_kernel[2 * heads, parts](
+                qkv, None, most, heads, tokens, plan["part"], **options
             )
 
         def apply(plan: Plan, qkv=qkv, most=most, out=out, tokens=tokens, heads=heads) -> Call:  # type: ignore[no-untyped-def]
-            options = {"D": head_dim, "BLOCK_N": plan["BLOCK_N"], "num_warps": plan["num_warps"], "num_stages": plan["num_stages"]}
+            options = fixed | {name: plan[name] for name in ("BLOCK_N", "num_warps", "num_stages")}
             numbers = (heads, tokens, plan["tile"], module.num_parts(tokens), module.EPS, None)
-            precision = module.PRECISIONS["fp16"]
-            return lambda: module.apply_kernel[2 * heads, -(-tokens // plan["tile"])](
-                qkv, most, out, None, *numbers, INTERLEAVED=False, PRECISION=precision, **options
+            return lambda: qkv_linear_attention_kernels.apply_kernel[2 * heads, -(-tokens // plan["tile"])](
+                qkv, None, most, out, None, *numbers, **options
             )
 
         size = f"2x{tokens} tokens, {heads} heads fp16"

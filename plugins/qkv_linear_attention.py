@@ -1,4 +1,5 @@
-"""ReLU linear attention straight from a fused QKV projection, split over tokens: two Triton kernels, ONNX bodies, cubins.
+"""ReLU linear attention straight from a fused QKV projection, split over tokens: launches, ONNX bodies and cubins of the two
+kernels in plugins/qkv_linear_attention_kernels.py.
 
 Its meaning is `qkv_linear_attention_truth` in sana_ref/ops.py. Two ops, because every output needs the sums over all tokens:
 
@@ -9,6 +10,9 @@ Heads are read where the projection left them and written where the next project
 The number of parts grows with the tokens, so that 4K (16,384 tokens) fills a GPU as 1K does; they are added up in a fixed order.
 
 Where a product in 8 bits follows, a build for TensorRT gives an Apply an `out_scale` (plugins/static_scale.py).
+
+For video S is of keys that a rotary embedding turned, and meets queries turned alike; z, and what it meets, is not turned, so that
+the divisor stays positive. No image model has that: it is an option of `launch` and `compile_cubin`, and no node has it yet.
 
 Precision: the sums and the division in fp32. S meets q on tensor cores: with bf16 inputs as two bf16 numbers (16 bits); with fp16
 ones in TF32, rounded to the 11 bits that q and out have. That errs 1.12 times as much as fp32 does (root mean square over random
@@ -25,12 +29,12 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import triton
-import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
 from plugins.launch import Output
-from plugins.static_scale import OutKind, as_output, check_outputs, output_kinds, quantized_outputs
+from plugins.qkv_linear_attention_kernels import apply_kernel, state_kernel
+from plugins.static_scale import OutKind, check_outputs, output_kinds, quantized_outputs
 
 if TYPE_CHECKING:
     import onnx
@@ -41,127 +45,17 @@ if TYPE_CHECKING:
 STATE, APPLY = "LinearAttentionState", "LinearAttentionApply"
 DOMAIN = "sana"
 EPS = 1e-15  # as sana_ref.ops.EPS; a test holds the two together
-HEAD_DIMS = (16, 32, 64)  # 16: the least that a tensor core takes; the published models have 32
+HEAD_DIMS = (16, 32, 64, 112)  # 16: the least that a tensor core takes; the published image models have 32, video has 112
 PRECISIONS = {"bf16": "split", "fp16": "tf32", "fp32": "ieee"}  # of the product with S
 # Tokens a step, warps of a program, loads under way: measured on an H200 with the heads of Sana-1.6B, as are the parts. One warp a
 # program of State: 0.008 ms where four took 0.017 (1024 px). fp32 and wide heads have more registers and so smaller steps there.
 PLANS = {STATE: (64, 1, 1), APPLY: (64, 4, 1)}
 SMALL_STATE = (32, 1, 3)
+WIDE = (32, 8, 1)  # for heads of 112 channels; reasoned, not measured. In fp32 Apply's S does not fit into registers
 PART, LONG_PART = 128, 512  # tokens of a part of the state: the shorter until there are PARTS, then the longer
 PARTS, MAX_PARTS = 8, 16  # each program of Apply reads them all
 LEAST_BLOCKS, MOST_BLOCKS = 4, 8  # of a program of Apply, each of whom reads all parts: 140 us with 4 of 16384 tokens, 118 with 8
 TOKENS_A_BLOCK = 2048  # in between
-
-
-@triton.jit
-def _relu(x):
-    # A NaN must come out as NaN, as from torch.relu; plain maximum would turn it into 0.
-    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _dot(exact, wide, PRECISION: tl.constexpr):
-    """exact @ wide in fp32. exact: numbers that the inputs' dtype holds; wide: fp32."""
-    if PRECISION == "split":
-        high = wide.to(tl.bfloat16)
-        low = (wide - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(exact.to(tl.bfloat16), high, tl.dot(exact.to(tl.bfloat16), low))
-    elif PRECISION == "tf32":
-        # To nearest, where a tensor core cuts off. Not of a NaN, whose bits may become a number's.
-        rounded = ((wide.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        return tl.dot(exact.to(tl.float32), tl.where(wide == wide, rounded, wide), input_precision="tf32")
-    else:
-        return tl.dot(exact.to(tl.float32), wide, input_precision=PRECISION)
-
-
-@triton.jit
-def _channel(number: tl.constexpr, head, heads, D: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Where in a row the head's q (0), k (1) or v (2) starts."""
-    if INTERLEAVED:
-        return (3 * head + number) * D
-    else:
-        return (number * heads + head) * D
-
-
-@triton.jit
-def state_kernel(qkv, state, heads, n_tokens, n_part, D: tl.constexpr, BLOCK_N: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """A program: one head of an image, n_part tokens."""
-    image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    row = 3 * heads * D
-    d = tl.arange(0, D)
-    first_D = qkv + image.to(tl.int64) * n_tokens * row + d  # int64: 64 images of 4096 px pass 2**31 elements
-    k_D, v_D = first_D + _channel(1, head, heads, D, INTERLEAVED), first_D + _channel(2, head, heads, D, INTERLEAVED)
-    first = tl.program_id(1) * n_part
-    state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
-    for start in range(first, min(first + n_part, n_tokens), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        at, live = n.to(tl.int64)[:, None] * row, n[:, None] < n_tokens
-        k_ND = _relu(tl.load(k_D[None, :] + at, mask=live, other=0.0)).to(qkv.dtype.element_ty)
-        v_ND = tl.load(v_D[None, :] + at, mask=live, other=0.0)
-        # ieee: for fp32 inputs; the default, TF32, has 10 bits of mantissa. Half precision products are exact in fp32 anyway.
-        state_DD = tl.dot(tl.trans(k_ND), v_ND, state_DD, input_precision="ieee")
-        z_D += tl.sum(k_ND.to(tl.float32), axis=0)
-    part = state + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (D + 1) * D
-    tl.store(part + d[:, None] * D + d[None, :], state_DD)
-    tl.store(part + D * D + d, z_D)
-
-
-@triton.jit
-def _tile(q_D, row, start, end, BLOCK_N: tl.constexpr):
-    n = start + tl.arange(0, BLOCK_N)
-    return tl.load(q_D[None, :] + n.to(tl.int64)[:, None] * row, mask=n[:, None] < end, other=0.0)
-
-
-@triton.jit
-def apply_kernel(
-    qkv,
-    state,
-    out,
-    out_scales,
-    heads,
-    n_tokens,
-    n_tile,
-    parts,
-    eps,
-    out_scale,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """A program: one head of an image, n_tile tokens. out_scale: None, or out is in 8 bits; out_scales: None, or it has scales."""
-    image, head = tl.program_id(0) // heads, tl.program_id(0) % heads
-    d = tl.arange(0, D)
-    tokens, row = image.to(tl.int64) * n_tokens, 3 * heads * D
-    q_D = qkv + tokens * row + _channel(0, head, heads, D, INTERLEAVED) + d
-    out_D = out + tokens * heads * D + head * D + d
-    first = tl.program_id(1) * n_tile
-    # Tokens are loaded ahead: the first before the parts, each next while these are computed.
-    next_ND = _tile(q_D, row, first, n_tokens, BLOCK_N)
-    state_DD, z_D = tl.zeros((D, D), tl.float32), tl.zeros((D,), tl.float32)
-    for number in range(parts):
-        part = state + (tl.program_id(0).to(tl.int64) * parts + number) * (D + 1) * D
-        state_DD += tl.load(part + d[:, None] * D + d[None, :])
-        z_D += tl.load(part + D * D + d)
-    if out_scales is not None:  # a loop of its own: in the next one it takes ten registers
-        if head == 0:
-            for start in range(first, min(first + n_tile, n_tokens), BLOCK_N):
-                n = start + tl.arange(0, BLOCK_N)
-                tl.store(out_scales + tokens + n, tl.zeros((BLOCK_N,), tl.float32) + out_scale, mask=n < n_tokens)
-    for start in range(first, min(first + n_tile, n_tokens), BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        q_ND = _relu(next_ND)
-        next_ND = _tile(q_D, row, start + BLOCK_N, min(first + n_tile, n_tokens), BLOCK_N)
-        top_ND = _dot(q_ND, state_DD, PRECISION)
-        bottom_N = tl.sum(q_ND.to(tl.float32) * z_D[None, :], axis=1) + eps
-        if out_scale is None:
-            # One division a token, not one a channel: exact division is a call of some thirty instructions.
-            out_ND = top_ND * tl.div_rn(1.0, bottom_N)[:, None]
-        else:
-            out_ND = top_ND * (1.0 / (bottom_N * out_scale))[:, None]
-        tl.store(
-            out_D[None, :] + n.to(tl.int64)[:, None] * (heads * D), as_output(out_ND, out, out_scales), mask=n[:, None] < n_tokens
-        )
 
 
 def _check(dtype: str, head_dim: int) -> None:
@@ -188,8 +82,13 @@ def _part(tokens: int, parts: int) -> int:
 
 def plan(op: str, dtype: str, head_dim: int) -> dict[str, int]:
     """BLOCK_N, num_warps, num_stages."""
-    chosen = SMALL_STATE if op == STATE and (dtype == "fp32" or head_dim > 32) else PLANS[op]
+    chosen = WIDE if head_dim > 64 else SMALL_STATE if op == STATE and (dtype == "fp32" or head_dim > 32) else PLANS[op]
     return dict(zip(("BLOCK_N", "num_warps", "num_stages"), chosen, strict=True))
+
+
+def precision(dtype: str, rotary: bool) -> str:
+    """Of products in fp32. rotary: both of their factors are in fp32 then, of which TF32 keeps what a 16-bit q has."""
+    return "tf32" if rotary and dtype != "fp32" else PRECISIONS[dtype]
 
 
 def launch(
@@ -199,11 +98,13 @@ def launch(
     eps: float = EPS,
     *,
     interleaved: bool = False,
+    rotary: "torch.Tensor | None" = None,
     quantized: "Quantized | None" = None,
 ) -> None:
     """Write the attention of qkv (B, N, 3 H D) into out (B, N, H D): contiguous, one dtype of fp16, bf16, fp32, on the current GPU.
 
-    quantized: out is in 8 bits; also write these scales, if any. Raises ValueError unless that holds and D is in HEAD_DIMS.
+    rotary: cosines, then sines, of a token's angles, (2, N, D / 2) in fp32, contiguous. quantized: out is in 8 bits; also write
+    these scales, if any. Raises ValueError unless that holds and D is in HEAD_DIMS.
     """
     import torch
 
@@ -216,18 +117,25 @@ def launch(
     head_dim = width // num_heads
     dtype = {"torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}.get(str(qkv.dtype), str(qkv.dtype))
     _check(dtype, head_dim)
+    if rotary is not None:
+        seen, wanted = (tuple(rotary.shape), str(rotary.dtype), rotary.device), (2, tokens, head_dim // 2)
+        if seen != (wanted, "torch.float32", qkv.device) or not rotary.is_contiguous():
+            raise ValueError(
+                f"{APPLY}: got rotary {seen}, strides {rotary.stride()}; expected {wanted} fp32, contiguous, beside qkv"
+            )
     if out.numel() == 0:
         return
     parts = num_parts(tokens)
     n_part = _part(tokens, parts)
     state = qkv.new_empty((batch, num_heads, parts, head_dim + 1, head_dim), dtype=torch.float32)
-    state_kernel[batch * num_heads, parts](
-        qkv, state, num_heads, tokens, n_part, INTERLEAVED=interleaved, D=head_dim, **plan(STATE, dtype, head_dim)
-    )
+    options = {"INTERLEAVED": interleaved, "PRECISION": precision(dtype, rotary is not None)}
+    options |= {"D": head_dim, "PADDED": triton.next_power_of_2(head_dim)}
+    state_kernel[batch * num_heads, parts](qkv, rotary, state, num_heads, tokens, n_part, **options, **plan(STATE, dtype, head_dim))
     scales, scale = quantized or (None, None)
     n_tile = tile(tokens)
     apply_kernel[batch * num_heads, math.ceil(tokens / n_tile)](
         qkv,
+        rotary,
         state,
         out,
         scales,
@@ -237,9 +145,7 @@ def launch(
         parts,
         eps,
         scale,
-        INTERLEAVED=interleaved,
-        PRECISION=PRECISIONS[dtype],
-        D=head_dim,
+        **options,
         **plan(APPLY, dtype, head_dim),
     )
 
@@ -251,12 +157,15 @@ def layout(heads: int, head_dim: int, *, interleaved: bool) -> dict[str, Any]:
 
 @functools.cache
 def compile_cubin(
-    op: str, capability: int, dtype: str, head_dim: int, interleaved: bool, quantized: OutKind | None = None
+    op: str, capability: int, dtype: str, head_dim: int, interleaved: bool, quantized: OutKind | None = None, rotary: bool = False
 ) -> Cubin:
     """For STATE or APPLY and an SM such as 89. Raises ValueError for one that has no fp8, if that is asked for."""
     chosen = plan(op, dtype, head_dim)
-    constants: dict[str, Any] = {"D": head_dim, "BLOCK_N": chosen["BLOCK_N"], "INTERLEAVED": interleaved}
-    signature = {"qkv": f"*{dtype}", "state": "*fp32"}
+    constants: dict[str, Any] = {"D": head_dim, "PADDED": triton.next_power_of_2(head_dim), "BLOCK_N": chosen["BLOCK_N"]}
+    constants |= {"INTERLEAVED": interleaved, "PRECISION": precision(dtype, rotary)}
+    signature = {"qkv": f"*{dtype}", "rotary": "*fp32" if rotary else "constexpr", "state": "*fp32"}
+    if not rotary:
+        constants["rotary"] = None
     if op == STATE:
         kernel, signature = state_kernel, signature | dict.fromkeys(("heads", "n_tokens", "n_part"), "i32")
     else:
@@ -264,14 +173,14 @@ def compile_cubin(
         numbers = dict.fromkeys(("heads", "n_tokens", "n_tile", "parts"), "i32") | {"eps": "fp32"}
         outputs = {name: kinds[name] for name in ("out", "out_scales")}
         kernel, signature = apply_kernel, signature | outputs | numbers | {"out_scale": kinds["out_scale"]}
-        constants |= {"PRECISION": PRECISIONS[dtype]} | absent
+        constants |= absent
     return cubin.compile_cubin(
         kernel,
         capability,
         op=op,
         signature=signature | dict.fromkeys(constants, "constexpr"),
         constants=constants,
-        aligned=("qkv", "state", "out", "out_scales"),
+        aligned=("qkv", "rotary", "state", "out", "out_scales"),
         num_warps=chosen["num_warps"],
         num_stages=chosen["num_stages"],
     )

@@ -37,18 +37,26 @@ def _without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def relu_linear_attention_truth(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS) -> Tensor:
+def relu_linear_attention_truth(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS, rotary: Tensor | None = None) -> Tensor:
     """out = relu(q) S / (relu(q) z + eps), where S = relu(k)^T v and z = the sum of relu(k) over N.
 
-    q, k, v, out: (B, H, N, D), one dtype. S (B, H, D, D), z (B, H, D) and the division in fp32 or wider.
-    Source: Sana, arXiv:2410.10629, section 3.2; eps as in diffusers' SanaLinearAttnProcessor2_0.
+    q, k, v, out: (B, H, N, D), one dtype. S (B, H, D, D), z (B, H, D) and the division in fp32 or wider. rotary: of video, cosines
+    and sines (2, N, D / 2) that turn pairs of channels of relu(q) and relu(k) in relu(q) S, and not in relu(q) z.
+    Source: Sana, arXiv:2410.10629, section 3.2; eps as in diffusers' SanaLinearAttnProcessor2_0, rotary as in its
+    SanaLinearAttnProcessor3_0, but in fp32.
     """
     with _without_autocast(q.device):
         wide = torch.promote_types(q.dtype, torch.float32)
         q_ND, k_ND, v_ND = q.relu().to(wide), k.relu().to(wide), v.to(wide)
-        top_ND = q_ND @ (k_ND.mT @ v_ND)
+        turned_q_ND, turned_k_ND = (q_ND, k_ND) if rotary is None else (_turned(t, rotary.to(wide)) for t in (q_ND, k_ND))
+        top_ND = turned_q_ND @ (turned_k_ND.mT @ v_ND)
         bottom_N1 = q_ND @ k_ND.sum(-2)[..., None]
         return (top_ND / (bottom_N1 + eps)).to(v.dtype)
+
+
+def _turned(x: Tensor, rotary: Tensor) -> Tensor:
+    (even, odd), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rotary
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2)
 
 
 def _gradients(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,7 +166,9 @@ def relu_linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float = EPS) -> 
     return torch.ops.sana.relu_linear_attention(q, k, v, eps)
 
 
-def qkv_linear_attention_truth(qkv: Tensor, num_heads: int, eps: float = EPS, interleaved: bool = False) -> Tensor:
+def qkv_linear_attention_truth(
+    qkv: Tensor, num_heads: int, eps: float = EPS, interleaved: bool = False, rotary: Tensor | None = None
+) -> Tensor:
     """`relu_linear_attention_truth` of q, k and v as one projection leaves them, heads joined again.
 
     qkv (B, N, 3 H D): all of q, then of k, then of v; interleaved: q, k and v of the first head, then of the next (DC-AE).
@@ -168,7 +178,7 @@ def qkv_linear_attention_truth(qkv: Tensor, num_heads: int, eps: float = EPS, in
         q, k, v = qkv.unflatten(-1, (num_heads, 3, -1)).permute(3, 0, 2, 1, 4)
     else:
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
-    return relu_linear_attention_truth(q, k, v, eps).transpose(1, 2).flatten(2)
+    return relu_linear_attention_truth(q, k, v, eps, rotary).transpose(1, 2).flatten(2)
 
 
 def _check_qkv(qkv: Tensor, num_heads: int) -> None:
@@ -204,7 +214,7 @@ def _qkv_linear_attention_fake(qkv: Tensor, num_heads: int, eps: float = EPS, in
 def qkv_linear_attention(qkv: Tensor, num_heads: int, eps: float = EPS, interleaved: bool = False) -> Tensor:
     """`qkv_linear_attention_truth` as the op `sana::qkv_linear_attention`, for engines: it is not differentiable.
 
-    qkv: (B, N, 3 H D) of fp16, bf16, fp32 or fp64; on CUDA (except fp64) D is 16, 32 or 64. Returns (B, N, H D), contiguous.
+    qkv: (B, N, 3 H D) of fp16, bf16, fp32 or fp64; on CUDA (except fp64) D is 16, 32, 64 or 112. Returns (B, N, H D), contiguous.
     Raises ValueError for other shapes.
     """
     out: Tensor = torch.ops.sana.qkv_linear_attention(qkv, num_heads, eps, interleaved)

@@ -7,16 +7,18 @@ import onnxruntime
 import pytest
 import torch
 from attention_graph import DTYPES, ONNX_TYPES
+from diffusers.models.transformers.transformer_sana_video import SanaLinearAttnProcessor3_0
 from onnx import helper
 from parity.bound import assert_parity
 from parity.interpreter import interpret
+from torch import nn
 
 from plugins import qkv_linear_attention as op
 from plugins.launch import Launch, evaluate
 from sana_ref import ops
 
 # (B, N, H, D): one token, around a step, several parts with the last one short, and each size of a head
-SHAPES = [(2, 1, 3, 32), (1, 65, 2, 32), (2, 70, 2, 16), (1, 70, 2, 64), (1, 1100, 1, 32)]
+SHAPES = [(2, 1, 3, 32), (1, 65, 2, 32), (2, 70, 2, 16), (1, 70, 2, 64), (1, 70, 1, 112), (1, 1100, 1, 32)]
 INTERPRETED = ("fp16", "fp32")  # not bf16, on a GPU only: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
 SMALL = {"fp16": 2e-7, "bf16": 3e-9, "fp32": 3e-9}  # q and k of this size bring relu(q) z down to eps, so that a wrong eps shows
 
@@ -33,9 +35,15 @@ def interleave(qkv, heads):
     return qkv.unflatten(2, (3, heads, -1)).transpose(2, 3).flatten(2)
 
 
-def check(got, qkv, heads, name):
+def angles(tokens, dim):
+    """As a video's: cosines and sines, of angles up to the number of tokens."""
+    turn = torch.arange(tokens)[:, None] * 10000.0 ** (-torch.arange(dim // 2) / (dim // 2))
+    return torch.stack((turn.cos(), turn.sin()))
+
+
+def check(got, qkv, heads, name, rotary=None):
     """qkv: not interleaved."""
-    same, exact = ops.qkv_linear_attention_truth(qkv, heads), ops.qkv_linear_attention_truth(qkv.double(), heads)
+    same, exact = (ops.qkv_linear_attention_truth(t, heads, rotary=rotary) for t in (qkv, qkv.double()))
     assert got.dtype == qkv.dtype
     assert_parity(got.cpu(), same=same.cpu(), exact=exact.cpu(), name=name)
 
@@ -64,9 +72,29 @@ def test_registration():
         ops.qkv_linear_attention(projection((2, 7, 3, 16), "fp32"), 5)
 
 
+class Plain(nn.Module):
+    """Of diffusers' attention what its processor reads, without projections."""
+
+    def __init__(self, qkv, heads):
+        super().__init__()
+        self.heads, self.norm_q, self.norm_k = heads, None, None
+        self.to_q, self.to_k, self.to_v = (lambda _, part=part: part for part in qkv.chunk(3, -1))
+        self.to_out = [nn.Identity(), nn.Identity()]
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 2, 16), (1, 65, 3, 112)], ids=str)
+def test_rotary_truth_is_that_of_diffusers(shape):
+    qkv, rotary = projection(shape, "fp32"), angles(shape[1], shape[3])
+    cos, sin = (t.repeat_interleave(2, -1)[None, :, None] for t in rotary)
+    wanted = SanaLinearAttnProcessor3_0()(Plain(qkv, shape[2]), qkv, rotary_emb=(cos, sin))
+    torch.testing.assert_close(ops.qkv_linear_attention_truth(qkv, shape[2], rotary=rotary), wanted, rtol=1e-5, atol=1e-5)
+
+
 LAUNCH = """
 import torch
 from plugins import qkv_linear_attention as kernels
+def launch_rotary(out, qkv, heads, rotary, result):
+    kernels.launch(qkv, result, int(heads), rotary=rotary)
 def launch(out, qkv, heads, result):
     kernels.launch(qkv, result, int(heads))
 def launch_interleaved(out, qkv, heads, result):
@@ -74,6 +102,44 @@ def launch_interleaved(out, qkv, heads, result):
 def wrong_head(out, qkv, heads, result):
     kernels.launch(qkv.roll(kernels.HEAD_DIMS[0], -1), result, int(heads))
 """
+
+
+ROTARY = [((2, 70, 2, 32), "fp16"), ((1, 65, 1, 112), "fp16"), ((1, 65, 1, 112), "fp32"), ((1, 300, 1, 16), "fp32")]
+
+
+def test_kernels_with_a_rotary_embedding(tmp_path, monkeypatch):
+    """And, planted, with its last token's angles taken away from all."""
+    (tmp_path / "rotary_launch.py").write_text(LAUNCH)
+    monkeypatch.syspath_prepend(tmp_path)
+    calls = []
+    for shape, dtype in ROTARY:
+        batch, tokens, heads, dim = shape
+        empty = torch.empty(batch, tokens, heads * dim, dtype=DTYPES[dtype])
+        calls.append(((empty, projection(shape, dtype), torch.tensor(heads), angles(tokens, dim)), {}))
+    *inputs, rotary = calls[0][0]
+    calls.append(((*inputs, rotary[:, -1:].expand(rotary.shape).contiguous()), {}))
+    *outputs, wrong = interpret("rotary_launch:launch_rotary", calls)
+    for (shape, dtype), got in zip(ROTARY, outputs, strict=True):
+        check(got, projection(shape, dtype), shape[2], f"rotary {shape} {dtype}", angles(shape[1], shape[3]))
+    with pytest.raises(AssertionError, match="expected at most"):
+        check(wrong, inputs[1], 2, "the same angles for all", rotary)
+
+
+@pytest.mark.parametrize(
+    "rotary", [angles(70, 16), angles(70, 32).double(), angles(70, 32).transpose(1, 2)], ids=["D", "fp64", "last"]
+)
+def test_wrong_angles(rotary):
+    qkv = projection((2, 70, 2, 32), "fp16")
+    with pytest.raises(ValueError, match=r"got rotary .*; expected \(2, 70, 16\) fp32, contiguous, beside qkv"):
+        op.launch(qkv, torch.empty(2, 70, 64, dtype=torch.float16), 2, rotary=rotary)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (89, "fp16"), (90, "fp32"), (120, "fp16")])
+@pytest.mark.parametrize("name", [op.STATE, op.APPLY])
+def test_rotary_cubins(name, capability, dtype):
+    """Of Sana-Video's heads, within shared memory (compile_cubin raises otherwise); a pointer more than without."""
+    with_, without = (op.compile_cubin(name, capability, dtype, 112, False, rotary=rotary) for rotary in (True, False))
+    assert with_.params == without.params + 1
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +184,10 @@ def test_op_on_gpu(case):
     got = ops.qkv_linear_attention(qkv, shape[2])
     check(got, qkv, shape[2], f"op {case}")
     assert torch.equal(ops.qkv_linear_attention(qkv, shape[2]), got)
+    rotary = angles(shape[1], shape[3]).cuda()
+    op.launch(qkv, got, shape[2], rotary=rotary)
+    check(got, qkv, shape[2], f"rotary {case}", rotary)
+    got = ops.qkv_linear_attention(qkv, shape[2])
     assert torch.equal(ops.qkv_linear_attention(interleave(qkv, shape[2]), shape[2], interleaved=True), got)
 
 
@@ -196,7 +266,7 @@ def test_cubins(target, name, interleaved):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match=r"got head_dim 24; expected one of \(16, 32, 64\)"):
+    with pytest.raises(ValueError, match=r"got head_dim 24; expected one of \(16, 32, 64, 112\)"):
         op.compile_cubins(op.STATE, ["sm89"], "fp16", 2, 24)
     with pytest.raises(ValueError, match="got dtype 'int8'"):
         op.compile_cubins(op.APPLY, ["sm89"], "int8", 2, 32)

@@ -175,8 +175,8 @@ import torch
 from plugins import qkv_linear_attention as op
 def apply(qkv, state, out):
     bits = torch.zeros(1, 64, 32, dtype=torch.int8)
-    options = {"D": 32, "BLOCK_N": 64, "INTERLEAVED": False, "PRECISION": op.PRECISIONS["fp16"]}
-    op.apply_kernel[1, 1](qkv, state, bits.view(torch.float8_e4m3fn), None, 1, 64, 64, 1, op.EPS, 1.0, **options)
+    options = {"D": 32, "PADDED": 32, "BLOCK_N": 64, "INTERLEAVED": False, "PRECISION": op.PRECISIONS["fp16"]}
+    op.apply_kernel[1, 1](qkv, None, state, bits.view(torch.float8_e4m3fn), None, 1, 64, 64, 1, op.EPS, 1.0, **options)
     out[..., :32] = bits
 """
 
