@@ -27,6 +27,7 @@ import triton
 from benchmarks.figures import CHANGES, UNKNOWN, commit, machine, versions, write_result
 from benchmarks.graph_timing import graph_ms
 from benchmarks.writable import writable_file
+from engines.spec import nearest
 from plugins import (
     conv3x3,
     conv3x3_quantized,
@@ -337,7 +338,7 @@ def main() -> int:
     options = parser.parse_args()
     names = options.kernels.split(",")
     if unknown := [name for name in names if name not in CASES]:
-        parser.error(f"--kernels: got {', '.join(unknown)}; expected some of {', '.join(CASES)}")
+        parser.error(f"--kernels: got {', '.join(unknown)}; {nearest(unknown[0], CASES)}")
     if not torch.cuda.is_available():
         parser.error("got no GPU; expected one: plans are measured")
     if options.compile_share:

@@ -30,6 +30,7 @@ from benchmarks.latency_work import WORKS
 from benchmarks.writable import check_writable
 from engines.arguments import ArgumentParser
 from engines.errors import RequestError, SanaError
+from engines.spec import nearest
 
 THIS_RUN = "this run"
 
@@ -54,7 +55,7 @@ def numbers(text: str) -> list[int]:
 def components(text: str) -> list[str]:
     words = text.split(",")
     if wrong := [word for word in words if word not in WORKS]:
-        raise argparse.ArgumentTypeError(f"got {', '.join(wrong)}; expected some of {', '.join(WORKS)}")
+        raise argparse.ArgumentTypeError(f"got {', '.join(wrong)}; {nearest(wrong[0], WORKS)}")
     return words
 
 
