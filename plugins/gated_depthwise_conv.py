@@ -25,7 +25,7 @@ import triton.language as tl
 
 from plugins import cubin
 from plugins.cubin import Cubin
-from plugins.silu import ASSEMBLY, silu, silu_of_twice, silu_slope
+from plugins.silu import ASSEMBLY, silu, silu_of_twice, silu_slope, sixteenth_of_silu
 from plugins.static_scale import OutKind, as_output, check_outputs, output_kinds, quantized_outputs
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ COLUMNS = 4  # of a strip: written out below
 # What follows was measured on an H200 (benchmarks/results/kernel_plans_h200.json).
 ROWS, LEAST_ROWS = 32, 16  # that a program walks down, two more are read; small pictures need more programs (`sizes`)
 BLOCK_C, ONE_C, NUM_WARPS = 128, 64, 2  # a thread has two channels, or one
-MAX_REGISTERS = 120  # of a thread; with more there is room for fewer programs: 27.7 us in place of 23.2, of 5600 channels to FP8
+MAX_REGISTERS = 120  # of a thread; with more there is room for fewer programs: 26.3 us in place of 23.6, of 5600 channels to FP8
 WAVE = 132 * 8  # programs that an H200 runs at a time, by their registers
 
 
@@ -117,7 +117,7 @@ def taps(weight, row: tl.constexpr, channels, channels_C, live_C):
 
 @triton.jit
 def _fma(a, b, c):
-    """a b + c. Of fp16 two at a time, which the compiler makes of some alone."""
+    """a b + c. fp16 two at a time: the compiler itself finds only some of the pairs, and packs and unpacks those."""
     if a.dtype == tl.float16 and ASSEMBLY:
         return tl.inline_asm_elementwise("fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.float16, True, 2)
     else:
@@ -154,6 +154,8 @@ def _times(taps, factor):
 
 @triton.jit
 def _narrow(taps):
+    """A sixteenth of them, in fp16."""
+    taps = _times(taps, 0.0625)
     return taps[0].to(tl.float16), taps[1].to(tl.float16), taps[2].to(tl.float16)
 
 
@@ -172,8 +174,11 @@ def _store_gated(
     scales,
     COARSE: tl.constexpr,
 ):
-    """inverse: of the scale, or 1."""
-    gated = wide(a) * (wide(silu_of_twice(g) if COARSE else silu(g)) * inverse)
+    """inverse: of the scale, or 1. Sums in fp16 are a sixteenth of a and of a half of g."""
+    if a.dtype == tl.float16:
+        gated = wide(a) * (wide(sixteenth_of_silu(g)) * (256.0 * inverse))
+    else:
+        gated = a * ((silu_of_twice(g) if COARSE else silu(g)) * inverse)
     tl.store(strip_C + number * inner, as_output(gated, strip_C, scales), mask=live_at(column + number, width, channels_C, live_C))
 
 
@@ -218,13 +223,14 @@ def gate_kernel(
             for row in range(first, min(first + rows, height)):
                 tl.store(scales + row * width, tl.zeros((4,), tl.float32) + out_scale, mask=at < width)
 
-    # Beside the rounding of e4m3, 2**-4 at most, and of bf16, 2**-9, it is nothing; beside that of fp16, 2**-12, it is not. INT8
-    # has steps of 2**-7 of its largest number; it goes without, as fp16, whose place it takes.
+    # COARSE's error is nothing beside the rounding of e4m3, 2**-4 at most, and of bf16, 2**-9; beside that of fp16, 2**-12, it is
+    # not. INT8 has steps of 2**-7 of its largest number; it goes without, as fp16, whose place it takes.
     E4M3: tl.constexpr = out_scales is not None or out.dtype.element_ty == tl.float8e4nv
     COARSE: tl.constexpr = x.dtype.element_ty == tl.bfloat16 or (E4M3 and x.dtype.element_ty == tl.float16)
 
-    # Nine products in fp16 then lose nothing either: the error (rms) of 2880 random channels is 0.07 % more, and two at a time they
-    # are two thirds of the instructions: 23.2 us, not 26.8, of 5600 channels.
+    # Nine products in fp16 lose nothing beside e4m3's rounding either: the error (rms) of 2880 random channels is 0.07 % more. Two
+    # at a time they are two thirds of the instructions: 23.6 us, not 26.8, of 5600 channels. Their sums are a sixteenth of what they
+    # are elsewhere, so that they may reach 2**20 where fp16 ends at 2**16, and PyTorch's convolution in fp16 with it.
     HALF: tl.constexpr = E4M3 and x.dtype.element_ty == tl.float16 and not BACKWARD
 
     a0, g0 = taps(weight, 0, channels, channels_C, live_C), taps(weight + inner, 0, channels, channels_C, live_C)
@@ -235,13 +241,13 @@ def gate_kernel(
     inverse = 1.0
     if out_scale is not None:
         # Not tl.div_rn, for whose slow path the loop has 33 registers more, which leave room for fewer programs; two units in the
-        # last place are nothing beside steps of 8 bits. And not a factor of the filter: in fp16 its sums would be too large.
+        # last place are nothing beside steps of 8 bits. And not a factor of the filter: fp16 could not hold its sums.
         inverse = 1.0 / out_scale
     if COARSE and not BACKWARD:  # half of g, as silu_of_twice wants it
         g0, g1, g2, bias_g = _times(g0, 0.5), _times(g1, 0.5), _times(g2, 0.5), bias_g * 0.5
     if HALF:
-        a0, a1, a2, bias_a = _narrow(a0), _narrow(a1), _narrow(a2), bias_a.to(tl.float16)
-        g0, g1, g2, bias_g = _narrow(g0), _narrow(g1), _narrow(g2), bias_g.to(tl.float16)
+        a0, a1, a2, bias_a = _narrow(a0), _narrow(a1), _narrow(a2), (bias_a * 0.0625).to(tl.float16)
+        g0, g1, g2, bias_g = _narrow(g0), _narrow(g1), _narrow(g2), (bias_g * 0.0625).to(tl.float16)
     start_a, start_g = (bias_a, bias_a, bias_a, bias_a), (bias_g, bias_g, bias_g, bias_g)
 
     # Of the row of results under way all but the last row of taps is summed up, of the next one the first row of taps.
@@ -281,9 +287,9 @@ def sizes(inner: int, quantized: bool) -> tuple[int, int]:
     """Channels of a program, and the least rows. quantized: y is in 8 bits.
 
     The usual work, two pictures of 32 x 32 tokens, is little for a GPU: a wave of programs or a bit more, for which it takes as
-    long as for the whole of the last. Of 5600 channels these are 1.3 waves with 16 rows and 2 with 11, 27.3 and 23.2 us to FP8. In
+    long as for the whole of the last. Of 5600 channels these are 1.3 waves with 16 rows and 2 with 11, 27.7 and 23.6 us to FP8. In
     16 bits, where memory has more to do, programs that would not fill half a wave are twice as many, with a channel a thread and
-    all rows: 22.4 us, not 23.7, of 2880.
+    all rows: 21.7 us, not 23.0, of 2880.
     """
     strips = -(-inner // BLOCK_C) * 2 * 32 // COLUMNS
     if not quantized and strips < WAVE // 2:
@@ -295,9 +301,10 @@ def plan(
     *, batch: int, height: int, width: int, channels: int, block: int | None = None, least: int | None = None
 ) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
     """For a kernel that walks over (batch, height, width, channels): programs of channels, of strips in a picture and of pictures;
-    and its options. block: channels of a program, else BLOCK_C; least: rows up to a height of 32, else LEAST_ROWS."""
-    block, least = block or BLOCK_C, least or LEAST_ROWS
-    rows = min(ROWS, max(least, height - 32))
+    and its options. block: channels of a program, else BLOCK_C. least: its rows for heights up to 32; from 64 on it has ROWS.
+    Without it they are a quarter of the height, LEAST_ROWS or more: for the gradient's kernels."""
+    block = block or BLOCK_C
+    rows = min(ROWS, max(LEAST_ROWS, height // 4) if least is None else max(least, height - 32))
     programs = (-(-channels // block), -(-width // COLUMNS) * -(-height // rows), batch)
     return programs, {"rows": rows, "C": block, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
 

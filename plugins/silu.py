@@ -6,7 +6,7 @@ import os
 import triton
 import triton.language as tl
 
-__all__ = ["silu", "silu_of_twice", "silu_slope"]
+__all__ = ["ASSEMBLY", "silu", "silu_of_twice", "silu_slope", "sixteenth_of_silu"]
 
 LOG2E = tl.constexpr(math.log2(math.e))
 # Exponential and reciprocal as the hardware's one instruction each, without the handling of subnormal numbers around it: a tenth of
@@ -29,7 +29,7 @@ def silu(x, COARSE: tl.constexpr = False):
 @triton.jit
 def silu_of_twice(half):
     """SiLU of twice `half`, within 2**-11 |half|, by one instruction, not two, of the unit for such functions, for which the kernel
-    waits. Of fp16, which two at a time are, it is rounded to that as well."""
+    waits. fp16 is computed two at a time, and rounded to that."""
     if half.dtype == tl.float16:
         if ASSEMBLY:
             asm: tl.constexpr = "{ .reg .b32 t; tanh.approx.f16x2 t, $1; fma.rn.f16x2 $0, $1, t, $1; }"
@@ -40,6 +40,19 @@ def silu_of_twice(half):
         return half + half * tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [half], tl.float32, True, 1)
     else:
         return 2.0 * half / (1.0 + tl.exp(-2.0 * half))
+
+
+@triton.jit
+def sixteenth_of_silu(part):
+    """A sixteenth of the SiLU of 32 times `part`, in fp16, which would not hold either at its own size. Computed as by
+    silu_of_twice: where 16 part is infinite, its tanh is 1 or -1 all the same."""
+    if ASSEMBLY:
+        asm: tl.constexpr = (
+            "{ .reg .b32 t, u; mov.b32 u, 0x4C004C00; mul.rn.f16x2 t, $1, u; tanh.approx.f16x2 t, t; fma.rn.f16x2 $0, $1, t, $1; }"
+        )
+        return tl.inline_asm_elementwise(asm, "=r,r", [part], tl.float16, True, 2)
+    else:
+        return (silu_of_twice(16.0 * part.to(tl.float32)) / 16.0).to(tl.float16)
 
 
 @triton.jit

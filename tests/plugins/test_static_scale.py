@@ -107,6 +107,17 @@ def tied(name):
     return [torch.randn(1, 2, 5, 2 * dim), torch.zeros(3, 3, 2 * dim), bias]
 
 
+# Of a channel of the mix-FFN's middle, by its middle tap: a and g, of which some are beyond fp16.
+LARGE = torch.tensor([(120000, 0.3), (-120000, 0.3), (12, -210000), (300000, -300), (3, 15000), (0.5, 90000), (-30, 30)])
+
+
+def large():
+    """fp16 inputs of which it makes a and g of LARGE."""
+    filters = torch.zeros(3, 3, 2 * len(LARGE))
+    filters[1, 1] = LARGE.T.flatten() / 300
+    return [t.half() for t in (torch.full((1, 2, 5, 2 * len(LARGE)), 300.0), filters, torch.zeros(2 * len(LARGE)))]
+
+
 OPS = ("cross", "linear", "conv")
 
 
@@ -126,6 +137,8 @@ def interpreted(tmp_path_factory):
             for dtype in DTYPES:
                 add(kind, name, dtype, inputs(name, dtype), shape, scale_of(name, dtype, kind))
             add(kind, name, "nan", poisoned(name), shape, scale_of(name, "fp32", kind))
+    exact = truth("conv", [t.double() for t in large()])
+    add("fp8", "conv", "large", large(), exact.shape, (exact.abs().max() / 448).item())
     for name in OPS:
         tensors = tied(name)
         shape = truth(name, tensors, heads=heads_of(tensors)).shape if name == "linear" else truth(name, tensors).shape
@@ -156,6 +169,14 @@ def test_ties(interpreted, name):
     bits, _ = interpreted["int8", name, "ties"]
     assert torch.equal(bits * SCALE, round_static(exact, "int8", SCALE))
     assert {-128, -127, 0, 127} <= set(bits.flatten().tolist())
+
+
+def test_sums_beyond_fp16(interpreted):
+    """Of e4m3's rounding, and a hundredth for small taps in fp16."""
+    exact = truth("conv", [t.double() for t in large()])
+    bits, scales = interpreted["fp8", "conv", "large"]
+    got = bits.view(torch.float8_e4m3fn).double() * scales[..., None]
+    assert ((got - exact).abs() <= exact.abs() * (2**-4 + 0.01) + scales[..., None] * 2**-10).all()
 
 
 @pytest.mark.parametrize("name", SHAPES)
