@@ -333,12 +333,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kernels", default=",".join(CASES), help="some of them, joined by commas")
     parser.add_argument("--out", type=writable_file, help="a JSON file to write")
-    parser.add_argument("--jobs", type=int, default=default_threads(), help="processes that compile, %(default)s here; 1: none")
+    parser.add_argument(
+        "--jobs", type=int, default=default_threads(), help="processes that compile, %(default)s here; 1: no others"
+    )
     parser.add_argument("--compile-share", help=argparse.SUPPRESS)  # what such a process is given: "3/16"
     options = parser.parse_args()
     names = options.kernels.split(",")
     if unknown := [name for name in names if name not in CASES]:
         parser.error(f"--kernels: got {', '.join(unknown)}; {nearest(unknown[0], CASES)}")
+    if options.jobs < 1:
+        parser.error(f"--jobs: got {options.jobs}; expected 1 or more")
     if not torch.cuda.is_available():
         parser.error("got no GPU; expected one: plans are measured")
     if options.compile_share:

@@ -137,8 +137,9 @@ class Rounds:
 def interleave(task: Task, references: Sequence[Task], *, rounds: int, warm_up: int) -> Rounds:
     """Measure by turns. Raises RequestError for fewer than 3 rounds, from which no spread can be told.
 
-    References are in reverse every other round: a GPU at its limit of power has a higher clock behind work that leaves it idle,
-    such as an eager peer's, which in a fixed order the next peer would always have, and the task never.
+    A GPU at its limit of power has a higher clock behind work that leaves it idle, such as an eager peer's. In a fixed order the
+    next peer would always have that place, and the task never. So each reference in turn is the first of a round, with the others
+    behind it as they are or, from one such cycle to the next, in reverse.
     """
     if rounds < 3:
         raise RequestError(f"rounds: got {rounds}; expected at least 3, and 30 or more for a comparison.")
@@ -151,11 +152,18 @@ def interleave(task: Task, references: Sequence[Task], *, rounds: int, warm_up: 
     samples: list[Sample] = []
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
-        for reference in references if number % 2 == 0 else reversed(references):
+        for reference in _turn(references, number):
             times[reference.name].append(reference.sample().ms)
         if number < rounds:
             samples.append(task.sample())
     return Rounds(tuple(samples), {name: tuple(values) for name, values in times.items()})
+
+
+def _turn(references: Sequence[Task], number: int) -> list[Task]:
+    """Those of a round."""
+    cycle, first = divmod(number, max(1, len(references)))
+    order = references if cycle % 2 == 0 else references[::-1]
+    return [*order[first:], *order[:first]]
 
 
 @dataclass(frozen=True)

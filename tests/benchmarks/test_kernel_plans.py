@@ -10,7 +10,11 @@ from benchmarks import kernel_plans
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--kernels", "conv3x3,modulated"], "got modulated; did you mean 'modulated_norm'?"), ([], "got no GPU; expected one")],
+    [
+        (["--kernels", "conv3x3,modulated"], "got modulated; did you mean 'modulated_norm'?"),
+        (["--jobs", "0"], "--jobs: got 0; expected 1 or more"),
+        ([], "got no GPU; expected one"),
+    ],
 )
 def test_refused(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
+from itertools import pairwise, permutations
 from types import SimpleNamespace
 
 import pytest
@@ -39,10 +41,22 @@ class Clock:
         return Task(name, lambda: self.order.append(name), watch, calls)
 
 
+def test_what_runs_before_each_changes() -> None:
+    """Of three references each is before the work as often as the others, and before each other in both orders."""
+    clock = Clock(**{name: [1] * 20 for name in ("work", "a", "b", "c")})
+    interleave(clock.task("work"), [clock.task(name) for name in "abc"], rounds=6, warm_up=0)
+    order = clock.order[: 6 * 4]
+    assert order[:12] == ["a", "b", "c", "work", "b", "c", "a", "work", "c", "a", "b", "work"]
+    assert order[12:] == ["c", "b", "a", "work", "b", "a", "c", "work", "a", "c", "b", "work"]
+    pairs = Counter(pairwise(order))
+    assert {pairs[name, "work"] for name in "abc"} == {2}
+    assert {pairs[one, other] for one, other in permutations("abc", 2)} == {2}
+
+
 def test_work_and_yardstick_take_turns() -> None:
     clock = Clock(work=[9, 10, 20, 30], a=[9, 1, 3, 1, 1], b=[9, 10, 10, 10, 10])
     rounds = interleave(clock.task("work"), [clock.task("a"), clock.task("b")], rounds=3, warm_up=1)
-    assert clock.order == ["a", "b", "work", "a", "b", "work", "b", "a", "work", "a", "b", "work", "b", "a"]
+    assert clock.order == [*"ab", "work", *"ab", "work", *"ba", "work", *"ba", "work", *"ab"]
     assert [sample.ms for sample in rounds.samples] == [10, 20, 30]
     assert rounds.ratios("a") == (10 / 2, 20 / 2, 30 / 1)  # each by the mean of its neighbours
     assert rounds.ratios("b") == (1, 2, 3)
