@@ -40,7 +40,7 @@ ACTIVATIONS = ("none", "relu", "silu")  # as sana_ref.conv_ops.ACTIVATIONS
 INPUTS = {OP: ("x", "weight", "bias"), NORM: ("x", "weight", "residual", "norm_weight", "norm_bias")}
 
 # Of a program; half precision is measured on an H200 with the sizes of DC-AE's decoder, fp32 and SMALL_BLOCK_K are reasoned. Beside
-# cuDNN 9: 128 channels of 1024 px 0.54 ms to 0.77, 256 of 512 px 0.47 to 0.57, 512 of 256 px 0.42 to 0.48. Only BLOCK_K may depend
+# cuDNN 9: 128 channels of 1024 px 0.54 ms to 0.77, 256 of 512 px 0.50 to 0.59, 512 of 256 px 0.42 to 0.48. Only BLOCK_K may depend
 # on the GPU, because the cubins of a node share one grid: 64 where shared memory is large, else 32, for GPUs with 99 KiB a block.
 # fp32 is multiplied without tensor cores, in unrolled code that a larger block would make too long.
 BLOCK_M = {"fp16": 128, "bf16": 128, "fp32": 64}  # pixels

@@ -126,7 +126,7 @@ def norm_kernel(
 
 def plan(op: str, capability: int, channels: int, outputs: int) -> Plan:
     """For one of OPS, an SM such as 89, C and N: conv3x3's in half precision, but for K and, of INT8, the sums of a thread: half as
-    many, where one of 512 channels takes 265 us, not 306 (H200; benchmarks/results/kernel_plans_h200.json).
+    many, where one of 512 channels takes 260 us, not 306 (H200; benchmarks/results/kernel_plans_h200.json).
 
     Raises ValueError as that does, and for more channels in than MAX_CHANNELS of INT8.
     """

@@ -41,8 +41,8 @@ DOMAIN = "sana"
 OUTPUTS = ("bits", "scale")
 OLDEST = 89  # SM whose instructions convert to e4m3
 RANKS = (2, 3, 4)  # of x
-# A thread, at most. Not measured: reasoned. As for the modulated norm to FP8, which reads and writes rows in the same way.
-CHANNELS = 40
+# A thread, at most: one warp for a row of 5600, 6.5 us for 2048 of them on an H200 where eight take 7.7.
+CHANNELS = 176
 LARGEST = tl.constexpr(448.0)  # of e4m3
 SMALLEST = tl.constexpr(2.0**-126)  # of a scale: fp32's smallest normal number
 

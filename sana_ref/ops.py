@@ -171,7 +171,8 @@ def qkv_linear_attention_truth(
 ) -> Tensor:
     """`relu_linear_attention_truth` of q, k and v as one projection leaves them, heads joined again.
 
-    qkv (B, N, 3 H D): all of q, then of k, then of v; interleaved: q, k and v of the first head, then of the next (DC-AE).
+    qkv (B, N, 3 H D): all of q, then of k, then of v; interleaved: q, k and v of the first head, then of the next (DC-AE). rotary:
+    as there; the op `sana::qkv_linear_attention` has none, as image models have none.
     Returns (B, N, H D), same dtype.
     """
     if interleaved:

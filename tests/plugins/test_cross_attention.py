@@ -242,7 +242,8 @@ def test_blocks_of_a_head():
     assert op.parts(112) == (128, 0)
 
 
-SLOW = [(sm, dtype) for sm in ("sm89", "sm90", "sm120") for dtype in DTYPES] + [("sm80", "bf16"), ("sm80", "fp32")]
+SLOW = [(sm, dtype) for sm in ("sm86", "sm89", "sm90", "sm100", "sm120") for dtype in DTYPES]
+SLOW += [("sm80", "bf16"), ("sm80", "fp32")]
 
 
 @pytest.mark.parametrize(("target", "dtype"), [("sm80", "fp16"), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)])

@@ -136,7 +136,7 @@ def test_what_is_not_finite_stays_so_on_gpu():
 
 
 @pytest.mark.parametrize("rank", op.RANKS)
-@pytest.mark.parametrize("target", ["sm89", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm120"))])
+@pytest.mark.parametrize("target", ["sm89", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm100", "sm120"))])
 def test_cubins(target, rank):
     """What the plugin computes from the JSON: a program for each row, and the pointers in the kernel's order."""
     for dtype in DTYPES:

@@ -181,7 +181,9 @@ def test_function_body(dtype):
             assert_parity(got * 1.02, same=plain(*given), exact=exact, name="2 % too much")
 
 
-@pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm120"))])
+@pytest.mark.parametrize(
+    "target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm86", "sm89", "sm90", "sm100", "sm120"))]
+)
 @pytest.mark.parametrize("out_scale", [None, 0.5])
 def test_cubins(target, out_scale):
     """The launch that the plugin computes from the JSON covers every pixel and channel, and no program is in vain."""

@@ -107,7 +107,7 @@ def test_kernel_on_gpu(case):
     check(got, case, (x, *rest), f"kernel {case}")
 
 
-@pytest.mark.parametrize("target", ["sm89", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm120"))])
+@pytest.mark.parametrize("target", ["sm89", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm100", "sm120"))])
 def test_cubins(target):
     """What the plugin computes from the JSON: a program for each token, and the pointers in the kernel's order."""
     attributes = op.compile_cubins([target], 2240, 2, 6)

@@ -324,7 +324,9 @@ def test_function_bodies(case, dtype):
 
 
 @pytest.mark.parametrize("rows", [FIRST, SECOND], ids=str)
-@pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm120"))])
+@pytest.mark.parametrize(
+    "target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm86", "sm89", "sm90", "sm100", "sm120"))]
+)
 def test_cubins(target, rows):
     """What the plugin computes from the JSON: a program for each token, and the pointers in the kernel's order."""
     variant = op.Variant(dim=2240, rows=rows, time_rows=6, gate_time_rows=6)
@@ -343,7 +345,7 @@ def test_cubins(target, rows):
 
 
 @pytest.mark.parametrize("rows", [FIRST, SECOND], ids=str)
-@pytest.mark.parametrize("target", ["sm89", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm120"))])
+@pytest.mark.parametrize("target", ["sm89", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm90", "sm100", "sm120"))])
 def test_quantized_cubins(target, rows):
     variant = op.Variant(dim=2240, rows=rows, time_rows=6, gate_time_rows=6, quantized="fp8")
     for dtype in DTYPES:

@@ -108,7 +108,7 @@ ROTARY = [((2, 70, 2, 32), "fp16"), ((1, 65, 1, 112), "fp16"), ((1, 65, 1, 112),
 
 
 def test_kernels_with_a_rotary_embedding(tmp_path, monkeypatch):
-    """And, planted, with its last token's angles taken away from all."""
+    """And, planted, with the last token's angles for all."""
     (tmp_path / "rotary_launch.py").write_text(LAUNCH)
     monkeypatch.syspath_prepend(tmp_path)
     calls = []
@@ -134,7 +134,9 @@ def test_wrong_angles(rotary):
         op.launch(qkv, torch.empty(2, 70, 64, dtype=torch.float16), 2, rotary=rotary)
 
 
-@pytest.mark.parametrize(("capability", "dtype"), [(80, "bf16"), (89, "fp16"), (90, "fp32"), (120, "fp16")])
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [(80, "bf16"), (86, "fp16"), (89, "fp16"), (90, "fp32"), (100, "bf16"), (120, "fp16")]
+)
 @pytest.mark.parametrize("name", [op.STATE, op.APPLY])
 def test_rotary_cubins(name, capability, dtype):
     """Of Sana-Video's heads, within shared memory (compile_cubin raises otherwise); a pointer more than without."""
@@ -254,7 +256,9 @@ def test_parts(tokens):
 
 
 @pytest.mark.parametrize("name", [op.STATE, op.APPLY])
-@pytest.mark.parametrize("target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm120"))])
+@pytest.mark.parametrize(
+    "target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm86", "sm89", "sm90", "sm100", "sm120"))]
+)
 @pytest.mark.parametrize("interleaved", [False, True], ids=["plain", "interleaved"])
 def test_cubins(target, name, interleaved):
     for dtype in DTYPES:
