@@ -1,11 +1,13 @@
 """Launch plans of kernels, timed."""
 
+import inspect
 import json
 
 import pytest
 import torch
+import triton
 
-from benchmarks import kernel_plans
+from benchmarks import kernel_case, kernel_plans
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,48 @@ def test_shares_are_all_plans(monkeypatch):
     for share in range(3):
         kernel_plans.compile_share(["kernel"], share, 3)
     assert sorted(compiled, key=plans.index) == plans
+
+
+OPTIONS = {"num_warps", "num_stages", "maxnreg"}  # Triton's own
+
+
+class Launched:
+    """In the place of a kernel: its parameters are filled, the grid has programs."""
+
+    def __init__(self, kernel):
+        self.signature, self.count = inspect.signature(kernel.fn), 0
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            bound = self.signature.bind(*arguments, **{key: value for key, value in options.items() if key not in OPTIONS})
+            assert list(bound.arguments) == list(self.signature.parameters)
+            assert all(isinstance(programs, int) and programs > 0 for programs in grid)
+            self.count += 1
+
+        return launch
+
+
+@pytest.mark.parametrize("kernel", kernel_plans.CASES)
+def test_plans_fit_their_kernels(monkeypatch, kernel):
+    """Every plan, and the source's own, on tensors without memory."""
+    cases = kernel_plans.denoiser_cases if kernel in kernel_plans.denoiser_cases.CASES else kernel_plans.decoder_cases
+    monkeypatch.setattr(cases, "DEVICE", "meta")
+    monkeypatch.setattr(kernel_case, "DEVICE", "meta")
+    launched = {}
+    for module in [value for value in vars(cases).values() if inspect.ismodule(value) and value.__name__.startswith("plugins.")]:
+        for name, value in [*vars(module).items()]:
+            if isinstance(value, triton.JITFunction):
+                monkeypatch.setattr(module, name, launched.setdefault(id(value), Launched(value)))
+    names, plans = [], 0
+    for case in kernel_plans.CASES[kernel]():
+        assert case.plans
+        names.append(case.name)
+        for plan in [*case.plans, case.source]:
+            assert set(plan) == set(case.source)
+            case.launch(plan)()
+            plans += 1
+    assert sum(each.count for each in launched.values()) == plans
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.gpu
