@@ -77,7 +77,7 @@ class Kernels(_Model):
 
 
 # model, component, backend, precision, width, height, batch, steps, machine, yardstick, and all that took turns with the work:
-# peers leave other caches behind than a GEMM does, by 5 % of sana-tiny's step on a CPU
+# peers leave other caches behind than a GEMM does, by 5 % of sana-tiny's step on a CPU. And, of several, in which order they did
 Key = tuple[str | int, ...]
 
 
@@ -100,6 +100,7 @@ class Record(_Model):
     wall: Times  # with everything that the host does, and the wait
     yardstick: str  # the name in `references` that it is judged by, if none other is asked for
     references: dict[str, Reference]
+    turns: Literal["fixed", "each first"] = "fixed"  # how interleave() orders the references in a round
     memory_bytes: int  # the most: of the GPU, beyond what was in use before the bundle was opened; of the process, on a CPU
     energy_j: Positive | None  # of the whole GPU, for one run of the work; none where NVML does not say
     energy_note: str
@@ -115,7 +116,8 @@ class Record(_Model):
     def key(self) -> Key:
         size = (self.width, self.height, self.batch, self.steps)
         what = (self.model, self.component, self.backend, self.precision, *size)
-        return (*what, self.machine, self.yardstick, *sorted(self.references))
+        turns = (self.turns,) if len(self.references) > 1 else ()
+        return (*what, self.machine, self.yardstick, *sorted(self.references), *turns)
 
     @property
     def was_busy(self) -> bool:

@@ -218,6 +218,7 @@ def _record(
         wall=Times(p50=wall.p50, p90=wall.p90, p99=wall.p99),
         yardstick=_yardstick(work, bench, plan),
         references=references,
+        turns="each first",
         memory_bytes=memory,
         energy_j=joules,
         energy_note=bench.meter.why,

@@ -28,7 +28,10 @@ def test_the_last_accepted_of_the_same_key(tmp_path: Path) -> None:
     later = record(run="4" * 12, date="2026-01-04", bundle="cd" * 32, commit="fedcba987654")  # bundle and commit may change
     history.append([old, new, other, later])
     assert later.key == new.key != other.key
-    assert record(peers={"diffusers_eager": 3.0}).key != new.key  # what runs in between counts
+    with_peer = record(peers={"diffusers_eager": 3.0})
+    assert with_peer.key != new.key  # what runs in between counts
+    assert with_peer.model_copy(update={"turns": "each first"}).key != with_peer.key  # and where each of several has its turn
+    assert new.model_copy(update={"turns": "each first"}).key == new.key
     assert history.last_accepted(later.key) == new
 
 
