@@ -14,6 +14,7 @@ from plugins import (
     cross_attention,
     fp8_quantize,
     gated_depthwise_conv,
+    gated_depthwise_conv_kernel,
     gated_sum,
     modulated_norm,
     qkv_linear_attention,
@@ -34,7 +35,7 @@ def gated_convolution() -> Iterator[Case]:
 
         def launch(plan: Plan, given=(x, weight, bias, x, y, scales), scale=scale, side=side, inner=inner, batch=batch) -> Call:  # type: ignore[no-untyped-def]
             programs = (-(-inner // plan["C"]), -(-side // module.COLUMNS) * -(-side // plan["rows"]), batch)
-            return lambda: module.gate_kernel[programs](
+            return lambda: gated_depthwise_conv_kernel.gate_kernel[programs](
                 *(*given, side, side, plan["rows"], scale, inner),
                 C=plan["C"],
                 BACKWARD=False,

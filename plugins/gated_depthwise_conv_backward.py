@@ -10,19 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from plugins.gated_depthwise_conv import (
-    add_dots,
-    check,
-    four,
-    gate_kernel,
-    live_at,
-    picture_at,
-    plan,
-    six,
-    taps,
-    wide,
-    wide_row,
-)
+from plugins.gated_depthwise_conv import check, plan
+from plugins.gated_depthwise_conv_kernel import add_dots, four, gate_kernel, live_at, picture_at, six, taps, wide, wide_row
 from plugins.silu import silu, silu_slope
 
 __all__ = ["launch"]

@@ -19,6 +19,16 @@ SPEC = ExportSpec(
 )
 
 
+def of_pictures(channels, result, plugins):
+    """For a module that takes one picture in fp16, channels last, to one of dimensions `result`."""
+    return ExportSpec(
+        axes=(Axis(name="h", example=3), Axis(name="w", example=4)),
+        inputs=(TensorSpec(name="x", dims=(1, "h", "w", channels), dtype="float16"),),
+        outputs=(TensorSpec(name="y", dims=(1, *result), dtype="float16"),),
+        plugins=plugins,
+    )
+
+
 class Sinusoid(nn.Module):
     """Frequencies as the transformer has them, or as the text encoder has."""
 
@@ -72,12 +82,7 @@ class Block(nn.Module):
 @pytest.mark.slow
 def test_the_mix_ffn_s_filters_are_views_that_tensorrt_s_parser_takes():
     """It refuses a Squeeze of a weight. Small weights hide it: the exporter folds them."""
-    spec = ExportSpec(
-        axes=(Axis(name="h", example=3), Axis(name="w", example=4)),
-        inputs=(TensorSpec(name="x", dims=(1, "h", "w", 256), dtype="float16"),),
-        outputs=(TensorSpec(name="y", dims=(1, "h", "w", 256), dtype="float16"),),
-        plugins={"GatedDepthwiseConv": 1},
-    )
+    spec = of_pictures(256, ("h", "w", 256), {"GatedDepthwiseConv": 1})
     with torch.device("meta"):
         block = GLUMBConv(256, expand_ratio=2.5, norm=False).half()
     block.fused = True
@@ -107,12 +112,7 @@ class Up(nn.Module):
 
 @pytest.mark.slow
 def test_a_convolution_to_more_pixels_is_a_single_node_that_can_have_a_kernel():
-    spec = ExportSpec(
-        axes=(Axis(name="h", example=3), Axis(name="w", example=4)),
-        inputs=(TensorSpec(name="x", dims=(1, "h", "w", 16), dtype="float16"),),
-        outputs=(TensorSpec(name="y", dims=(1, "2*h", "2*w", 8), dtype="float16"),),
-        plugins={"Conv3x3Upsample": 1},
-    )
+    spec = of_pictures(16, ("2*h", "2*w", 8), {"Conv3x3Upsample": 1})
     with torch.device("meta"):
         model = with_function_bodies(export_module(Up().half(), spec))
     proto = ir.serde.serialize_model(model)
@@ -126,12 +126,7 @@ def test_a_convolution_to_more_pixels_is_a_single_node_that_can_have_a_kernel():
 
 @pytest.mark.slow
 def test_convolutions_are_single_nodes_that_can_have_kernels():
-    spec = ExportSpec(
-        axes=(Axis(name="h", example=3), Axis(name="w", example=4)),
-        inputs=(TensorSpec(name="x", dims=(1, "h", "w", 16), dtype="float16"),),
-        outputs=(TensorSpec(name="y", dims=(1, "h", "w", 16), dtype="float16"),),
-        plugins={"Conv3x3": 1, "Conv3x3Norm": 1},
-    )
+    spec = of_pictures(16, ("h", "w", 16), {"Conv3x3": 1, "Conv3x3Norm": 1})
     with torch.device("meta"):
         model = with_function_bodies(export_module(Block().half(), spec))
     assert [node.op_type for node in model.graph if node.op_type != "Transpose"] == ["Conv3x3", "Conv3x3Norm"]
