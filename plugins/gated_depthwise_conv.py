@@ -13,7 +13,7 @@ Dimensions: B pictures, H x W pixels, E channels of a half; in a program C chann
 
 import functools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from plugins import cubin
 from plugins.cubin import Cubin
@@ -152,7 +152,7 @@ def function_body(opset: int = 20) -> "onnx.FunctionProto":
     """
     from onnx import TensorProto, helper
 
-    def node(op: str, inputs: list[str], outputs: list[str], **attributes: object) -> "onnx.NodeProto":
+    def node(op: str, inputs: list[str], outputs: list[str], **attributes: Any) -> "onnx.NodeProto":
         return helper.make_node(op, inputs, outputs, **attributes)
 
     conv = node("Conv", ["activated", "filters", "bias_wide"], ["conv"], pads=[1, 1, 1, 1])
