@@ -1,10 +1,11 @@
 """The least that a step or a decode could take on this GPU: its matrix products, and its memory traffic at the rate of a copy.
 
 Of a denoiser step: the products of all blocks, each with weights of its own, in one CUDA graph through PyTorch, plus what lies
-between them, if every tensor between two products were read and written once. Of a decode: its FLOPs at the rate of the fastest
-GEMM, those of FP8 or INT8 convolutions at that of such a one. All are measured in the run that compares with them. FP8 products
-have a scale a row, as ours; INT8 products give int32, which is all that PyTorch has, and more to write than fp16. NVFP4 has no
-floor: its products need a GPU of SM 120, where this was not tried.
+between them, if every tensor between two products were read and written once. Of a decode: as many of the fastest GEMM as have its
+FLOPs, in one CUDA graph, so that the clock is what such work leaves; those of FP8 or INT8 convolutions in such a type; plus what
+lies between its convolutions and products, as above. All are measured in the run that compares with them. FP8 products have a scale
+a row, as ours; INT8 products give int32, which is all that PyTorch has, and more to write than fp16. NVFP4 has no floor: its
+products need a GPU of SM 120, where this was not tried.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.graph_timing import graph_ms
-from benchmarks.latency_yardstick import copy_rate, gemm_flops, gemm_rate
+from benchmarks.latency_yardstick import copy_rate, gemm_flops
 from engines.spec import PX_PER_LATENT
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, per_stage
 from sana_ref.build import empty
@@ -31,6 +32,7 @@ __all__ = [
     "Product",
     "decoder_floor",
     "decoder_flops",
+    "decoder_traffic_bytes",
     "denoiser_floor",
     "narrow_rate",
     "products",
@@ -91,9 +93,15 @@ def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, te
 
 def narrow_rate(precision: str) -> float:
     """FLOP/s of PyTorch's product of BIG_GEMM in "fp8" or "int8". Needs a GPU."""
+    flops = 5 * gemm_flops(BIG_GEMM)
+    return 1000 * flops / _products_ms(flops, precision)
+
+
+def _products_ms(flops: float, precision: str) -> float:
+    """Of as many of BIG_GEMM as have those FLOPs, in one graph."""
     rows, depth, columns = BIG_GEMM
-    repeats = 5
-    return 1000 * repeats * gemm_flops(BIG_GEMM) / graph_ms([_call(Product(rows, columns, depth), precision)] * repeats)
+    repeats = max(1, round(flops / gemm_flops(BIG_GEMM)))
+    return graph_ms([_call(Product(rows, columns, depth), precision)] * repeats) * flops / (repeats * gemm_flops(BIG_GEMM))
 
 
 def _call(product: Product, precision: str) -> Callable[[], object]:
@@ -137,12 +145,34 @@ def residual_flops(config: AutoencoderDCConfig, *, width: int, height: int, batc
     )
 
 
+def decoder_traffic_bytes(config: AutoencoderDCConfig, *, width: int, height: int, batch: int) -> int:
+    """In half precision, between convolutions and products.
+
+    Widths of a pixel: a norm with its sum, 2 in and 1 out, in each residual block and twice in each of attention; there, for each
+    scale, k and v for the state, q and out; for all but the first scale q, k and v in and out; the mix-FFN's middle, 8 in and 4
+    out. The sum with an upsampling's shortcut: the picture before and after it, and the sum. The last norm, 1 in and 1 out.
+    """
+    widths, depths = config.decoder_block_out_channels, config.decoder_layers_per_block
+    kinds = per_stage(config.decoder_block_types, len(depths))
+    numbers = 2 * widths[0] * width * height
+    stages = enumerate(zip(kinds, widths, depths, config.decoder_qkv_multiscales, strict=True))
+    for stage, (kind, channels, depth, others) in stages:
+        pixels = (width >> stage) * (height >> stage)
+        block = 3 if kind == "ResBlock" else 4 * (1 + len(others)) + 6 * len(others) + 12 + 3 + 3
+        numbers += depth * block * channels * pixels
+        if stage:
+            numbers += channels * pixels + 2 * widths[stage - 1] * 4 * pixels
+    return HALF * batch * numbers
+
+
 def decoder_floor(config: AutoencoderDCConfig, *, width: int, height: int, batch: int = 1, precision: str = "bf16") -> Floor:
-    """precision: "bf16", "fp16" or "fp32", which are taken at the rate of fp16; or "fp8" or "int8", of the residual blocks alone,
-    as ours. Needs a GPU."""
+    """precision: "bf16", "fp16" or "fp32", which is taken at the rate of fp16; or "fp8" or "int8", of the residual blocks alone, as
+    ours, beside bf16. Needs a GPU."""
     size = {"width": width, "height": height, "batch": batch}
-    flops, seconds = decoder_flops(config, **size), 0.0
+    flops, narrow_ms = decoder_flops(config, **size), 0.0
     if precision in ("fp8", "int8"):
         narrow = residual_flops(config, **size)
-        flops, seconds = flops - narrow, narrow / narrow_rate(precision)
-    return Floor(1000 * (seconds + flops / gemm_rate(BIG_GEMM, gpu=True)), 0.0)
+        flops, narrow_ms = flops - narrow, _products_ms(narrow, precision)
+    half = "fp16" if precision in ("fp16", "fp32") else "bf16"
+    traffic = decoder_traffic_bytes(config, **size) / copy_rate(gpu=True)
+    return Floor(narrow_ms + _products_ms(flops, half), 1000 * traffic)

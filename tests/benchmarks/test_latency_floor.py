@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.flops import operator_flops
-from benchmarks.latency_floor import decoder_flops, products, residual_flops, traffic_bytes
+from benchmarks.latency_floor import decoder_flops, decoder_traffic_bytes, products, residual_flops, traffic_bytes
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.build import empty
 from sana_ref.quantized_convs import conv_group
@@ -49,3 +49,30 @@ def test_flops_of_residual_blocks():
     found = {name: sum(counts.values()) for name, counts in by_module.items() if conv_group(f"{name}.weight")}
     assert len(found) == 18
     assert sum(found.values()) == residual_flops(DC_AE, width=6 * 32, height=4 * 32, batch=2)
+
+
+def test_traffic_of_the_decoder():
+    """By hand, of each stage from the finest, in channels of a pixel; and in proportion to the pixels."""
+    assert DC_AE.decoder_block_out_channels == (128, 256, 512, 512, 1024, 1024)
+    assert DC_AE.decoder_layers_per_block == (3,) * 6
+    norm, state, second_scale, middle = 3, 4, 6, 12
+    attention = 2 * state + second_scale + middle + 2 * norm
+    blocks = 3 * sum(
+        width * side**2 * block
+        for width, side, block in (
+            (128, 1024, norm),
+            (256, 512, norm),
+            (512, 256, norm),
+            (512, 128, attention),
+            (1024, 64, attention),
+            (1024, 32, attention),
+        )
+    )
+    shortcuts = sum(
+        2 * wide * (2 * side) ** 2 + narrow * side**2
+        for wide, narrow, side in ((128, 256, 512), (256, 512, 256), (512, 512, 128), (512, 1024, 64), (1024, 1024, 32))
+    )
+    last = 2 * 128 * 1024**2
+    found = decoder_traffic_bytes(DC_AE, width=1024, height=1024, batch=1)
+    assert found == 2 * (blocks + shortcuts + last)
+    assert decoder_traffic_bytes(DC_AE, width=2048, height=1024, batch=2) == 4 * found
