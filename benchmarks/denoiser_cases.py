@@ -43,8 +43,7 @@ def gated_convolution() -> Iterator[Case]:
                 maxnreg=plan["maxnreg"],
             )
 
-        block, least = module.sizes(inner, quantized)
-        _, options = module.plan(batch=batch, height=side, width=side, channels=inner, block=block, least=least)
+        _, options = module.plan(batch=batch, height=side, width=side, channels=inner, least=module.least_rows(inner))
         source = {name: options[name] for name in ("rows", "C", "num_warps")} | {"maxnreg": module.MAX_REGISTERS}
         plans = [
             p

@@ -74,10 +74,9 @@ GROUPS: Mapping[str, Group] = {
             "large": (*_DECODER, "--max-side", "4096", "--max-batch", "1"),
         },
         figures={
-            "1024px": _latency("@bf16 @fp8 @int8", "decoder", "--sizes", "1024", "--peers", "reduce-overhead"),
+            "1024px": _latency("@bf16 @fp8 @int8", "decoder", "--sizes", "1024", *COMPILED),
             "4096px": _latency("@large", "decoder", "--sizes", "4096", "--peers", "none"),
             "peak": (*RUNTIME, "@large", "--decoder", "--side", "4096"),
-            "compiled": _latency("@bf16", "decoder", "--sizes", "1024", *COMPILED),
         },
     ),
     "sprint": Group(

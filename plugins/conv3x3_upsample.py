@@ -23,6 +23,7 @@ program M pixels of x, Q of the 4N columns.
 
 import functools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -41,6 +42,9 @@ OP = "Conv3x3Upsample"
 DOMAIN = "sana"
 INPUTS = ("x", "weight", "bias")
 CORNERS = 4  # pixels of y for one of x
+# Sums of a program from which it has eight warps, where Conv3x3, whose end is shorter, has four: 0.56 ms in place of 0.61 for 512
+# px, 256 channels (H200; benchmarks/results/kernel_plans_h200.json).
+BLOCK_OF_8_WARPS = 128 * 128
 
 
 @triton.jit
@@ -116,7 +120,8 @@ def plan(capability: int, dtype: str, channels: int, outputs: int, repeats: int,
             f"{OP}: got {channels} channels in, {outputs} out, {repeats} repeats; expected in x repeats = {CORNERS} x out, or "
             "0 repeats for no shortcut"
         )
-    return conv3x3.plan(OP, capability, dtype, channels, _power_of_two(outputs) if nearest else CORNERS * outputs)
+    chosen = conv3x3.plan(OP, capability, dtype, channels, _power_of_two(outputs) if nearest else CORNERS * outputs)
+    return replace(chosen, num_warps=8) if chosen.block_m * chosen.block_n >= BLOCK_OF_8_WARPS else chosen
 
 
 def _power_of_two(outputs: int) -> int:

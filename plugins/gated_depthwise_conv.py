@@ -30,36 +30,31 @@ OP = "GatedDepthwiseConv"
 DOMAIN = "sana"
 COLUMNS = 4  # of a strip: written out in the kernel
 # What follows was measured on an H200 (benchmarks/results/kernel_plans_h200.json).
-ROWS, LEAST_ROWS = 32, 16  # that a program walks down, two more are read; small pictures need more programs (`sizes`)
-BLOCK_C, ONE_C, NUM_WARPS = 128, 64, 2  # a thread has two channels, or one
+ROWS, LEAST_ROWS = 32, 16  # that a program walks down, two more are read; small pictures need more programs (`least_rows`)
+BLOCK_C, NUM_WARPS = 128, 2  # a thread has two channels
 MAX_REGISTERS = 120  # of a thread; with more there is room for fewer programs: 26.3 us in place of 23.6, of 5600 channels to FP8
 WAVE = 132 * 8  # programs that an H200 runs at a time, by their registers
 
 
-def sizes(inner: int, quantized: bool) -> tuple[int, int]:
-    """Channels of a program, and the least rows. quantized: y is in 8 bits.
+def least_rows(inner: int) -> int:
+    """Of a program, for E channels of a half.
 
     The usual work, two pictures of 32 x 32 tokens, is little for a GPU: a wave of programs or a bit more, for which it takes as
-    long as for the whole of the last. Of 5600 channels these are 1.3 waves with 16 rows and 2 with 11, 27.7 and 23.6 us to FP8. In
-    16 bits, where memory has more to do, programs that would not fill half a wave are twice as many, with a channel a thread and
-    all rows: 21.7 us, not 23.0, of 2880.
+    long as for the whole of the last. Of 5600 channels these are 1.3 waves with 16 rows and 2 with 11, 27.7 and 23.6 us to FP8.
     """
     strips = -(-inner // BLOCK_C) * 2 * 32 // COLUMNS
-    if not quantized and strips < WAVE // 2:
-        return ONE_C, ROWS
-    return BLOCK_C, min((LEAST_ROWS, 11, 8), key=lambda rows: -(-strips * -(-32 // rows) // WAVE) * (rows + 2))
+    return min((LEAST_ROWS, 11, 8), key=lambda rows: -(-strips * -(-32 // rows) // WAVE) * (rows + 2))
 
 
 def plan(
-    *, batch: int, height: int, width: int, channels: int, block: int | None = None, least: int | None = None
+    *, batch: int, height: int, width: int, channels: int, least: int | None = None
 ) -> tuple[tuple[int, int, int], dict[str, int | bool]]:
     """For a kernel that walks over (batch, height, width, channels): programs of channels, of strips in a picture and of pictures;
-    and its options. block: channels of a program, else BLOCK_C. least: its rows for heights up to 32; from 64 on it has ROWS.
-    Without it they are a quarter of the height, LEAST_ROWS or more: for the gradient's kernels."""
-    block = block or BLOCK_C
+    and its options. least: rows of a program for heights up to 32; from 64 on it has ROWS. Without it they are a quarter of the
+    height, LEAST_ROWS or more: for the gradient's kernels."""
     rows = min(ROWS, max(LEAST_ROWS, height // 4) if least is None else max(least, height - 32))
-    programs = (-(-channels // block), -(-width // COLUMNS) * -(-height // rows), batch)
-    return programs, {"rows": rows, "C": block, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
+    programs = (-(-channels // BLOCK_C), -(-width // COLUMNS) * -(-height // rows), batch)
+    return programs, {"rows": rows, "C": BLOCK_C, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
 def check(*tensors: "torch.Tensor") -> None:
@@ -82,8 +77,7 @@ def launch(
     batch, height, width, inner = y.shape
     if y.numel() == 0:
         return
-    block, least = sizes(inner, quantized is not None)
-    programs, options = plan(batch=batch, height=height, width=width, channels=inner, block=block, least=least)
+    programs, options = plan(batch=batch, height=height, width=width, channels=inner, least=least_rows(inner))
     scales, scale = quantized or (None, None)
     tensors = (x, weight.contiguous(), bias.contiguous(), x, y, scales)
     options |= {"maxnreg": MAX_REGISTERS}
@@ -102,7 +96,7 @@ def compile_cubin(capability: int, dtype: str, inner: int, quantized: OutKind | 
         capability,
         op=OP,
         signature=signature | dict.fromkeys(("inner", "C", "BACKWARD"), "constexpr"),
-        constants={"inner": inner, "C": sizes(inner, quantized is not None)[0], "BACKWARD": False} | absent,
+        constants={"inner": inner, "C": BLOCK_C, "BACKWARD": False} | absent,
         aligned=pointers,
         num_warps=NUM_WARPS,
         max_registers=MAX_REGISTERS,
@@ -123,8 +117,7 @@ def compile_cubins(
     inner = channels // 2
     batch, height, width = (["dim", 0, axis] for axis in range(3))
     kind = out_kind if out_scale is not None else None
-    block, least = sizes(inner, kind is not None)
-    rows = ["min", ROWS, ["max", least, ["sub", height, 32]]]
+    rows = ["min", ROWS, ["max", least_rows(inner), ["sub", height, 32]]]
     strips = ["mul", ["ceildiv", width, COLUMNS], ["ceildiv", height, rows]]
     outputs, more_args, last_args = quantized_outputs(dtype, [batch, height, width], inner, out_scale, kind)
     found = cubin.attributes(
@@ -133,7 +126,7 @@ def compile_cubins(
         lambda capability: compile_cubin(capability, dtype, inner, kind),
         inputs=[dtype] * 3,
         outputs=outputs,
-        grid=[-(-inner // block), strips, batch],
+        grid=[-(-inner // BLOCK_C), strips, batch],
         args=[
             *(["in", index] for index in (0, 1, 2, 0)),
             *more_args,

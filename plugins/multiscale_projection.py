@@ -37,8 +37,9 @@ TYPES = ("fp16", "bf16")  # of an engine: in fp32 the decoder is not fused (expo
 HEAD_DIMS = (16, 32, 64)  # 16: the least that a tensor core takes
 KERNEL_SIZE = 5  # of near: written out below, as are the next two
 COLUMNS, ROWS = 4, 4  # of the pixels under way
-# Rows that a program walks down at most, in pictures with fewer a quarter of them; E; warps: two channels a thread. Reasoned.
-STRIP, BLOCK_C, NUM_WARPS = 16, 128, 2
+# Rows that a program walks down, a quarter of the picture's within these limits; E; warps: two channels a thread. Measured on an
+# H200 (benchmarks/results/kernel_plans_h200.json): 128 x 128 pixels take 124 us with 32 rows, not 138; 32 x 32 with 16 24, not 27.
+LEAST_STRIP, STRIP, BLOCK_C, NUM_WARPS = 16, 32, 128, 2
 
 
 @triton.jit
@@ -185,7 +186,7 @@ def launch(x: "torch.Tensor", near: "torch.Tensor", mix: "torch.Tensor", out: "t
     constants = plan(dtype, channels, mix.shape[1])
     if out.numel() == 0:
         return
-    rows = min(STRIP, max(ROWS, height // (4 * ROWS) * ROWS))
+    rows = min(STRIP, max(LEAST_STRIP, height // (4 * ROWS) * ROWS))
     programs = (-(-channels // BLOCK_C), -(-width // COLUMNS) * -(-height // rows), batch)
     kernel[programs](*tensors, height, width, channels, rows, **constants, num_warps=NUM_WARPS)
 
@@ -217,7 +218,7 @@ def compile_cubins(targets: Iterable[str], dtype: str, channels: int, head_dim: 
     if dtype not in TYPES:
         raise ValueError(f"{OP}: got dtype {dtype!r}; expected one of {', '.join(TYPES)}: without tensor cores it would be slow")
     batch, height, width = (["dim", 0, axis] for axis in range(3))
-    rows = ["min", STRIP, ["max", ROWS, ["mul", ["floordiv", height, 4 * ROWS], ROWS]]]
+    rows = ["min", STRIP, ["max", LEAST_STRIP, ["mul", ["floordiv", height, 4 * ROWS], ROWS]]]
     strips = ["mul", ["ceildiv", width, COLUMNS], ["ceildiv", height, rows]]
     found = cubin.attributes(
         OP,

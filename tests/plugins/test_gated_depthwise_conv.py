@@ -189,14 +189,13 @@ def test_cubins(target, out_scale):
     """The launch that the plugin computes from the JSON covers every pixel and channel, and no program is in vain."""
     batch, height, width, inner = 3, 33, 18, 5600
     attributes = op.compile_cubins([target], "fp16", 2 * inner, out_scale, "int8")
-    block, least = op.sizes(inner, quantized=out_scale is not None)
     launch = Launch.from_json(attributes["launch"])
     assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
     dims = [(batch, height, width, 2 * inner), (3, 3, 2 * inner), (2 * inner,)]
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, height, width, inner]
     channels, strips, pictures = (evaluate(size, dims) for size in launch.grid)
-    assert (channels - 1) * block < inner <= channels * block
-    rows = min(op.ROWS, max(least, height - 32))
+    assert (channels - 1) * op.BLOCK_C < inner <= channels * op.BLOCK_C
+    rows = min(op.ROWS, max(op.least_rows(inner), height - 32))
     across, down = -(-width // op.COLUMNS), -(-height // rows)
     assert (strips, pictures) == (across * down, batch)
     arguments = json.loads(launch.to_json())["args"]
@@ -204,10 +203,9 @@ def test_cubins(target, out_scale):
     assert [evaluate(number, dims) for kind, number in arguments[5:8] if kind == "i32"] == [height, width, rows]
 
 
-@pytest.mark.parametrize(("inner", "rows", "wide_rows"), [(5600, 11, 11), (2880, 16, 32), (64, 8, 32)])
-def test_programs_fill_waves(inner, rows, wide_rows):
-    assert op.sizes(inner, quantized=True) == (op.BLOCK_C, rows)
-    assert op.sizes(inner, quantized=False) == (op.BLOCK_C if inner == 5600 else op.ONE_C, wide_rows)
+@pytest.mark.parametrize(("inner", "rows"), [(5600, 11), (2880, 16), (64, 8)])
+def test_programs_fill_waves(inner, rows):
+    assert op.least_rows(inner) == rows
 
 
 @pytest.mark.parametrize(
