@@ -8,7 +8,7 @@
 - peak_<name>_<px>px_{fp16,low_memory}_gb: most GPU memory in use while pictures are drawn, beyond what was in use before; the
   second of two processes, which finds its kernels compiled. The note has the first.
 - host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU and the time until the graph's first
-  work begins there: pictures of N and of N / 2 steps.
+  work begins there: pictures of N and of 4 N steps, for some tenths of a millisecond come and go with what else a machine does.
 - launches_per_picture: graph launches, and engine launches beside them, for a text that is known; the note says it for a new one.
 - kernels_per_step: kernel nodes in a CUDA graph of one denoiser step.
 - decode_<px>px_<precision>_peak_gb, with --decoder: most GPU memory in use while the decoder alone is loaded and runs.
@@ -38,10 +38,12 @@ from engines.gpu import device_info
 from runtime import SanaEngine
 from runtime.cuda import Cuda
 from runtime.graphs import Loop
+from runtime.schedule import MAX_STEPS
 from runtime.trt_session import TensorRTSession
 
 ROUNDS = 21
 SAMPLE_S = 0.002  # between two looks at the GPU's memory
+MORE_STEPS = 4  # times as many
 
 
 def in_new_process(mode: str, options: argparse.Namespace, kernel_cache: str = "") -> dict[str, float]:
@@ -108,7 +110,7 @@ def child(mode: str, options: argparse.Namespace) -> dict[str, float]:
 
 def host_per_step(engine: SanaEngine, options: argparse.Namespace) -> float:
     """ms"""
-    rows: dict[int, list[float]] = {options.steps // 2: [], options.steps: []}
+    rows: dict[int, list[float]] = {options.steps: [], MORE_STEPS * options.steps: []}
     launch = Loop.launch
     latency_s: list[Callable[[], float]] = []
 
@@ -133,7 +135,7 @@ def host_per_step(engine: SanaEngine, options: argparse.Namespace) -> float:
     finally:
         Loop.launch = launch  # type: ignore[method-assign]
     fewer, more = (statistics.median(beyond) for beyond in rows.values())
-    return 1000 * (more - fewer) / (options.steps - options.steps // 2)
+    return 1000 * (more - fewer) / ((MORE_STEPS - 1) * options.steps)
 
 
 def launches(engine: SanaEngine, options: argparse.Namespace, prompt: str) -> tuple[int, int]:
@@ -229,8 +231,10 @@ def main() -> int:
     parser.add_argument("--kernel-cache", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
-        if options.steps < 2:
-            raise RequestError(f"--steps: got {options.steps}; expected at least 2, half of which is a picture too.")
+        if not 1 <= options.steps <= MAX_STEPS // MORE_STEPS:
+            raise RequestError(
+                f"--steps: got {options.steps}; expected 1 to {MAX_STEPS // MORE_STEPS}: {MORE_STEPS} times are drawn too."
+            )
         if options.child:
             print(json.dumps(child(options.child, options)))
             return 0

@@ -8,6 +8,7 @@ transformer_sana_video.py, SanaLinearAttnProcessor3_0).
 import triton
 import triton.language as tl
 
+from plugins.silu import ASSEMBLY
 from plugins.static_scale import as_output
 
 __all__ = ["apply_kernel", "state_kernel"]
@@ -27,11 +28,31 @@ def _as_tf32(wide):
 
 
 @triton.jit
+def _halves(wide):
+    """Two numbers in bf16 whose sum is one in fp32 but for 2**-17 of it."""
+    high = wide.to(tl.bfloat16)
+    return high, (wide - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _add_product(x, y, total):
+    """x and y in bf16, whose bits Triton's interpreter would multiply."""
+    if ASSEMBLY:
+        return tl.dot(x, y, total)
+    else:
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
+
+
+@triton.jit
 def _dot(exact, wide, PRECISION: tl.constexpr):
-    """exact @ wide in fp32. exact: numbers that the inputs' dtype holds; wide: fp32."""
-    if PRECISION == "split":
-        high = wide.to(tl.bfloat16)
-        low = (wide - high.to(tl.float32)).to(tl.bfloat16)
+    """exact @ wide in fp32. exact: numbers that the inputs' dtype holds, or of fp32, which are split too; wide: fp32."""
+    if PRECISION == "split" and exact.dtype == tl.float32:
+        exact_high, exact_low = _halves(exact)
+        high, low = _halves(wide)
+        nothing = tl.zeros((exact.shape[0], wide.shape[1]), tl.float32)
+        return _add_product(exact_high, high, _add_product(exact_high, low, _add_product(exact_low, high, nothing)))
+    elif PRECISION == "split":
+        high, low = _halves(wide)
         return tl.dot(exact.to(tl.bfloat16), high, tl.dot(exact.to(tl.bfloat16), low))
     elif PRECISION == "tf32":
         return tl.dot(exact.to(tl.float32), _as_tf32(wide), input_precision="tf32")
@@ -58,16 +79,15 @@ def _live(n, end, d, D: tl.constexpr):
 
 
 @triton.jit
-def _rotated(x_ND, rotary, n, n_tokens, D: tl.constexpr, PRECISION: tl.constexpr):
-    """x in fp32, each pair of channels turned by its token's angle; as TF32 holds it if PRECISION says so. rotary (2, N, D / 2)."""
+def _rotated(x_ND, rotary, n, n_tokens, D: tl.constexpr):
+    """x in fp32, each pair of channels turned by its token's angle. rotary (2, N, D / 2)."""
     even_NE, odd_NE = tl.split(tl.reshape(x_ND.to(tl.float32), (x_ND.shape[0], x_ND.shape[1] // 2, 2)))
     e = tl.arange(0, x_ND.shape[1] // 2)
     at_NE, live_NE = rotary + n.to(tl.int64)[:, None] * (D // 2) + e[None, :], _live(n, n_tokens, e, D // 2)
     cos_NE = tl.load(at_NE, mask=live_NE, other=0.0)
     sin_NE = tl.load(at_NE + n_tokens * (D // 2), mask=live_NE, other=0.0)
     turned = tl.join(even_NE * cos_NE - odd_NE * sin_NE, even_NE * sin_NE + odd_NE * cos_NE)
-    turned_ND = tl.reshape(turned, (x_ND.shape[0], x_ND.shape[1]))
-    return turned_ND if PRECISION == "ieee" else _as_tf32(turned_ND)
+    return tl.reshape(turned, (x_ND.shape[0], x_ND.shape[1]))
 
 
 @triton.jit
@@ -101,8 +121,11 @@ def state_kernel(
         if rotary is None:
             state_DD = tl.dot(tl.trans(k_ND), v_ND, state_DD, input_precision="ieee")
         else:
-            turned_ND = _rotated(k_ND, rotary, n, n_tokens, D, PRECISION)
-            state_DD = tl.dot(tl.trans(turned_ND), v_ND.to(tl.float32), state_DD, input_precision=PRECISION)
+            turned_ND = _rotated(k_ND, rotary, n, n_tokens, D)
+            if PRECISION == "ieee":
+                state_DD = tl.dot(tl.trans(turned_ND), v_ND, state_DD, input_precision="ieee")
+            else:  # its roundings, of as many as there are tokens, cancel each other
+                state_DD = tl.dot(tl.trans(_as_tf32(turned_ND)), v_ND.to(tl.float32), state_DD, input_precision="tf32")
         z_D += tl.sum(k_ND.to(tl.float32), axis=0)
     part = state + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * (D + 1) * D
     if PADDED == D:
@@ -170,7 +193,7 @@ def apply_kernel(
         if rotary is None:
             top_ND = _dot(q_ND, state_DD, PRECISION)
         else:
-            top_ND = _dot(_rotated(q_ND, rotary, n, n_tokens, D, PRECISION), state_DD, PRECISION)
+            top_ND = _dot(_rotated(q_ND, rotary, n, n_tokens, D), state_DD, PRECISION)
         bottom_N = tl.sum(q_ND.to(tl.float32) * z_D[None, :], axis=1) + eps
         if out_scale is None:
             # One division a token, not one a channel: exact division is a call of some thirty instructions.
