@@ -8,7 +8,7 @@ import torch
 import triton
 
 from benchmarks.kernel_case import DEVICE, SHARED, Call, Case, Plan, grid_of, half
-from plugins import conv3x3, conv3x3_quantized, conv3x3_upsample, multiscale_projection, static_quantize
+from plugins import conv3x3, conv3x3_kernels, conv3x3_quantized, conv3x3_upsample, multiscale_projection, static_quantize
 
 __all__ = ["CASES"]
 
@@ -27,7 +27,7 @@ def convolutions() -> Iterator[Case]:
         def launch(plan: Plan, given=(x, weight, bias, y), side=side, channels=channels, outputs=outputs) -> Call:  # type: ignore[no-untyped-def]
             programs = (-(-side * side // plan["BLOCK_M"]) * -(-outputs // plan["BLOCK_N"]), 1)
             constants = {"C": channels, "N": outputs, "ACTIVATION": "silu", "GROUP_M": module.GROUP_M}
-            return lambda: module.conv_kernel[programs](*given, side, side, **constants, **plan)
+            return lambda: conv3x3_kernels.conv_kernel[programs](*given, side, side, **constants, **plan)
 
         source = blocks_of(module.plan(module.OP, 90, "bf16", channels, outputs))
         widest = max(16, triton.next_power_of_2(outputs))
@@ -93,7 +93,7 @@ def normed_convolutions() -> Iterator[Case]:
 
         def launch(plan: Plan, given=(x, weight, residual, vector, vector, y), side=side, channels=channels) -> Call:  # type: ignore[no-untyped-def]
             programs = (-(-side * side // plan["BLOCK_M"]), 1)
-            return lambda: module.norm_kernel[programs](*given, side, side, module.EPS, C=channels, N=channels, **plan)
+            return lambda: conv3x3_kernels.norm_kernel[programs](*given, side, side, module.EPS, C=channels, N=channels, **plan)
 
         source = blocks_of(module.plan(module.NORM, 90, "bf16", channels, channels))
         plans = [

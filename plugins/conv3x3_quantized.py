@@ -27,7 +27,8 @@ import triton
 import triton.language as tl
 
 from plugins import conv3x3, cubin
-from plugins.conv3x3 import ACTIVATIONS, EPS, Plan, activated, block_of, convolved, outputs_at, row_of
+from plugins.conv3x3 import ACTIVATIONS, EPS, Plan
+from plugins.conv3x3_kernels import activated, block_of, convolved, outputs_at, row_of
 from plugins.cubin import Cubin
 from plugins.eight_bits import LARGEST, POINTERS, Kind, bits_of, check_target
 from plugins.launch import Output
@@ -81,7 +82,7 @@ def conv_kernel(
     n_N = first_channel + tl.arange(0, BLOCK_N)
     sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.int32 if KIND == "int8" else tl.float32)
     sums_MN = convolved(sums_MN, x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
-    y_MN = activated(sums_MN.to(tl.float32) * row_of(scales, n_N, N) + row_of(bias, n_N, N), ACTIVATION)
+    y_MN = activated(sums_MN.to(tl.float32) * row_of(scales, n_N, N) + row_of(bias, n_N, N), ACTIVATION, True)
     first, at_MN, live_MN = outputs_at(picture, start, n_N, height, width, N, BLOCK_M)
     out_MN = bits_of(y_MN * tl.div_rn(1.0, out_scale), KIND) if out_scale is not None else y_MN.to(y.dtype.element_ty)
     tl.store(y + first + at_MN, out_MN, mask=live_MN)

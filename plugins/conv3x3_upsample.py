@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 
 from plugins import conv3x3, cubin
-from plugins.conv3x3 import Plan, block_of, convolved, row_of
+from plugins.conv3x3 import Plan
+from plugins.conv3x3_kernels import block_of, convolved, row_of
 from plugins.cubin import Cubin
 from plugins.launch import Output
 

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from plugins import gated_depthwise_conv as op
 from plugins.launch import Launch, evaluate
 from sana_ref import ops
+from sana_ref.checkpoint import load
+from sana_ref.layers import GLUMBConv
 
 INTERPRETED = ("fp32", "fp16")  # bf16 apart: Triton 3.9's interpreter cuts off where a GPU rounds to nearest
 # (B, H, W, E): odd sides, channels that no block divides, one pixel, and more than a program's rows and columns.
@@ -250,6 +252,39 @@ def test_op_on_gpu(shape, dtype):
         check(got, given, f"op {shape} {dtype}")
         again = both_ways(ops.gated_depthwise_conv, *given)
     assert all(torch.equal(one, other) for one, other in zip(got, again, strict=True))
+
+
+@torch.no_grad()
+def activations():
+    """x, weight and bias of each mix-FFN of sana-tiny, for noise."""
+    transformer = load(Path(__file__).parents[2] / "models" / "sana-tiny").transformer(torch.float32, "cpu")
+    layers, wide = [layer for layer in transformer.modules() if isinstance(layer, GLUMBConv)], []
+    for layer in layers:
+        layer.conv_inverted.register_forward_hook(lambda _, inputs, result: wide.append(result.permute(0, 2, 3, 1)))
+    generator, config = torch.Generator().manual_seed(0), transformer.config
+    latents = torch.randn(2, config.in_channels, 16, 16, generator=generator)
+    text = torch.randn(2, 20, config.caption_channels, generator=generator)
+    transformer(latents, text, torch.tensor([500.0, 900.0]), torch.ones(2, 20, dtype=torch.int64), None)
+    filters = (layer.conv_depth.weight.flatten(1).T.unflatten(0, (3, 3)) for layer in layers)
+    return [(x, weight, layer.conv_depth.bias) for x, weight, layer in zip(wide, filters, layers, strict=True)]
+
+
+def test_activations_are_negative_far_from_zero():
+    """Where SiLU's result is nothing beside what tanh's approximation loses."""
+    assert all((x < -4).double().mean() > 0.001 and weight.shape == (3, 3, x.shape[-1]) for x, weight, _ in activations())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_on_activations_of_sana_tiny(dtype):
+    for number, layer in enumerate(activations()):
+        given = [t.to("cuda", DTYPES[dtype]).contiguous() for t in layer]
+        same, exact = plain(*given), plain(*(t.double() for t in given))
+        got = ops.gated_depthwise_conv(*given)
+        assert_parity(got.cpu(), same=same.cpu(), exact=exact.cpu(), name=f"block {number}, {dtype}")
+        ratio = (got - exact).square().mean().sqrt() / (same - exact).square().mean().sqrt()
+        print(f"block {number}, {dtype}: {ratio:.2f} x PyTorch's rms error")
 
 
 @pytest.mark.gpu
