@@ -8,7 +8,7 @@
 - peak_<name>_<px>px_{fp16,low_memory}_gb: most GPU memory in use while pictures are drawn, beyond what was in use before; the
   second of two processes, which finds its kernels compiled. The note has the first.
 - host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU and the time until the graph's first
-  work begins there: pictures of N and of 4 N steps, for some tenths of a millisecond come and go with what else a machine does.
+  work begins there: pictures of N and of 4 N steps, which are far apart because some tenths of a millisecond come and go.
 - launches_per_picture: graph launches, and engine launches beside them, for a text that is known; the note says it for a new one.
 - kernels_per_step: kernel nodes in a CUDA graph of one denoiser step.
 - decode_<px>px_<precision>_peak_gb, with --decoder: most GPU memory in use while the decoder alone is loaded and runs.
@@ -231,7 +231,7 @@ def main() -> int:
     parser.add_argument("--kernel-cache", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
-        if not 1 <= options.steps <= MAX_STEPS // MORE_STEPS:
+        if not options.child and not options.decoder and not 1 <= options.steps <= MAX_STEPS // MORE_STEPS:
             raise RequestError(
                 f"--steps: got {options.steps}; expected 1 to {MAX_STEPS // MORE_STEPS}: {MORE_STEPS} times are drawn too."
             )

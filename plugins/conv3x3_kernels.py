@@ -104,7 +104,7 @@ def block_of(pixels, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr, COARSE: tl.constexpr):
-    """COARSE: as plugins/silu.py has it, for what 16 or 8 bits round."""
+    """COARSE: as plugins/silu.py has it, for what bf16 or 8 bits round."""
     if ACTIVATION == "silu":
         x = silu(x, COARSE)
     elif ACTIVATION == "relu":
@@ -143,7 +143,7 @@ def conv_kernel(
     n_N = first_channel + tl.arange(0, BLOCK_N)
     sums_MN = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     sums_MN = convolved(sums_MN, x, weight, picture, start, n_N, height, width, C, N, BLOCK_M, BLOCK_N, BLOCK_K)
-    sums_MN = activated(sums_MN + row_of(bias, n_N, N), ACTIVATION, y.dtype.element_ty != tl.float32)
+    sums_MN = activated(sums_MN + row_of(bias, n_N, N), ACTIVATION, y.dtype.element_ty == tl.bfloat16)
     first, at_MN, live_MN = outputs_at(picture, start, n_N, height, width, N, BLOCK_M)
     tl.store(y + first + at_MN, sums_MN.to(y.dtype.element_ty), mask=live_MN)
 

@@ -10,7 +10,8 @@ is `out_scale`: without norm bits are written in place of y; with norm, whose y 
 y that was not rounded. They are of x's kind.
 
 Precision: products are exact. FP8: on SM 90 a tensor core adds them with about 13 bits of mantissa. INT8: sums are exact, in 32
-bits, which those of MAX_CHANNELS never pass. Scales, activation and norm in fp32. Around the picture x is 0, which both kinds have.
+bits, which those of MAX_CHANNELS never pass. Scales, activation and norm in fp32; SiLU is within 2**-12 |x|. Around the picture
+x is 0, which both kinds have.
 
 Only graphs for TensorRT have such nodes, so no function body is needed. TensorRT carries bits as INT8.
 
@@ -53,7 +54,7 @@ TYPES = ("fp16", "bf16")  # of y
 
 # Bytes as in conv3x3.BLOCK_K, and so twice its channels.
 BLOCK_K, SMALL_BLOCK_K, LEAST_K = 128, 64, 32  # LEAST_K: what a tensor core takes of 8 bits
-INT8_BLOCK_N, NARROW_NORM = 128, 128
+INT8_BLOCK_N = 128
 MAX_CHANNELS = (2**31 - 1) // (9 * int(LARGEST["int8"]) ** 2)  # of INT8: 14793
 
 
@@ -127,8 +128,8 @@ def norm_kernel(
 
 def plan(op: str, capability: int, channels: int, outputs: int) -> Plan:
     """For one of OPS, an SM such as 89, C and N: conv3x3's in half precision, but for K and, of INT8, the sums of a thread: half as
-    many, where one of 512 channels takes 260 us, not 306. With a norm of 128 channels half of K leaves room for a program more:
-    420 us, not 435, in FP8, 430 and 455 in INT8 (H200; benchmarks/results/kernel_plans_h200.json).
+    many, where one of 512 channels takes 260 us, not 306 (H200; benchmarks/results/kernel_plans_h200.json). With a norm of 128
+    channels half of K is 3 and 6 % faster there, but spills registers where Triton 3.9 compiles it.
 
     Raises ValueError as that does, and for more channels in than MAX_CHANNELS of INT8.
     """
@@ -138,8 +139,7 @@ def plan(op: str, capability: int, channels: int, outputs: int) -> Plan:
         raise ValueError(
             f"{op}: got {channels} channels in; expected at most {MAX_CHANNELS}, whose sums fit into 32 bits. Use bf16"
         )
-    small = form == conv3x3.NORM and half.block_n <= NARROW_NORM
-    largest = BLOCK_K if cubin.max_shared(capability) > cubin.MAX_SHARED and not small else SMALL_BLOCK_K
+    largest = BLOCK_K if cubin.max_shared(capability) > cubin.MAX_SHARED else SMALL_BLOCK_K
     narrow = kind == "int8" and form == conv3x3.OP
     return Plan(
         block_m=half.block_m,

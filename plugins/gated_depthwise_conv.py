@@ -32,7 +32,7 @@ COLUMNS = 4  # of a strip: written out in the kernel
 # What follows was measured on an H200 (benchmarks/results/kernel_plans_h200.json).
 ROWS, LEAST_ROWS = 32, 16  # that a program walks down, two more are read; small pictures need more programs (`least_rows`)
 BLOCK_C, NUM_WARPS = 128, 2  # a thread has two channels
-MAX_REGISTERS = 120  # of a thread; with more there is room for fewer programs: 26.3 us in place of 23.6, of 5600 channels to FP8
+MAX_REGISTERS = 120  # of a thread; with more there is room for fewer programs: 28.3 us in place of 24.4, of 5600 channels to FP8
 WAVE = 132 * 8  # programs that an H200 runs at a time, by their registers
 
 
@@ -40,7 +40,7 @@ def least_rows(inner: int) -> int:
     """Of a program, for E channels of a half.
 
     The usual work, two pictures of 32 x 32 tokens, is little for a GPU: a wave of programs or a bit more, for which it takes as
-    long as for the whole of the last. Of 5600 channels these are 1.3 waves with 16 rows and 2 with 11, 27.7 and 23.6 us to FP8.
+    long as for the whole of the last. Of 5600 channels these are 1.3 waves with 16 rows and 2 with 11, 28.4 and 24.4 us to FP8.
     """
     strips = -(-inner // BLOCK_C) * 2 * 32 // COLUMNS
     return min((LEAST_ROWS, 11, 8), key=lambda rows: -(-strips * -(-32 // rows) // WAVE) * (rows + 2))

@@ -38,7 +38,7 @@ HEAD_DIMS = (16, 32, 64)  # 16: the least that a tensor core takes
 KERNEL_SIZE = 5  # of near: written out below, as are the next two
 COLUMNS, ROWS = 4, 4  # of the pixels under way
 # Rows that a program walks down, a quarter of the picture's within these limits; E; warps: two channels a thread. Measured on an
-# H200 (benchmarks/results/kernel_plans_h200.json): 128 x 128 pixels take 124 us with 32 rows, not 138; 32 x 32 with 16 24, not 27.
+# H200 (benchmarks/results/kernel_plans_h200.json): 128 x 128 pixels take 124 us with 32 rows, not 138.
 LEAST_STRIP, STRIP, BLOCK_C, NUM_WARPS = 16, 32, 128, 2
 
 

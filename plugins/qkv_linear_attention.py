@@ -17,7 +17,8 @@ the divisor stays positive. No image model has that: it is an option of `launch`
 Precision: the sums and the division in fp32. S meets q on tensor cores: with bf16 inputs as two bf16 numbers (16 bits); with fp16
 ones in TF32, rounded to the 11 bits that q and out have. That errs 1.12 times as much as fp32 does (root mean square over random
 tokens, whose outputs are rounded to fp16). Three TF32 products, which stand for one of fp32, take 13.2 us on an H200 for 2048
-tokens of 70 heads to FP8, one 9.2; of 36 heads 8.6 and 6.8.
+tokens of 70 heads to FP8, one 9.2; of 36 heads 8.6 and 6.8. Turned by a rotary embedding, k meets v in TF32, and S meets q as two
+bf16 numbers of each (`precision`).
 
 Dimensions: B images, H heads, N tokens, D channels per head, P parts. qkv (B, N, 3, H, D) as a transformer's projection, or
 interleaved, (B, N, H, 3, D), as DC-AE's; state (B, H, P, D + 1, D), z last; out (B, N, H, D).

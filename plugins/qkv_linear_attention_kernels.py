@@ -36,7 +36,7 @@ def _halves(wide):
 
 @triton.jit
 def _add_product(x, y, total):
-    """x and y in bf16, whose bits Triton's interpreter would multiply."""
+    """x and y in bf16, whose bits Triton's interpreter, which has no ASSEMBLY, would multiply."""
     if ASSEMBLY:
         return tl.dot(x, y, total)
     else:

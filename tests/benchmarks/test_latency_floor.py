@@ -11,7 +11,7 @@ from benchmarks.latency_floor import decoder_flops, decoder_traffic_bytes, produ
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.build import empty
 from sana_ref.quantized_convs import conv_group
-from sana_ref.variants import DC_AE, VARIANTS
+from sana_ref.variants import DC_AE, DC_AE_LITE, VARIANTS
 
 CONFIG = replace(VARIANTS["sana_1600m_1024px"].transformer, num_layers=2)
 
@@ -76,3 +76,12 @@ def test_traffic_of_the_decoder():
     found = decoder_traffic_bytes(DC_AE, width=1024, height=1024, batch=1)
     assert found == 2 * (blocks + shortcuts + last)
     assert decoder_traffic_bytes(DC_AE, width=2048, height=1024, batch=2) == 4 * found
+
+
+def test_traffic_of_a_decoder_without_layers_at_full_resolution():
+    """It upsamples behind its last norm, without a shortcut: neither is at 1024 px."""
+    deep = replace(DC_AE_LITE, decoder_layers_per_block=(1, *DC_AE_LITE.decoder_layers_per_block[1:]))
+    wide, finest = DC_AE_LITE.decoder_block_out_channels[1], DC_AE_LITE.decoder_block_out_channels[0]
+    lite, more = (decoder_traffic_bytes(config, width=1024, height=1024, batch=1) for config in (DC_AE_LITE, deep))
+    block, shortcut = 3 * finest * 1024**2, 2 * finest * 1024**2 + wide * 512**2
+    assert more - lite == 2 * (block + shortcut + 2 * finest * 1024**2 - 2 * wide * 512**2)

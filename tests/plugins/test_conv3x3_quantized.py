@@ -333,7 +333,7 @@ def disassembled(tmp_path, name, capability):
     [("Int8Conv3x3", 86), *(pytest.param(name, 80, marks=pytest.mark.slow) for name in ("Int8Conv3x3", "Int8Conv3x3Norm"))],
 )
 def test_tensor_cores_multiply_int8(tmp_path, name, capability):
-    """And no register is spilled, as where Triton carries weights byte by byte (plugins/conv3x3.py)."""
+    """And no register is spilled, as where Triton carries weights byte by byte (plugins/conv3x3_kernels.py)."""
     code = disassembled(tmp_path, name, capability)
     assert "IMMA.16832.S8.S8" in code
     assert not re.search(r"\b(LDL|STL)\b", code)

@@ -206,6 +206,7 @@ def test_cubins(target):
     dims = [(batch, height, width, channels)]
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, 2 * height, 2 * width, outputs]
     chosen = op.plan(int(target.removeprefix("sm")), "bf16", channels, outputs, repeats, False)
+    assert chosen.num_warps == (8 if chosen.block_m * chosen.block_n >= op.BLOCK_OF_8_WARPS else 4)
     rows, columns = -(-height * width // chosen.block_m), -(-4 * outputs // chosen.block_n)
     assert [evaluate(size, dims) for size in launch.grid] == [rows * columns, batch, 1]
     assert [evaluate(arg[1], dims) for arg in launch.args if arg[0] == "i32"] == [height, width]

@@ -137,15 +137,18 @@ def test_function_body(dtype):
 )
 def test_cubins(target):
     """The launch that the plugin computes from the JSON covers every pixel and channel, and no program is in vain."""
-    batch, height, width, channels = 3, 70, 18, 192
+    batch, height, width, channels = 3, 100, 18, 192
     attributes = op.compile_cubins([target], "bf16", channels, 32)
     launch = Launch.from_json(attributes["launch"])
     assert launch.cubin(attributes["cubins"], target)[:4] == b"\x7fELF"
     assert launch.inputs == ["bf16"] * 3
     dims = [(batch, height, width, channels)]
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, height, width, 2 * channels]
-    assert [evaluate(size, dims) for size in launch.grid] == [2, 5 * 5, batch]
-    assert [evaluate(arg[1], dims) for arg in launch.args if arg[0] == "i32"] == [height, width, channels, 16]
+    assert [evaluate(size, dims) for size in launch.grid] == [2, 5 * 5, batch]  # strips of 24 rows, a quarter in whole fours
+    assert [evaluate(arg[1], dims) for arg in launch.args if arg[0] == "i32"] == [height, width, channels, 24]
+    for tall, rows in ((8, 16), (70, 16), (200, 32)):
+        *_, found = (evaluate(arg[1], [(batch, tall, width, channels)]) for arg in launch.args if arg[0] == "i32")
+        assert found == rows
 
 
 @pytest.mark.slow
