@@ -142,8 +142,7 @@ def second_scales() -> Iterator[Case]:
                 *given, side, side, channels, plan["rows"], D=head_dim, E=plan["E"], num_warps=plan["num_warps"]
             )
 
-        rows = min(module.STRIP, max(module.LEAST_STRIP, side // (4 * module.ROWS) * module.ROWS))
-        source = {"rows": rows, "E": module.BLOCK_C, "num_warps": module.NUM_WARPS}
+        source = {"rows": module.strip_rows(side), "E": module.BLOCK_C, "num_warps": module.NUM_WARPS}
         plans = grid_of(rows=(4, 8, 16, 32), E=(64, 128, 256), num_warps=(1, 2, 4))
         yield Case(f"{module.OP} {side}x{side}x{channels} bf16", plans, launch, source)
 

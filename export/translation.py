@@ -175,6 +175,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """The table for `torch.onnx.export(custom_translation_table=...)`. Importing sana_ref's ops registers them."""
     import sana_ref.attention_ops
     import sana_ref.conv_ops
+    import sana_ref.gated_conv_ops
     import sana_ref.ops  # noqa: F401
 
     assert onnx.defs.onnx_opset_version() >= OPSET

@@ -43,9 +43,6 @@ OP = "Conv3x3Upsample"
 DOMAIN = "sana"
 INPUTS = ("x", "weight", "bias")
 CORNERS = 4  # pixels of y for one of x
-# Sums of a program from which it has eight warps, where Conv3x3, whose end is shorter, has four: 0.56 ms in place of 0.61 for 512
-# px, 256 channels (H200; benchmarks/results/kernel_plans_h200.json).
-BLOCK_OF_8_WARPS = 128 * 128
 
 
 @triton.jit
@@ -112,7 +109,9 @@ def kernel(
 
 
 def plan(capability: int, dtype: str, channels: int, outputs: int, repeats: int, nearest: bool) -> Plan:
-    """For an SM such as 89, C and N: that of Conv3x3 for 4N channels out; of `nearest`, whose programs are in one corner, for N.
+    """For an SM such as 89, C and N: that of Conv3x3 for 4N channels out; of `nearest`, whose programs are in one corner, for N. Of
+    128 x 128 sums, behind which more is to be done here, programs have eight warps: 0.56 ms, not 0.61, for 512 px and 256 channels
+    (H200; benchmarks/results/kernel_plans_h200.json).
 
     Raises ValueError as plugins.conv3x3.plan does, and unless `repeats` is 0 or makes 4N channels of C.
     """
@@ -122,7 +121,7 @@ def plan(capability: int, dtype: str, channels: int, outputs: int, repeats: int,
             "0 repeats for no shortcut"
         )
     chosen = conv3x3.plan(OP, capability, dtype, channels, _power_of_two(outputs) if nearest else CORNERS * outputs)
-    return replace(chosen, num_warps=8) if chosen.block_m * chosen.block_n >= BLOCK_OF_8_WARPS else chosen
+    return replace(chosen, num_warps=8) if chosen.block_m * chosen.block_n == conv3x3.WIDE else chosen
 
 
 def _power_of_two(outputs: int) -> int:

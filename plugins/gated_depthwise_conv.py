@@ -1,6 +1,6 @@
 """The middle of Sana's mix-FFN, SiLU, depth-wise 3x3 and gate: launches, ONNX function body and cubins of its kernel.
 
-Its meaning is `gated_depthwise_conv_truth` in sana_ref/ops.py:
+Its meaning is `gated_depthwise_conv_truth` in sana_ref/gated_conv_ops.py:
 
     y = a silu(g), where [a, g] = depthwise3x3(silu(x)) + bias, with zeros around the picture
 

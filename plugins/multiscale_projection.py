@@ -167,6 +167,11 @@ def plan(dtype: str, channels: int, head_dim: int) -> dict[str, int]:
     return {"D": head_dim, "E": BLOCK_C}
 
 
+def strip_rows(height: int) -> int:
+    """Of a program."""
+    return min(STRIP, max(LEAST_STRIP, height // (4 * ROWS) * ROWS))
+
+
 def launch(x: "torch.Tensor", near: "torch.Tensor", mix: "torch.Tensor", out: "torch.Tensor") -> None:
     """Write the op's result into out (B, h, w, 2C). All contiguous, one dtype of fp16, bf16, fp32, on the current GPU.
 
@@ -186,7 +191,7 @@ def launch(x: "torch.Tensor", near: "torch.Tensor", mix: "torch.Tensor", out: "t
     constants = plan(dtype, channels, mix.shape[1])
     if out.numel() == 0:
         return
-    rows = min(STRIP, max(LEAST_STRIP, height // (4 * ROWS) * ROWS))
+    rows = strip_rows(height)
     programs = (-(-channels // BLOCK_C), -(-width // COLUMNS) * -(-height // rows), batch)
     kernel[programs](*tensors, height, width, channels, rows, **constants, num_warps=NUM_WARPS)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana_ref.ops import HALF
+from sana_ref.gated_conv_ops import HALF
 
 __all__ = [
     "ACTIVATIONS",

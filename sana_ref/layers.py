@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_ref import ops
+from sana_ref import gated_conv_ops
 
 __all__ = ["GLUMBConv", "RMSNorm", "fuse_feed_forward"]
 
@@ -80,7 +80,7 @@ class GLUMBConv(nn.Module):
         wide = F.linear(rows, self.conv_inverted.weight.flatten(1), self.conv_inverted.bias).unflatten(0, x.shape[:3])
         assert self.conv_depth.bias is not None
         taps = self.conv_depth.weight.flatten(1).T.unflatten(0, (3, 3))
-        gated = ops.gated_depthwise_conv(wide, taps, self.conv_depth.bias)
+        gated = gated_conv_ops.gated_depthwise_conv(wide, taps, self.conv_depth.bias)
         y = F.linear(gated.flatten(0, 2), self.conv_point.weight.flatten(1)).unflatten(0, x.shape[:3])
         return y if self.norm is None else self.norm.channels_last(y) + x
 

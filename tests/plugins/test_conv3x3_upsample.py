@@ -192,6 +192,11 @@ def test_function_body(dtype):
             check(got * 1.02, given, shape[-1], "2 % too much")
 
 
+@pytest.mark.parametrize(("outputs", "num_warps"), [(64, 4), (128, 8), (256, 8)])
+def test_warps(outputs, num_warps):
+    assert op.plan(90, "bf16", 2 * outputs, outputs, 2, True).num_warps == num_warps
+
+
 @pytest.mark.parametrize(
     "target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm100", "sm120"))]
 )
@@ -206,7 +211,6 @@ def test_cubins(target):
     dims = [(batch, height, width, channels)]
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [batch, 2 * height, 2 * width, outputs]
     chosen = op.plan(int(target.removeprefix("sm")), "bf16", channels, outputs, repeats, False)
-    assert chosen.num_warps == (8 if chosen.block_m * chosen.block_n >= op.BLOCK_OF_8_WARPS else 4)
     rows, columns = -(-height * width // chosen.block_m), -(-4 * outputs // chosen.block_n)
     assert [evaluate(size, dims) for size in launch.grid] == [rows * columns, batch, 1]
     assert [evaluate(arg[1], dims) for arg in launch.args if arg[0] == "i32"] == [height, width]

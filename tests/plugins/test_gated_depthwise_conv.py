@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from plugins import gated_depthwise_conv as op
 from plugins.launch import Launch, evaluate
-from sana_ref import ops
+from sana_ref import gated_conv_ops as ops
 from sana_ref.checkpoint import load
 from sana_ref.layers import GLUMBConv
 
