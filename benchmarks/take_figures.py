@@ -97,7 +97,7 @@ GROUPS: Mapping[str, Group] = {
             "formats": _latency("@fp16 @fp8 @int8", "denoiser", "--sizes", "1024", "--peers", "none"),
             "1024px": _latency("@fp16 @fp8", "denoiser", "--sizes", "1024", *COMPILED),
             "2048px": _latency("@fp16 @fp8", "denoiser", "--sizes", "2048", *COMPILED),
-            "4096px": _latency("@fp16 @fp8", "denoiser", "--sizes", "4096", "--peers", "reduce-overhead"),
+            "4096px": _latency("@fp16 @fp8", "denoiser", "--sizes", "4096", *COMPILED),
         },
     ),
     "small": Group(
@@ -113,7 +113,7 @@ GROUPS: Mapping[str, Group] = {
         figures={
             "picture": _latency("@fp8", "picture", "--peers", "none"),
             "runtime": (*RUNTIME, "@fp16", "--name", "1600m"),
-            "text": _latency("@fp16", "text_encoder", "--batches", "2", "--text-tokens", "300", "--peers", "eager,reduce-overhead"),
+            "text": _latency("@fp16", "text_encoder", "--batches", "2", "--text-tokens", "300", *COMPILED),
         },
     ),
 }
