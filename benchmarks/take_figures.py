@@ -75,7 +75,8 @@ GROUPS: Mapping[str, Group] = {
         },
         figures={
             "1024px": _latency("@bf16 @fp8 @int8", "decoder", "--sizes", "1024", *COMPILED),
-            "4096px": _latency("@large", "decoder", "--sizes", "4096", "--peers", "none"),
+            # Without max-autotune, whose tuning takes twelve minutes for a sixteenth of these pixels.
+            "4096px": _latency("@large", "decoder", "--sizes", "4096", "--peers", "eager,reduce-overhead"),
             "peak": (*RUNTIME, "@large", "--decoder", "--side", "4096"),
         },
     ),
