@@ -108,7 +108,9 @@ def _history(by_key: Mapping[Key, list[Record]]) -> list[str]:
         dates = {row.run: row.date for rows in keys for row in rows}
         runs.sort(key=lambda run: dates[run])
         step = max(1, -(-len(runs) // 5))
-        ticks = [(float(number), dates[run][:10]) for number, run in enumerate(runs, 1) if (number - 1) % step == 0]
+        shown = range(0, len(runs), step)
+        labels = _times([dates[runs[number]] for number in shown])
+        ticks = [(number + 1.0, label) for number, label in zip(shown, labels, strict=True)]
         series = []
         for rows in keys:
             start = rows[0].references[rows[0].yardstick].ratio
@@ -124,6 +126,12 @@ def _history(by_key: Mapping[Key, list[Record]]) -> list[str]:
         drawing = chart(title, Axis(label="run", ticks=ticks), Axis(label="ratio, of the first"), series)
         found.append(f"<section><h3>{html.escape(title)}</h3>{drawing}</section>")
     return found
+
+
+def _times(dates: Sequence[str]) -> list[str]:
+    """Of ISO 8601 dates in order what tells them apart: the day, and the time of those of the same day as the one before."""
+    days = [date[:10] for date in dates]
+    return [date[11:16] if day == before else day for date, day, before in zip(dates, days, ["", *days], strict=False)]
 
 
 def _size(record: Record) -> str:

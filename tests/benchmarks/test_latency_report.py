@@ -61,6 +61,13 @@ def test_the_page_shows_history_sizes_and_kernels() -> None:
     assert sum("run 1" in (title.text or "") or "run 2" in (title.text or "") for title in history.iter("title")) == 3
 
 
+def test_runs_of_one_day_are_told_apart_by_their_times() -> None:
+    dates = ("2026-11-24T19:50:38+00:00", "2026-11-24T20:10:00+00:00", "2026-11-25T08:00:00+00:00")
+    records = [record(run=f"{number}" * 12).model_copy(update={"date": date}) for number, date in enumerate(dates)]
+    words = [text.strip() for text in charts(page(records))[0].itertext()]
+    assert [word for word in words if word in ("2026-11-24", "20:10", "2026-11-25")] == ["2026-11-24", "20:10", "2026-11-25"]
+
+
 def test_products_in_8_bits_have_a_roof_of_their_own() -> None:
     fast = Kernel(name="nvjet", kind="Fp8Linear", ms=1.0, flops=1.5e9, bytes=1e6)
     found = LAYERS.model_copy(update={"peak_narrow_flops": 2e12, "kernels": (*LAYERS.kernels, fast)})
