@@ -32,7 +32,7 @@ from benchmarks.quantized_sizes import TARGETED
 from benchmarks.random_checkpoint import write_random_checkpoint
 from engines.disk import human_bytes
 from engines.errors import BuildError, SanaError
-from engines.spec import COMPONENTS, PX_PER_LATENT, ComponentName, Precision, ShapeRange, Target, component_precision
+from engines.spec import COMPONENTS, LEVELS, PX_PER_LATENT, ComponentName, Precision, ShapeRange, Target, component_precision
 from engines.store import Store
 from export.components import Component, Profile, components, profiles, with_weights
 from export.plans import usual_decoder
@@ -82,7 +82,8 @@ def transfers(everything: Mapping[ComponentName, Component], shapes: Mapping[Com
         for tensor in component.graph_spec.inputs:
             sizes[tensor.name] = int(np.prod(largest[tensor.name])) * tensor.torch_dtype.itemsize
     batch, _, height, width = shapes["decoder"]["latents"][2]
-    sizes["images"] = batch * 3 * height * width * PX_PER_LATENT**2 * torch.float32.itemsize
+    sizes[LEVELS] = batch * 3 * height * width * PX_PER_LATENT**2
+    sizes["images"] = sizes[LEVELS] * torch.float32.itemsize
     sizes |= dict.fromkeys(("next_latents", "prediction"), sizes["latents"])
     held = everything["denoiser"].spec.inputs
     there = next(each.dims[0] for each in held if each.name == "text_keys")

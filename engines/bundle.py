@@ -63,10 +63,10 @@ def parse_manifest(data: bytes, *, source: str) -> Manifest:
     oldest, newest = SCHEMA_VERSIONS
     version = document.get("schema_version", oldest) if isinstance(document, dict) else oldest
     if type(version) is not int or version < 1:  # True equals 1
-        raise ManifestError(f"{source}: schema_version: got {version!r}; expected {oldest} or {newest}.")
+        raise ManifestError(f"{source}: schema_version: got {version!r}; expected {oldest} to {newest}.")
     if not oldest <= version <= newest:
         remedy = "upgrade, or rebuild the bundle here" if version > newest else "rebuild the bundle"
-        raise SchemaVersionError(f"{source}: got schema {version}, this program reads {oldest} and {newest}: {remedy}.")
+        raise SchemaVersionError(f"{source}: got schema {version}, this program reads {oldest} to {newest}: {remedy}.")
     return validate_json(Manifest, data, source=source)
 
 

@@ -28,7 +28,9 @@ __all__ = [
     "graph_name",
 ]
 
-SCHEMA_VERSIONS = (2, 3)  # 3 is of bundles with a table of tokens on the host, which programs of before would look for in the graph
+# 3 is of bundles with a table of tokens on the host, which programs of before would look for in the graph; 4 of decoders' engines
+# with outputs that they would give no memory
+SCHEMA_VERSIONS = (2, 4)
 MANIFEST_NAME = "manifest.json"
 MAX_FILES = 10_000
 
@@ -104,7 +106,7 @@ class FileEntry(_Model):
 class BundleInfo(_Model):
     """All of the manifest but the list of files, which the writer makes itself."""
 
-    schema_version: Literal[2, 3] = 2
+    schema_version: Literal[2, 3, 4] = 2
     model: Annotated[str, Field(min_length=1, max_length=4096)]  # name or id of the checkpoint
     model_digest: Sha256  # of the checkpoint
     variant: Annotated[str, Field(min_length=1, max_length=256)]  # a name of sana_ref.variants, or "custom"
@@ -136,7 +138,7 @@ class BundleInfo(_Model):
                 f"{self.ranges.max_sequence_length} under ranges; expected the same"
             )
         if self.token_table_rows and self.schema_version < 3:
-            raise ValueError(f"schema_version: got {self.schema_version} with token_table_rows; expected 3")
+            raise ValueError(f"schema_version: got {self.schema_version} with token_table_rows; expected 3 or 4")
         return self
 
     @model_serializer(mode="wrap")

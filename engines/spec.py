@@ -19,6 +19,8 @@ __all__ = [
     "AHEAD_OF_TIME_TARGETS",
     "COMPONENTS",
     "FP8_TARGETS",
+    "LEVELS",
+    "NOT_FINITE",
     "PX_PER_LATENT",
     "QUANTIZED",
     "ComponentName",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 PX_PER_LATENT = 32  # DC-AE f32: one latent cell covers 32 x 32 px
+LEVELS, NOT_FINITE = "levels", "not_finite"  # what decoders' engines give beside images: export/level_nodes.py
 
 ComponentName = Literal["text_encoder", "text_projection", "denoiser", "decoder"]  # in the order of a picture
 COMPONENTS: tuple[ComponentName, ...] = get_args(ComponentName)

@@ -201,9 +201,10 @@ def _bundle_info(
     parts: _Parts,
 ) -> BundleInfo:
     transformer = checkpoint.transformer_config
+    with_levels = bool(request.targets) and "decoder" in parts.components
     on_host = any(component.on_host for component in parts.components.values())
     return BundleInfo(
-        schema_version=3 if on_host else 2,
+        schema_version=4 if with_levels else 3 if on_host else 2,
         model=checkpoint.name,
         model_digest=checkpoint.digest,
         variant=variant_of(transformer) or "custom",

@@ -15,6 +15,7 @@ from export.components import Component
 from export.epilogue_nodes import use_epilogues
 from export.folding import FOLDED_NAME, fold_weights
 from export.fp8_nodes import use_fp8
+from export.level_nodes import add_levels
 from export.linear_nodes import use_linear_plugins, wants_linear_plugins
 from export.plugin_nodes import add_cubins
 from export.quantized_constants import DATA_NAME as QUANTIZED_DATA_NAME
@@ -40,6 +41,8 @@ def write_engine_graph(component: Component, typed: Path, folder: Path, targets:
     if component.in_engine:
         expected.update(_use_plan(component, model, folder))
     use_epilogues(model)
+    if component.name == "decoder":
+        add_levels(model)
     onnx.save(model, folder / TYPED_NAME)
     compile_ahead(folder / TYPED_NAME, targets)
     add_cubins(model, targets)

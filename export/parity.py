@@ -6,7 +6,7 @@ size of the error holds for each case; the mean is taken over all of them.
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,11 @@ from engines.parity_report import (
     pooled,
     portable_bound_from,
 )
-from engines.spec import ComponentName
+from engines.spec import LEVELS, NOT_FINITE, ComponentName
 from export.reference import PyTorchErrors
+from runtime.image import to_levels
 
-__all__ = ["bounds", "measured", "run_onnxruntime", "run_tensorrt", "summary"]
+__all__ = ["bounds", "measured", "run_onnxruntime", "run_tensorrt", "summary", "without_levels"]
 
 Backend = Literal["onnxruntime", "tensorrt"]
 BACKENDS: dict[Backend, str] = {"onnxruntime": "ONNX Runtime", "tensorrt": "TensorRT"}
@@ -108,7 +109,7 @@ def measured(
 
 
 def run_tensorrt(engine: Path, golden: Mapping[str, Golden]) -> dict[str, dict[str, NDArray[np.generic]]]:
-    """Run the engine's cases on the GPU that is here."""
+    """Run the engine's cases on the GPU that is here. Raises ParityError as without_levels."""
     from engines import tensorrt, tensorrt_library
     from plugins import shell
     from runtime.cuda import Cuda
@@ -124,11 +125,28 @@ def run_tensorrt(engine: Path, golden: Mapping[str, Golden]) -> dict[str, dict[s
     arena = Arena(cuda)
     session = TensorRTSession(engine, tensorrt=library, cuda=cuda, arena=arena)
     try:
-        return {case: dict(session.run(example.inputs)) for case, example in golden.items()}
+        return {case: without_levels(case, session.run(example.inputs)) for case, example in golden.items()}
     finally:
         session.close()
         arena.close()
         cuda.close()
+
+
+def without_levels(case: str, outputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """An engine's outputs as the graph has them. Raises ParityError if a decoder's levels are not of its images, to the bit."""
+    found = dict(outputs)
+    levels, not_finite = found.pop(LEVELS, None), found.pop(NOT_FINITE, None)
+    if levels is None or not_finite is None:
+        return found
+    bad = (~np.isfinite(found["images"])).sum(axis=(1, 2, 3))
+    if not np.array_equal(not_finite, bad):
+        raise ParityError(f"decoder, {NOT_FINITE} (TensorRT, {case}): got {not_finite}; expected {bad}. No bundle was written.")
+    if not bad.any() and (wrong := int((levels != to_levels(found["images"])).sum())):
+        raise ParityError(
+            f"decoder, {LEVELS} (TensorRT, {case}): got {wrong} of {levels.size} that are not those of its images; expected none. "
+            "No bundle was written: this TensorRT compiles export/level_nodes.py's nodes wrongly."
+        )
+    return found
 
 
 def summary(component: ComponentName, parity: ComponentParity) -> str:

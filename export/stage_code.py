@@ -30,6 +30,7 @@ ENGINE_CODE = (
     "export/folding.py",
     "export/fp8_nodes.py",
     "export/epilogue_nodes.py",
+    "export/level_nodes.py",
     "export/linear_nodes.py",
     "export/plugin_nodes.py",
     "export/quantized_constants.py",
@@ -65,6 +66,7 @@ PARITY_CODE = (
     "plugins/work.py",
     "runtime/bfloat16.py",
     "runtime/cuda.py",
+    "runtime/image.py",
     "runtime/token_table.py",
     "runtime/trt_session.py",
 )

@@ -28,7 +28,7 @@ from engines.bundle import Bundle
 from engines.errors import RequestError, SanaError
 from engines.spec import PX_PER_LATENT
 from runtime.choose import make_backend
-from runtime.image import INFO_KEY, to_images
+from runtime.image import INFO_KEY
 from runtime.kernel_cache import kernel_folder
 from runtime.noise import normal_batch
 from runtime.picture_info import PictureInfo, RecipeInfo
@@ -236,7 +236,8 @@ class SanaEngine:
                     bar.advance,
                 )
                 timings.append(drawn.timings)
-                for index, picture in enumerate(to_images(drawn.images)):
+                for index, levels in enumerate(drawn.levels):
+                    picture = Image.fromarray(levels)
                     info = self._info(request, batch[index], index, len(batch))
                     picture.info[INFO_KEY] = info.model_dump_json()
                     pictures.append(picture)

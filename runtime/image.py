@@ -17,14 +17,19 @@ from runtime.picture_info import PictureInfo, parse_picture_info
 from runtime.png import encode_png
 from runtime.together import MAX_THREADS, each
 
-__all__ = ["INFO_KEY", "png_bytes", "read_picture", "read_picture_info", "save_png", "to_images"]
+__all__ = ["INFO_KEY", "not_finite", "png_bytes", "read_picture", "read_picture_info", "save_png", "to_images", "to_levels"]
 
 PART_PIXELS = 1 << 18  # that a thread turns into levels at a time, at least: four parts of a picture of 1024 px
 INFO_KEY = "sana"  # the keyword of the PNG's iTXt chunk, and the key in PIL's Image.info
 
 
 def to_images(decoded: NDArray[np.float32]) -> list[Image.Image]:
-    """Decoder output as pictures.
+    """to_levels as pictures."""
+    return [Image.fromarray(picture) for picture in to_levels(decoded)]
+
+
+def to_levels(decoded: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Decoder output as (B, H, W, 3) uint8.
 
     decoded: (B, 3, H, W) float32, RGB, nominally -1 to 1. Clamped, scaled to 0..255 and rounded half to even, in float32, as
     diffusers' VaeImageProcessor does it. Raises SanaError if a number is not finite.
@@ -35,12 +40,16 @@ def to_images(decoded: NDArray[np.float32]) -> list[Image.Image]:
     rows = max(-(-height // MAX_THREADS), -(-PART_PIXELS // width))
     parts = [(number, slice(start, start + rows)) for number in range(batch) for start in range(0, height, rows)]
     if not all(each(lambda part: _to_levels(decoded, pixels, *part), parts)):
-        bad = int(np.size(decoded) - np.isfinite(decoded).sum())
-        raise SanaError(
-            f"decoder: got {bad} pixels that are not finite numbers; expected none. A precision is too narrow for this model: "
-            "rebuild with --precision bf16 or fp32."
-        )
-    return [Image.fromarray(picture) for picture in pixels]
+        raise not_finite(int(np.size(decoded) - np.isfinite(decoded).sum()))
+    return pixels
+
+
+def not_finite(count: int) -> SanaError:
+    """What is raised where so many numbers of a decoder's output are none."""
+    return SanaError(
+        f"decoder: got {count} pixels that are not finite numbers; expected none. A precision is too narrow for this model: "
+        "rebuild with --precision bf16 or fp32."
+    )
 
 
 def _to_levels(decoded: NDArray[np.float32], pixels: NDArray[np.uint8], number: int, rows: slice) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from engines.bundle import Bundle
 from engines.spec import ComponentName
 from engines.token_table import TABLE_NAME
+from runtime.image import to_levels
 from runtime.ort_session import OrtSession, cpu_name
 from runtime.session import BackendName, Drawn, Job, StepCallback, Timings
 from runtime.text_cache import TextCache
@@ -76,7 +77,7 @@ class OrtBackend:
         began = time.perf_counter()
         images = self.session("decoder").run({"latents": latents})["images"]
         timings = Timings(text_s=text_s, steps_s=tuple(steps_s), decode_s=time.perf_counter() - began)
-        return Drawn(images=images, timings=timings)
+        return Drawn(levels=to_levels(images), timings=timings)
 
     def close(self) -> None:
         for session in self._sessions.values():

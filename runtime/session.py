@@ -82,7 +82,7 @@ class Timings:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Drawn:
-    images: F32  # (B, 3, H, W), nominally -1 to 1; valid until the next job or close()
+    levels: NDArray[np.uint8]  # (B, H, W, 3), RGB; valid until the next job or close()
     timings: Timings
 
 

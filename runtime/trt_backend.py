@@ -10,17 +10,18 @@ import ctypes
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.bundle import Bundle
-from engines.spec import COMPONENTS, ComponentName
+from engines.spec import COMPONENTS, LEVELS, NOT_FINITE, ComponentName
 from engines.token_table import TABLE_NAME
 from runtime.cuda import ALIGNMENT, Cuda, GpuMemoryError, Marks, Slot
 from runtime.graphs import Loops
+from runtime.image import not_finite, to_levels
 from runtime.kernel_cache import KernelCache
 from runtime.session import BackendName, Drawn, Job, StepCallback, Timings
 from runtime.text_cache import TextCache
@@ -201,9 +202,8 @@ class TensorRTBackend:
         state[0][0].write(noise * np.float32(schedule.initial_scale))
         self._cuda.zero(state[0][1].address, size)
 
-        pixels = decoder.prepare({"latents": shape})["images"]
-        images = self._slot("images")
-        images.reserve(decoder.output_size("images", pixels))
+        pixels = decoder.prepare({"latents": shape})
+        decoded = {name: self._slot(name).reserve(decoder.output_size(name, made)) for name, made in pixels.items()}
         shapes = {name: array.shape for name, array in fixed.items()}
         denoiser.prepare(
             shapes | text | dict.fromkeys(("latents", "previous", "noise"), shape) | {"coefficients": (schedule.table.shape[1],)}
@@ -231,7 +231,7 @@ class TensorRTBackend:
                     self._cuda.to_host(self._steps_done, table + (i + 1) * ALIGNMENT - 4, 4)
                 else:
                     after_step(i)
-            decoder.launch({"latents": state[schedule.num_steps % 2][0].address, "images": images.address})
+            decoder.launch(decoded | {"latents": state[schedule.num_steps % 2][0].address})
             marks.add()
 
         def after_step(i: int) -> None:
@@ -246,7 +246,7 @@ class TensorRTBackend:
             table,
             *fresh,
             *slots,
-            images.address,
+            *decoded.values(),
             self._arena.address,
             self._arena.size,
         )
@@ -255,16 +255,25 @@ class TensorRTBackend:
         if loop is None:
             with Marks(self._cuda) as marks:
                 queue(marks, after_step)
-                decoded = images.read(np.float32, pixels, copy=False)  # the one wait
+                levels = self._read(pixels)  # the one wait
                 projection_s, *steps_s, decode_s = marks.seconds()
         else:
             ctypes.c_float.from_address(self._steps_done).value = 0
             loop.launch()
             self._follow(schedule.num_steps, tick)
-            decoded = images.read(np.float32, pixels, copy=False)
+            levels = self._read(pixels)
             projection_s, *steps_s, decode_s = loop.marks.seconds()
         text_s += projection_s
-        return Drawn(images=decoded, timings=Timings(text_s=text_s, steps_s=tuple(steps_s), decode_s=decode_s))
+        return Drawn(levels=levels, timings=Timings(text_s=text_s, steps_s=tuple(steps_s), decode_s=decode_s))
+
+    def _read(self, pixels: Mapping[str, tuple[int, ...]]) -> NDArray[np.uint8]:
+        """Levels, once the decoder is done. pixels: shapes of its outputs."""
+        if LEVELS not in pixels:  # of an engine of before
+            return to_levels(self._slot("images").read(np.float32, pixels["images"], copy=False))
+        bad = int(self._slot(NOT_FINITE).read(np.int32, pixels[NOT_FINITE], copy=False).sum())
+        if bad:
+            raise not_finite(bad)
+        return self._slot(LEVELS).read(np.uint8, pixels[LEVELS], copy=False)
 
     def _follow(self, num_steps: int, tick: Callable[[], None]) -> None:
         """Tick for each step of a graph that runs, until all are done. It can be interrupted, unlike a wait of CUDA's."""

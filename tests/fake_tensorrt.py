@@ -14,9 +14,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from engines.bundle import Bundle
+from engines.spec import LEVELS, NOT_FINITE
+from export.level_nodes import add_levels
 from runtime.bfloat16 import from_bfloat16, to_bfloat16
 from runtime.cuda import GpuMemoryError
 from runtime.kernel_cache import KernelCache
@@ -25,7 +28,7 @@ from runtime.trt_session import TensorRT
 
 BLOCK = 1 << 16  # bytes; allocations of as many blocks get each other's addresses, as CUDA's do
 POISON = 0xFF  # float32 of these bytes is NaN
-INT64_INPUTS = ("input_ids", "attention_mask")
+OTHER_TYPES: dict[str, Any] = {"input_ids": np.int64, "attention_mask": np.int64, LEVELS: np.uint8, NOT_FINITE: np.int32}
 KEYS_VALUES = ("text_keys", "text_values")
 ROWS = "inputs_embeds"  # of a table on the host: bf16, as the text encoder
 
@@ -216,11 +219,14 @@ class FakeConfig:
 
 
 class FakeEngine:
-    """The interface of ICudaEngine, for a graph of a fake bundle. max_batch bounds every shape's range."""
+    """The interface of ICudaEngine, for a graph of a fake bundle. levels: it is a decoder's engine, as builds make them."""
 
-    def __init__(self, graph: Path, cuda: FakeCuda, *, activations: int) -> None:
+    def __init__(self, graph: Path, cuda: FakeCuda, *, activations: int, levels: bool = False) -> None:
         self.cuda, self.activations = cuda, activations
-        self.session = onnxruntime.InferenceSession(str(graph), providers=["CPUExecutionProvider"])
+        model = onnx.load(graph)
+        if levels:
+            add_levels(model)
+        self.session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         self.names = [each.name for each in (*self.session.get_inputs(), *self.session.get_outputs())]
         self.inputs = [each.name for each in self.session.get_inputs()]
         self.ranks = {each.name: len(each.shape) for each in self.session.get_inputs()}
@@ -239,7 +245,7 @@ class FakeEngine:
             return self.narrow
         if name == ROWS:
             return "bf16"
-        return np.int64 if name in INT64_INPUTS else np.float32
+        return OTHER_TYPES.get(name, np.float32)
 
     def to_device_type(self, name: str, array: np.ndarray) -> np.ndarray:
         dtype = self.get_tensor_dtype(name)
@@ -248,7 +254,7 @@ class FakeEngine:
     def from_device_type(self, name: str, address: int, shape: tuple[int, ...]) -> np.ndarray:
         dtype = self.get_tensor_dtype(name)
         array = _array(address, np.uint16 if dtype == "bf16" else dtype, shape)
-        return from_bfloat16(array) if dtype == "bf16" else array.astype(np.int64 if dtype == np.int64 else np.float32)
+        return from_bfloat16(array) if dtype == "bf16" else array.astype(OTHER_TYPES.get(name, np.float32))
 
     def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
         return [(1,) * self.ranks[name], (2,) * self.ranks[name], (16,) * self.ranks[name]]
@@ -295,7 +301,7 @@ class FakeContext:
         return address % 256 == 0 and address != 0
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        zeros = {key: np.zeros(shape, np.int64 if key in INT64_INPUTS else np.float32) for key, shape in self.shapes.items()}
+        zeros = {key: np.zeros(shape, OTHER_TYPES.get(key, np.float32)) for key, shape in self.shapes.items()}
         return self.engine.session.run([name], zeros)[0].shape
 
     def execute_async_v3(self, stream: int) -> bool:
@@ -335,12 +341,13 @@ def fake_backend(
     kernel_cache: Path | None = None,
     machine: Mapping[str, str] = MACHINE,
     before_load: Callable[[str], None] = lambda component: None,
+    levels: bool = True,
     **options: bool,
 ) -> TensorRTBackend:
     """A TensorRT backend whose engines are the bundle's portable graphs. `.engines` holds those that were loaded.
 
     narrow: type of the text's keys and values on the device: np.float16 or "bf16". machine: what kernels depend on.
-    before_load: called with a component before its engine loads, in the thread that loads it.
+    before_load: called with a component before its engine loads, in the thread that loads it. levels: engines are not of before.
     """
     cuda = cuda or FakeCuda()
     engines: dict[str, FakeEngine] = {}
@@ -348,7 +355,9 @@ def fake_backend(
     def load(path: Path) -> FakeEngine:
         component = path.parent.name
         before_load(component)
-        engines[component] = FakeEngine(path.parent / "model.onnx", cuda, activations=ACTIVATIONS[component])
+        engines[component] = FakeEngine(
+            path.parent / "model.onnx", cuda, activations=ACTIVATIONS[component], levels=levels and component == "decoder"
+        )
         engines[component].narrow = narrow
         return engines[component]
 

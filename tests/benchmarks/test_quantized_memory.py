@@ -43,7 +43,7 @@ def test_inputs_and_outputs(blocks):
     tokens, embeds, mask = 2 * 4 * 60 * 8, 2 * 4 * 24 * 48 * 4, 2 * 4 * 24 * 4
     keys_values = 2 * blocks * 2 * 4 * 24 * 4 * 16 * 2  # fp16
     latents, others = 4 * 4 * 32 * 8 * 8 * 4, (8 + 2) * 4  # in, previous, next, prediction; coefficients and weights
-    images = 4 * 3 * 256 * 256 * 4
+    images = 4 * 3 * 256 * 256 * (4 + 1)  # and their levels
     assert transfers(parts, shapes, blocks) == tokens + embeds + mask + keys_values + latents + others + images
 
 

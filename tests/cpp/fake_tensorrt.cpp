@@ -2,12 +2,15 @@
 //
 // TensorRT's classes are thin: each calls a table of virtual functions. What the runtime calls is put into its place of such a
 // table; all other places end the program. An engine's file is text: "graph PATH", "activations BYTES", then "in NAME TYPE RANK" and
-// "out NAME TYPE". FAKE_TENSORRT_FAILS: "load", "context", "run": what fails; FAKE_TENSORRT_SLOW: a component whose engine takes half a
+// "out NAME TYPE"; what a decoder's engine gives beside images is made of those. FAKE_TENSORRT_FAILS: "load", "context", "run": what fails,
+// or "finite": no number is one. FAKE_TENSORRT_SLOW: a component whose engine takes half a
 // second to load, or not to.
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -17,6 +20,7 @@
 #include <typeinfo>
 #include <vector>
 
+#include "levels.hpp"
 #include "narrow_floats.hpp"
 #include "ort_session.hpp"
 
@@ -132,6 +136,10 @@ struct Description {
     std::string graph, name;
     std::size_t activations = 0;
     std::vector<Io> tensors;
+
+    bool has(const std::string& name) const {
+        return std::any_of(tensors.begin(), tensors.end(), [&](const Io& each) { return each.name == name; });
+    }
 };
 
 using Shape = std::vector<std::int64_t>;
@@ -159,6 +167,22 @@ sana::Tensor tensor_of(DataType type, const Shape& shape, const void* data) {  /
     return out;
 }
 
+// What a decoder's engine gives beside images, whole numbers as floats here.
+void add_levels(sana::Outputs& outputs) {
+    const sana::Tensor& images = outputs.at("images");
+    const std::int64_t batch = images.shape[0], plane = images.shape[2] * images.shape[3];
+    std::vector<float> levels, bad(static_cast<std::size_t>(batch), 0.0f);
+    for (std::int64_t i = 0; i < batch * plane * 3; ++i) {  // in the order of levels
+        const std::int64_t pixel = i / 3 % plane, picture = i / 3 / plane;
+        const float x = images.floats()[static_cast<std::size_t>((picture * 3 + i % 3) * plane + pixel)];
+        levels.push_back(std::nearbyint((std::fmin(std::fmax(x, -1.0f), 1.0f) + 1.0f) * 127.5f));
+        bad[static_cast<std::size_t>(picture)] += std::isfinite(x) && !fails("finite") ? 0.0f : 1.0f;
+    }
+    const sana::Tensor as_picture{{batch, images.shape[2], images.shape[3], 3}, std::move(levels)};
+    outputs.emplace(sana::kLevels, as_picture);
+    outputs.emplace(sana::kNotFinite, sana::Tensor{{batch}, std::move(bad)});
+}
+
 struct Context final : IExecutionContext {
     struct Impl : Table<apiv::VExecutionContext, Impl> {
         const Description* description;
@@ -177,7 +201,9 @@ struct Context final : IExecutionContext {
             }
             sana::Inputs inputs;
             for (const auto& [name, tensor] : tensors) inputs[name] = &tensor;
-            return session->run(inputs);
+            sana::Outputs out = session->run(inputs);
+            if (description->has(sana::kLevels)) add_levels(out);
+            return out;
         }
         void compile() {
             std::string kernel;
@@ -230,8 +256,16 @@ struct Context final : IExecutionContext {
             const std::function<void()> work = [self, shapes = self->shapes, addresses = self->addresses, memory = self->memory] {
                 const sana::Outputs outputs = self->run(false, shapes, addresses);
                 std::memset(memory, 0xAA, self->description->activations);  // scratch: whoever keeps something there loses it
-                for (const auto& [name, tensor] : outputs)
-                    std::memcpy(addresses.at(name), tensor.floats().data(), tensor.floats().size() * sizeof(float));
+                for (const auto& [name, tensor] : outputs) {
+                    const std::vector<float>& values = tensor.floats();
+                    if (name == sana::kLevels) {
+                        std::copy(values.begin(), values.end(), static_cast<std::uint8_t*>(addresses.at(name)));
+                    } else if (name == sana::kNotFinite) {
+                        std::copy(values.begin(), values.end(), static_cast<std::int32_t*>(addresses.at(name)));
+                    } else {
+                        std::memcpy(addresses.at(name), values.data(), values.size() * sizeof(float));
+                    }
+                }
             };
             in_gpu<void (*)(const std::function<void()>*)>("fake_gpu_enqueue")(&work);
             return !fails("run");
@@ -304,7 +338,9 @@ struct Runtime final : IRuntime {
                 io.input = word == "in";
                 std::string type;
                 lines >> io.name >> type >> io.rank;
-                io.type = type == "int64" ? DataType::kINT64 : type == "bfloat16" ? DataType::kBF16 : DataType::kFLOAT;
+                static const std::map<std::string, DataType> types = {{"int64", DataType::kINT64}, {"bfloat16", DataType::kBF16},
+                                                                      {"uint8", DataType::kUINT8}, {"int32", DataType::kINT32}};
+                io.type = types.contains(type) ? types.at(type) : DataType::kFLOAT;
             }
             out.name = out.graph.substr(0, out.graph.rfind('/'));
             out.name.erase(0, out.name.rfind('/') + 1);

@@ -44,7 +44,11 @@ def fake(cpp: Path) -> Path:
     return folder
 
 
-def write_engine(folder: Path, component: str, target: Target) -> str:
+LEVELS_LINES = ["out levels uint8 4", "out not_finite int32 1"]
+
+
+def write_engine(folder: Path, component: str, target: Target, levels: bool = True) -> str:
+    """levels: it is not of before, when decoders' engines had none."""
     graph = folder / component / "model.onnx"
     model = onnx.load(graph, load_external_data=False).graph
     lines = [f"graph {graph}", f"activations {ACTIVATIONS[component]}"]
@@ -53,6 +57,7 @@ def write_engine(folder: Path, component: str, target: Target) -> str:
             kind = each.type.tensor_type
             name = "bfloat16" if each.name == "inputs_embeds" else TYPES[kind.elem_type]  # as a table on the host has them
             lines.append(f"{word} {each.name} {name} {len(kind.shape.dim)}")
+    lines += LEVELS_LINES if levels and component == "decoder" else []
     name = f"{component}/{target}.engine"
     (folder / name).write_text("\n".join(lines))
     return name
@@ -66,12 +71,12 @@ def engines(cpp: Path, fake: Path) -> Callable[[Callable[..., Path], Path], Path
     assert version is not None
     built_by = TensorRTInfo(flavor="rtx", version=f"{version[1]}.0.0")
 
-    def make(write: Callable[..., Path], folder: Path) -> Path:
+    def make(write: Callable[..., Path], folder: Path, levels: bool = True) -> Path:
         write(folder, targets=(Target.SM89,), tensorrt=built_by)
         path = folder / "manifest.json"
         document = json.loads(path.read_bytes())
         for component in COMPONENTS:
-            name = write_engine(folder, component, Target.SM89)
+            name = write_engine(folder, component, Target.SM89, levels)
             document["files"][name] |= {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
         path.write_text(json.dumps(document))
         return folder
@@ -150,6 +155,20 @@ def test_same_pixels_as_python(sana, expected) -> None:
     assert [picture.tobytes() for picture, _ in found] == expected
     assert {(info.backend, info.device) for _, info in found} == {("tensorrt", "NVIDIA Fake")}
     assert (drawn.count("capture"), drawn.count("graph"), drawn.count("run denoiser")) == (1, 3, 10)
+
+
+def test_engines_with_and_without_levels(sana, engines, bundle, expected, tmp_path) -> None:
+    """Of those that make them floats stay on the GPU: the same pixels, and whether they are numbers is the engine's word."""
+    before = engines(letters_bundle, tmp_path / "before", levels=False)
+    for of in (bundle, before):
+        drawn = sana("a cat", *REQUEST, "--count", 3, of=of)
+        assert drawn.code == 0, drawn.error
+        pictures = [read_picture(path)[0] for path in drawn.pictures]
+        assert [picture.tobytes() for picture in pictures] == expected[:3]
+        assert ("levels" in drawn.runs("decoder")[0]) == (of == bundle)
+        failed = sana("a cat", *REQUEST, of=of, FAKE_TENSORRT_FAILS="finite")
+        said = f"decoder: got {len(expected[0])} pixels that are not finite numbers; expected none."
+        assert (said in failed.error, failed.code != 0) == (of == bundle, of == bundle)
 
 
 def test_fresh_noise_and_a_scale_that_the_network_takes(sana, engines, tmp_path) -> None:

@@ -120,8 +120,8 @@ def test_a_truncated_manifest(folder):
 
 
 def test_a_newer_schema(folder):
-    edit_manifest(folder, schema_version=4, something_new=1)
-    with pytest.raises(SchemaVersionError, match="got schema 4, this program reads 2 and 3: upgrade"):
+    edit_manifest(folder, schema_version=5, something_new=1)
+    with pytest.raises(SchemaVersionError, match="got schema 5, this program reads 2 to 4: upgrade"):
         Bundle.open(folder)
 
 
@@ -131,7 +131,7 @@ def test_an_older_schema(folder):
         del manifest[key]["text_projection"]
     files = {name: entry for name, entry in manifest["files"].items() if "text_projection" not in name}
     edit_manifest(folder, schema_version=1, precision=manifest["precision"], plugins=manifest["plugins"], files=files)
-    with pytest.raises(SchemaVersionError, match="got schema 1, this program reads 2 and 3: rebuild the bundle"):
+    with pytest.raises(SchemaVersionError, match="got schema 1, this program reads 2 to 4: rebuild the bundle"):
         Bundle.open(folder)
 
 

@@ -15,11 +15,11 @@ from engines.strict import MAX_JSON_BYTES, loads
 HOSTILE = Path(__file__).parents[1] / "data" / "hostile"
 
 MANIFESTS = {  # name: error, and words of its message
-    "newer_schema": (SchemaVersionError, "got schema 4, this program reads 2 and 3: upgrade"),
-    "older_schema": (SchemaVersionError, "got schema 1, this program reads 2 and 3: rebuild the bundle"),
+    "newer_schema": (SchemaVersionError, "got schema 5, this program reads 2 to 4: upgrade"),
+    "older_schema": (SchemaVersionError, "got schema 1, this program reads 2 to 4: rebuild the bundle"),
     "schema_zero": (ManifestError, "schema_version: got 0"),
     "schema_true": (ManifestError, "schema_version: got True"),
-    "table_of_old_schema": (ManifestError, "schema_version: got 2 with token_table_rows; expected 3"),
+    "table_of_old_schema": (ManifestError, "schema_version: got 2 with token_table_rows; expected 3 or 4"),
     "table_without_file": (ManifestError, "token_table_rows: got 8 and no file text_encoder/token_table.safetensors"),
     "table_without_rows": (ManifestError, "token_table_rows: got 0 and a file text_encoder/token_table.safetensors"),
     "table_without_encoder": (ManifestError, "token_table_rows: got 8 without a text encoder; expected none"),

@@ -59,7 +59,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         files[TABLE_NAME] = entry
     info = fake_info(
         targets=targets,
-        schema_version=3 if on_host else draw(st.sampled_from([2, 3])),
+        schema_version=draw(st.sampled_from([3, 4] if on_host else [2, 3, 4])),
         token_table_rows=draw(st.integers(1, 1 << 30)) if on_host else 0,
         schedule=draw(schedules),
         prompt=PromptInfo(complex_human_instruction=draw(texts), max_sequence_length=8),

@@ -4,9 +4,10 @@ import pytest
 from engines.errors import ParityError
 from engines.golden import Golden
 from engines.parity_report import ComponentParity, ErrorStats
-from engines.spec import Precision
-from export.parity import bounds, measured, summary
+from engines.spec import LEVELS, NOT_FINITE, Precision
+from export.parity import bounds, measured, summary, without_levels
 from export.reference import PyTorchErrors
+from runtime.image import to_levels
 
 RNG = np.random.default_rng(0)
 EXACT = {case: RNG.standard_normal(1000) for case in "ab"}
@@ -54,3 +55,19 @@ def test_the_summary_says_how_much_of_the_bound_is_used():
     outputs = {"y": held_to["y"].model_copy(update={"onnxruntime": ErrorStats(rms=1e-3, max=2e-3, mean=0.0)})}
     line = summary("denoiser", ComponentParity(precision=Precision.FP16, outputs=outputs))
     assert line == "  denoiser: y ONNX Runtime rms 1.0e-03 (PyTorch fp16 2.0e-03), 25% of the bound"
+
+
+def test_levels_are_held_to_the_images():
+    images = np.random.default_rng(0).normal(0, 1, (2, 3, 8, 8)).astype(np.float32)
+    outputs = {"images": images, LEVELS: to_levels(images), NOT_FINITE: np.zeros(2, np.int32)}
+    assert without_levels("a", outputs) == {"images": images}
+    assert without_levels("a", {"images": images}) == {"images": images}  # of an engine of before
+    wrong = outputs[LEVELS].copy()
+    wrong[1, 2, 3, 0] ^= 1
+    with pytest.raises(ParityError, match=r"decoder, levels \(TensorRT, a\): got 1 of 384 that are not those"):
+        without_levels("a", outputs | {LEVELS: wrong})
+    broken = images.copy()
+    broken[1, 0, 0, 0] = np.inf
+    with pytest.raises(ParityError, match=r"not_finite \(TensorRT, a\): got \[0 0\]; expected \[0 1\]"):
+        without_levels("a", outputs | {"images": broken})
+    assert without_levels("a", outputs | {"images": broken, NOT_FINITE: np.array([0, 1], np.int32)}) == {"images": broken}

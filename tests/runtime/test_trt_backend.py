@@ -16,7 +16,7 @@ from fakes import fake_inputs, only, write_fake_bundle
 import runtime.trt_backend
 from engines.bundle import Bundle
 from engines.errors import ArchitectureError, MissingFileError, NoGpuError, RequestError, SanaError, TensorRTVersionError
-from engines.spec import COMPONENTS
+from engines.spec import COMPONENTS, LEVELS, NOT_FINITE
 from plugins import shell
 from runtime import SanaEngine
 from runtime.cuda import ALIGNMENT, Cuda
@@ -49,6 +49,42 @@ def test_same_pixels_as_onnxruntime(engine: SanaEngine, bundle: Bundle) -> None:
             request = REQUEST | changes
             expected = other.generate("a red apple", **request)[0]
             assert engine.generate("a red apple", **request)[0].tobytes() == expected.tobytes()
+
+
+def test_floats_of_pixels_stay_on_the_gpu(engine: SanaEngine, cuda: FakeCuda) -> None:
+    first = engine.generate("a red apple", **REQUEST)[0]
+    before = first.tobytes()
+    slots = engine._backend._slots  # type: ignore[union-attr]
+    assert not slots["images"]._host
+    assert slots[LEVELS]._size == 3 * first.width * first.height
+    assert engine.generate("a dog", **REQUEST)[0].tobytes() != before
+    assert first.tobytes() == before  # a picture has its pixels to itself
+
+
+@pytest.mark.parametrize("levels", [True, False])
+def test_engines_with_and_without_levels(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, levels: bool) -> None:
+    monkeypatch.setattr(
+        runtime.trt_backend, "open_tensorrt", lambda bundle, **options: fake_backend(bundle, levels=levels, **options)
+    )
+    with SanaEngine(bundle, backend="tensorrt") as engine, SanaEngine(bundle, backend="onnxruntime") as other:
+        for _ in range(3):  # of a CUDA graph too
+            ours, theirs = (each.generate(["a cat", "a dog"], **REQUEST) for each in (engine, other))
+            assert [picture.tobytes() for picture in ours] == [picture.tobytes() for picture in theirs]
+        context = engine._backend.engines["decoder"].contexts[0]  # type: ignore[union-attr]
+        assert (LEVELS in context.addresses) == levels
+        session = context.engine.session
+        broken = {"images": np.nan, NOT_FINITE: 7}
+
+        def run(names: list[str], feeds: dict) -> list[np.ndarray]:
+            found = session.run(names, feeds)
+            return [
+                np.full_like(array, broken[name]) if name in broken else array for name, array in zip(names, found, strict=True)
+            ]
+
+        context.engine.session = SimpleNamespace(run=run)
+        bad = 7 if levels else 3 * 96 * 64
+        with pytest.raises(SanaError, match=f"got {bad} pixels that are not finite"):
+            engine.generate("a cat", **REQUEST)
 
 
 def test_on_step_sees_the_same_latents(engine: SanaEngine, bundle: Bundle) -> None:
@@ -208,8 +244,8 @@ def test_a_session_by_hand(engine: SanaEngine, bundle: Bundle) -> None:
             inputs = fake_inputs(component, batch=3)
             with engine.session(component) as ours, other.session(component) as theirs:
                 got, expected = ours.run(inputs), theirs.run(inputs)
-            assert got.keys() == expected.keys()
-            for name in got:
+            assert set(got) == set(expected) | ({LEVELS, NOT_FINITE} if component == "decoder" else set())
+            for name in expected:
                 np.testing.assert_array_equal(got[name], expected[name])
 
 
@@ -220,7 +256,7 @@ def test_a_bundle_of_one_component(bundle: Bundle, cuda: FakeCuda, monkeypatch: 
     for backend in ("tensorrt", "onnxruntime"):
         with SanaEngine(folder, backend=backend) as alone:
             with alone.session("decoder") as session:
-                assert set(session.run(fake_inputs("decoder"))) == {"images"}
+                assert "images" in session.run(fake_inputs("decoder"))
             with pytest.raises(MissingFileError, match=r"has no '.*/model\.onnx'"):
                 alone.generate("a cat")
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from fakes import fake_info, fake_inputs, fill_fake_bundle
 from trt_profiles import profiles
@@ -13,7 +14,9 @@ from engines import tensorrt
 from engines.bundle import Bundle, TensorRTInfo
 from engines.bundle_writer import write_bundle
 from engines.errors import NoGpuError
-from engines.spec import COMPONENTS, Precision, Target
+from engines.spec import COMPONENTS, LEVELS, NOT_FINITE, Precision, Target
+from export.level_nodes import add_levels
+from export.parity import without_levels
 from runtime import SanaEngine
 
 
@@ -24,9 +27,13 @@ def build(out: Path, target: Target) -> Bundle:
     with write_bundle(out) as writer:
         fill_fake_bundle(writer.path, info)
         for component in COMPONENTS:
-            engine = tensorrt.build_engine(
-                writer.path / component / "model.onnx", profiles=profiles(component), targets=[target], expected_plugins={}
-            )
+            graph = writer.path / component / "model.onnx"
+            if component == "decoder":
+                model = onnx.load(graph)
+                add_levels(model)
+                graph = out.with_name("decoder.onnx")
+                onnx.save(model, graph)
+            engine = tensorrt.build_engine(graph, profiles=profiles(component), targets=[target], expected_plugins={})
             (writer.path / component / f"{target}.engine").write_bytes(engine)
         return writer.finish(info)
 
@@ -65,6 +72,20 @@ def test_components_agree_with_onnxruntime(engine: SanaEngine, bundle: Bundle) -
                     got, expected = ours.run(inputs), theirs.run(inputs)
                 for name in expected:
                     np.testing.assert_allclose(got[name], expected[name], atol=2e-5, err_msg=f"{component} {name} {batch}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [1.0, 10.0])
+def test_levels_are_those_of_the_images(engine: SanaEngine, scale: float) -> None:
+    """To the bit, and whatever is no number is counted."""
+    latents = scale * fake_inputs("decoder", batch=2, height=8, width=16)["latents"]
+    with engine.session("decoder") as session:
+        assert without_levels("test", session.run({"latents": latents})).keys() == {"images"}
+        latents[1, 0, 2, 3] = np.nan
+        found = session.run({"latents": latents})
+        assert without_levels("test", found).keys() == {"images"}
+    assert found[NOT_FINITE].tolist() == [0, 3 * 32 * 32]
+    assert found[LEVELS].dtype == np.uint8
 
 
 @pytest.mark.gpu

@@ -36,8 +36,8 @@ class Backend {
     virtual ~Backend() = default;
 
     virtual std::vector<std::string> files() const = 0;  // what it opens of the bundle, by the manifest's names
-    // (B, 3, H, W), nominally -1 to 1.
-    virtual Tensor draw(const CheckedRequest& request, const Job& job, const Watch& watch) = 0;
+    // (B, H, W, 3), RGB.
+    virtual std::vector<std::uint8_t> draw(const CheckedRequest& request, const Job& job, const Watch& watch) = 0;
 
     virtual std::vector<std::string> take_warnings() { return {}; }  // since the last time: what drawing went without
 

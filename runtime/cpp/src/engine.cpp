@@ -1,13 +1,10 @@
 #include "sana/engine.hpp"
 
-#include <algorithm>
-#include <cmath>
 #include <future>
 #include <memory>
 #include <mutex>
 
 #include "backend_choice.hpp"
-#include "each.hpp"
 #include "engine_parts.hpp"
 #include "failure.hpp"
 #include "picture_info.hpp"
@@ -23,30 +20,6 @@ namespace sana {
 namespace {
 
 constexpr const char* kTokenizer = "tokenizer/tokenizer.json";
-constexpr std::size_t kBlock = 1 << 16;  // pixels that a thread makes at a time
-
-// Clamped, scaled to 0..255 and rounded half to even, in float32, as runtime.image.to_images does it.
-std::vector<std::uint8_t> to_pixels(std::span<const float> values) {
-    const auto bad = std::count_if(values.begin(), values.end(), [](float value) { return !std::isfinite(value); });
-    if (bad != 0) {
-        throw Failure(ErrorKind::kSana,
-                      "decoder: got " + std::to_string(bad) +
-                          " pixels that are not finite numbers; expected none. A precision is too narrow for this model: "
-                          "rebuild with --precision bf16 or fp32.");
-    }
-    const std::size_t plane = values.size() / 3;
-    std::vector<std::uint8_t> out(values.size());
-    each((plane + kBlock - 1) / kBlock, picture_threads(), [&](std::size_t block) {
-        const std::size_t end = std::min((block + 1) * kBlock, plane);
-        for (std::size_t channel = 0; channel < 3; ++channel) {
-            for (std::size_t i = block * kBlock; i < end; ++i) {
-                const float level = std::clamp(values[channel * plane + i] * 0.5f + 0.5f, 0.0f, 1.0f) * 255.0f;
-                out[i * 3 + channel] = static_cast<std::uint8_t>(std::nearbyint(level));
-            }
-        }
-    });
-    return out;
-}
 
 }  // namespace
 
@@ -138,15 +111,16 @@ struct Engine::State {
                                   "cancelled after step " + std::to_string(before + step) + " of " + std::to_string(total) + ".");
                 }
             };
-            const Tensor decoded = chosen.backend->draw(checked, job, {static_cast<bool>(request.on_step), after_step});
+            const std::vector<std::uint8_t> levels = chosen.backend->draw(checked, job, {static_cast<bool>(request.on_step), after_step});
             for (std::string& each : chosen.backend->take_warnings()) out.warnings.push_back(std::move(each));
-            const std::size_t size = decoded.floats().size() / job.size();
+            const std::size_t size = levels.size() / job.size();
             for (std::size_t i = 0; i < job.size(); ++i) {
                 PictureInfo info = picture_info(checked, job.first + i, drawer);
                 info.batch_size = static_cast<std::int64_t>(job.size());
                 info.batch_index = static_cast<std::int64_t>(i);
+                const auto mine = std::span(levels).subspan(i * size, size);
                 out.images.push_back({static_cast<int>(checked.width), static_cast<int>(checked.height),
-                                      to_pixels(std::span(decoded.floats()).subspan(i * size, size)), json_of(info)});
+                                      std::vector(mine.begin(), mine.end()), json_of(info)});
             }
             before += per_job;
         }

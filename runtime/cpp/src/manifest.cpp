@@ -215,8 +215,8 @@ std::string inconsistency(const Manifest& m) {
         return "max_sequence_length: got " + std::to_string(m.prompt.max_sequence_length) + " under prompt and " +
                std::to_string(m.ranges.max_sequence_length) + " under ranges; expected the same";
     }
-    if (m.token_table_rows > 0 && m.schema_version < kNewestSchema) {
-        return "schema_version: got " + std::to_string(m.schema_version) + " with token_table_rows; expected 3";
+    if (m.token_table_rows > 0 && m.schema_version < kTableSchema) {
+        return "schema_version: got " + std::to_string(m.schema_version) + " with token_table_rows; expected 3 or 4";
     }
     if (m.files.size() > kMaxFiles) {
         return "files: got " + std::to_string(m.files.size()) + " files; expected at most " + std::to_string(kMaxFiles);
@@ -310,13 +310,13 @@ Manifest parse_manifest(std::string_view data, const std::string& source) {
         const std::string oldest = std::to_string(kOldestSchema), newest = std::to_string(kNewestSchema);
         if ((number == nullptr || *number < 1) && (big == nullptr || big->digits[0] == '-')) {
             throw Failure(ErrorKind::kManifest,
-                          source + ": schema_version: got " + python_repr(*version) + "; expected " + oldest + " or " + newest + ".");
+                          source + ": schema_version: got " + python_repr(*version) + "; expected " + oldest + " to " + newest + ".");
         }
         if (big != nullptr || *number < kOldestSchema || *number > kNewestSchema) {
             const char* remedy =
                 big != nullptr || *number > kNewestSchema ? "upgrade, or rebuild the bundle here" : "rebuild the bundle";
             throw Failure(ErrorKind::kSchemaVersion, source + ": got schema " + python_repr(*version) + ", this program reads " +
-                                                         oldest + " and " + newest + ": " + remedy + ".");
+                                                         oldest + " to " + newest + ": " + remedy + ".");
         }
     }
     Reader reader;

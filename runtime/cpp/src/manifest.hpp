@@ -10,7 +10,7 @@
 
 namespace sana {
 
-constexpr std::int64_t kOldestSchema = 2, kNewestSchema = 3;  // the newest is of bundles with a table of tokens on the host
+constexpr std::int64_t kOldestSchema = 2, kTableSchema = 3, kNewestSchema = 4;  // engines/manifest.py says what is new
 constexpr std::size_t kMaxFiles = 10'000;
 constexpr const char* kManifestName = "manifest.json";
 constexpr const char* kTokenTableName = "text_encoder/token_table.safetensors";

@@ -1,5 +1,6 @@
 #include "ort_backend.hpp"
 
+#include "levels.hpp"
 #include "ort_session.hpp"
 
 namespace sana {
@@ -36,7 +37,7 @@ Session& OrtBackend::session(const std::string& component) {
     return *held;
 }
 
-Tensor OrtBackend::draw(const CheckedRequest& request, const Job& job, const Watch& watch) {
+std::vector<std::uint8_t> OrtBackend::draw(const CheckedRequest& request, const Job& job, const Watch& watch) {
     Session& denoiser = session("denoiser");
     const Tensor embeds = texts_.embed(job.texts);
     Outputs projected = session("text_projection").run({{"prompt_embeds", &embeds}});
@@ -69,7 +70,7 @@ Tensor OrtBackend::draw(const CheckedRequest& request, const Job& job, const Wat
         watch.after_step(static_cast<int>(step) + 1, watch.latents ? latents.floats() : std::span<const float>());
     }
     Outputs decoded = session("decoder").run({{"latents", &latents}});
-    return taken(decoded, "images");
+    return to_levels(taken(decoded, "images"));
 }
 
 }  // namespace sana

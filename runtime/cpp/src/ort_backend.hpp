@@ -24,7 +24,7 @@ class OrtBackend : public Backend {
     OrtBackend(const Bundle& bundle, OpenSession open, bool low_memory);
 
     std::vector<std::string> files() const override;
-    Tensor draw(const CheckedRequest& request, const Job& job, const Watch& watch) override;
+    std::vector<std::uint8_t> draw(const CheckedRequest& request, const Job& job, const Watch& watch) override;
 
   private:
     Session& session(const std::string& component);

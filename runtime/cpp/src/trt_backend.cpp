@@ -9,6 +9,7 @@
 
 #include "backend_choice.hpp"
 #include "failure.hpp"
+#include "levels.hpp"
 #include "python_text.hpp"
 #include "sana/engine.hpp"
 #include "timings.hpp"
@@ -216,14 +217,14 @@ Tensor TrtBackend::embedded(const Job& job) {
     return out;
 }
 
-Tensor TrtBackend::draw(const CheckedRequest& request, const Job& job, const Watch& watch) {
+std::vector<std::uint8_t> TrtBackend::draw(const CheckedRequest& request, const Job& job, const Watch& watch) {
     cuda_.make_current();
     const auto settle = [this] {  // also after an error: buffers are used again by whoever comes next
         cuda_.synchronize();
         for (const auto& [name, each] : slots_) each->settled();
     };
     try {
-        Tensor drawn = draw_now(request, job, watch);
+        std::vector<std::uint8_t> drawn = draw_now(request, job, watch);
         timings::tell_part("pixels read");
         for (const auto& [name, each] : sessions_) each->save_kernels();
         timings::tell_part("kernels kept");
@@ -240,7 +241,7 @@ Tensor TrtBackend::draw(const CheckedRequest& request, const Job& job, const Wat
     }
 }
 
-Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const Watch& watch) {
+std::vector<std::uint8_t> TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const Watch& watch) {
     const Tensor embeds = embedded(job);
     if (const auto encoder = sessions_.find(kEncoder); options_.low_memory && encoder != sessions_.end()) {
         encoder->second->save_kernels();
@@ -280,9 +281,9 @@ Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const
     state[0][0]->write(noise_of(request, job, one, 0));
     cuda_.zero(state[0][1]->address(), bytes);
 
-    const Shape pixels = decoder.prepare({{"latents", shape}}).at("images");
-    DeviceBuffer& images = slot("images");
-    images.reserve(decoder.output_size("images", pixels));
+    const Shapes pixels = decoder.prepare({{"latents", shape}});
+    Addresses decoded;
+    for (const auto& [name, made] : pixels) decoded[name] = slot(name).reserve(decoder.output_size(name, made));
     for (const char* name : {"latents", "previous", "noise"}) shapes[name] = shape;
     shapes["coefficients"] = {static_cast<std::int64_t>(kCoefficients)};
     denoiser.prepare(shapes);
@@ -308,7 +309,9 @@ Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const
                 watch.after_step(static_cast<int>(i) + 1, latents);
             }
         }
-        decoder.launch({{"latents", state[num_steps % 2][0]->address()}, {"images", images.address()}});
+        Addresses decode = decoded;
+        decode["latents"] = state[num_steps % 2][0]->address();
+        decoder.launch(decode);
     };
 
     void* loop = nullptr;
@@ -323,7 +326,8 @@ Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const
         for (const auto& pair : state) {
             for (const DeviceBuffer* each : pair) add(each->address());
         }
-        for (const Address each : {embeds_address, table, images.address(), arena_.address()}) add(each);
+        for (const auto& [name, address] : decoded) add(address);
+        for (const Address each : {embeds_address, table, arena_.address()}) add(each);
         loop = loops_.get(key, [&] { queue(false); });
     }
     if (loop == nullptr) {
@@ -334,7 +338,15 @@ Tensor TrtBackend::draw_now(const CheckedRequest& request, const Job& job, const
         cuda_.launch_graph(loop);
         follow(num_steps, watch);
     }
-    return {pixels, images.read<float>(elements(pixels))};  // the one wait
+    // The one wait.
+    if (!pixels.contains(kLevels)) {  // of an engine of before
+        const Shape& images = pixels.at("images");
+        return to_levels({images, slot("images").read<float>(elements(images))});
+    }
+    std::int64_t bad = 0;
+    for (const std::int32_t each : slot(kNotFinite).read<std::int32_t>(elements(pixels.at(kNotFinite)))) bad += each;
+    if (bad != 0) throw not_finite(bad);
+    return slot(kLevels).read<std::uint8_t>(elements(pixels.at(kLevels)));
 }
 
 // Tell of each step of a graph that runs, until all are done.

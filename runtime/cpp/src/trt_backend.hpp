@@ -39,11 +39,11 @@ class TrtBackend : public Backend {
     ~TrtBackend() override;
 
     std::vector<std::string> files() const override { return files_; }
-    Tensor draw(const CheckedRequest& request, const Job& job, const Watch& watch) override;
+    std::vector<std::uint8_t> draw(const CheckedRequest& request, const Job& job, const Watch& watch) override;
     std::vector<std::string> take_warnings() override;
 
   private:
-    Tensor draw_now(const CheckedRequest& request, const Job& job, const Watch& watch);
+    std::vector<std::uint8_t> draw_now(const CheckedRequest& request, const Job& job, const Watch& watch);
     TrtSession& session(const std::string& component);
     struct Loading;
     std::vector<std::unique_ptr<Loading>> begin_to_load(const std::vector<std::string>& components);

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "failure.hpp"
+#include "levels.hpp"
 #include "narrow_floats.hpp"
 #include "python_text.hpp"
 
@@ -211,7 +212,9 @@ Outputs TrtSession::run(const Inputs& given, Loops* loops) {
         cuda_.launch_graph(loop);
     }
     Outputs out;
-    for (const auto& [name, shape] : made) out.emplace(name, download(name, shape));
+    for (const auto& [name, shape] : made) {
+        if (name != kLevels && name != kNotFinite) out.emplace(name, download(name, shape));  // those of the graph
+    }
     for (const auto& [name, each] : slots_) each->settled();
     return out;
 }

@@ -39,7 +39,7 @@ def with_file(name: str) -> dict[str, Any]:
 def manifests() -> dict[str, bytes]:
     text = json.dumps(VALID, indent=1)
     documents: dict[str, Any] = {
-        "newer_schema": {**VALID, "schema_version": 4, "a_key_of_the_future": True},
+        "newer_schema": {**VALID, "schema_version": 5, "a_key_of_the_future": True},
         "older_schema": {**VALID, "schema_version": 1},
         "schema_zero": {**VALID, "schema_version": 0},
         "schema_true": {**VALID, "schema_version": True},
