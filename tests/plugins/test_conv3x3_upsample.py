@@ -198,7 +198,7 @@ def test_warps(outputs, num_warps):
 
 
 @pytest.mark.parametrize(
-    "target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm89", "sm90", "sm100", "sm120"))]
+    "target", ["sm80", *(pytest.param(sm, marks=pytest.mark.slow) for sm in ("sm86", "sm89", "sm90", "sm100", "sm120"))]
 )
 def test_cubins(target):
     """The launch that the plugin computes from the JSON covers every pixel and channel, and no program is in vain."""
