@@ -159,7 +159,8 @@ class History:
         """Write all or none of a model's lines."""
         for model in dict.fromkeys(record.model for record in records):
             lines = "".join(record.model_dump_json() + "\n" for record in records if record.model == model)
-            self._replace(self._path(model), lambda before, lines=lines: before + lines)  # type: ignore[misc]
+            # An editor or a merge may have taken the last line's end: two records on one line would be none.
+            self._replace(self._path(model), lambda before, lines=lines: _ended(before) + lines)  # type: ignore[misc]
 
     def accept(self, run: str) -> int:
         """Mark all records of a run as accepted. Returns how many; raises RequestError if there is no such run."""
@@ -192,6 +193,10 @@ class History:
                 sink.flush()
                 os.fsync(sink.fileno())
             os.replace(temporary, path)
+
+
+def _ended(text: str) -> str:
+    return text if not text or text.endswith("\n") else text + "\n"
 
 
 def new_run() -> str:

@@ -44,6 +44,15 @@ def test_a_run_is_accepted_afterwards(tmp_path: Path) -> None:
         history.accept("nothing")
 
 
+def test_a_line_whose_end_an_editor_took_stays_a_line(tmp_path: Path) -> None:
+    history, first, second = History(tmp_path), record(run="1" * 12), record(run="2" * 12)
+    history.append([first])
+    path = tmp_path / "sana-tiny.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").rstrip("\n"), encoding="utf-8")
+    history.append([second])
+    assert history.read() == [first, second]
+
+
 def test_several_programs_append_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda n: History(tmp_path).append([record(run=f"{n:012x}")]), range(24)))
