@@ -48,6 +48,7 @@ def page(records: Sequence[Record], more: Iterable[str] = ()) -> str:
     for record in records:
         by_key[record.key].append(record)
     latest = [rows[-1] for rows in by_key.values()]
+    profiled = [next((row for row in reversed(rows) if row.kernels is not None), rows[-1]) for rows in by_key.values()]
     sections = [
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
         f"<title>Latency</title><style>{STYLE}</style><h1>Latency</h1>"
@@ -60,8 +61,9 @@ def page(records: Sequence[Record], more: Iterable[str] = ()) -> str:
         "<h2>Latency by size</h2><p>Medians of the latest run of each size; both axes are logarithmic.</p>",
         f"<div class=charts>{''.join(_sizes(latest))}</div>",
         "<h2>Roofline</h2><p>A kernel is bounded by arithmetic (the flat roof: the fastest GEMM's rate) or by traffic (the slope: "
-        "a copy's rate), both measured in the same run. Its floor is the larger of the two times.</p>",
-        *_rooflines(latest),
+        "a copy's rate), both measured in the same run: the latest of its kind that timed kernels. Its floor is the larger "
+        "of the two times.</p>",
+        *_rooflines(profiled),
         *more,
     ]
     return "\n".join(sections) + "\n"
@@ -175,9 +177,9 @@ def floor_ms(kernel: Kernel, kernels: Kernels) -> float:
     return 1000 * max(by_arithmetic, by_traffic)
 
 
-def _rooflines(latest: Sequence[Record]) -> list[str]:
+def _rooflines(records: Sequence[Record]) -> list[str]:
     found, without = [], []
-    for record in latest:
+    for record in records:
         if record.kernels is None:
             without.append(record.title)
         elif not record.kernels.kernels:
@@ -191,7 +193,8 @@ def _rooflines(latest: Sequence[Record]) -> list[str]:
 
 
 def _roofline(record: Record, kernels: Kernels) -> str:
-    parts = [f"<h3>{html.escape(record.title)}</h3><p class=small>{html.escape(kernels.why)}.</p>"]
+    when = html.escape(f"{record.date[:10]}, commit {record.commit}")
+    parts = [f"<h3>{html.escape(record.title)}</h3><p class=small>{when}: {html.escape(kernels.why)}.</p>"]
     placed = [kernel for kernel in kernels.kernels if kernel.flops and kernel.bytes and kernel.ms]
     if placed and kernels.peak_flops and kernels.peak_bytes:
         intensity = [kernel.flops / kernel.bytes for kernel in placed]

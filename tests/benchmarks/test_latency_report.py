@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Mapping
@@ -76,6 +77,13 @@ def test_products_in_8_bits_have_a_roof_of_their_own() -> None:
     (roofline,) = [each for each in charts(page([record(kernels=found)])) if "FLOP/s" in "".join(each.itertext())]
     assert "roof, 8 bits" in "".join(roofline.itertext())
     assert "roof, 8 bits" not in page([record(kernels=LAYERS)])
+
+
+def test_a_run_without_kernels_hides_no_roofline() -> None:
+    """Most runs, such as those of --check, time no kernels."""
+    text = page([record(run="1" * 12, kernels=LAYERS, commit="a" * 12), record(run="2" * 12, commit="b" * 12)])
+    assert f"2026-01-02, commit {'a' * 12}: {html.escape(LAYERS.why)}" in text
+    assert "Kernels were not timed" not in text
 
 
 def test_no_kernels_are_said_plainly() -> None:
