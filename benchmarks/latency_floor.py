@@ -43,6 +43,7 @@ __all__ = [
 
 BIG_GEMM = (8192, 8192, 8192)
 HALF = 2  # bytes
+NARROW = ("fp8", "int8")
 LEAST_INT8_ROWS = 32  # torch._int_mm takes more than 16
 
 
@@ -75,20 +76,25 @@ def products(config: SanaTransformerConfig, rows: int) -> list[Product]:
     return [Product(rows, 3 * dim, dim), small, small, small, Product(rows, 2 * inner, dim), Product(rows, dim, inner)]
 
 
-def traffic_bytes(config: SanaTransformerConfig, rows: int) -> int:
-    """Of one block in half precision, between its products.
+def traffic_bytes(config: SanaTransformerConfig, rows: int, precision: str = "fp16") -> int:
+    """Of one block, between its products; in "fp8" and "int8" what products read has 8 bits, the rest half precision.
 
     Widths of a token: k and v for the state, q and out of linear attention; the first sum (2 in, 1 out); q and out of
-    cross-attention; two norms with their sums (2 in, 2 out each); the convolution's 2 E in, E out. Its text is small.
+    cross-attention; two norms with their sums (2 in, 2 out each); the convolution's 2 E in, E out. In 8 bits are both outs, an
+    out of each norm, and E; and the first sum is written once more, in 8 bits. Its text is small, and so are scales.
     """
-    return rows * HALF * ((2 + 2 + 3 + 2 + 8) * config.dim + 3 * _inner(config))
+    half = HALF * ((2 + 2 + 3 + 2 + 8) * config.dim + 3 * _inner(config))
+    saved = (4 - 1) * config.dim + _inner(config) if precision in NARROW else 0
+    return rows * (half - saved)
 
 
 def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, texts: int, precision: str) -> Floor:
-    """texts: pictures times texts a picture. precision: "fp16", "bf16", "int8" or "fp8". Needs a GPU."""
+    """texts: pictures times texts a picture. precision: "fp16", "bf16", "fp32", which is taken at the rate and widths of fp16,
+    "int8" or "fp8". Needs a GPU."""
     rows = texts * (width // PX_PER_LATENT // config.patch_size) * (height // PX_PER_LATENT // config.patch_size)
-    calls = [_call(product, precision) for _ in range(config.num_layers) for product in products(config, rows)]
-    traffic = config.num_layers * traffic_bytes(config, rows) / copy_rate(gpu=True)
+    kind = "fp16" if precision == "fp32" else precision
+    calls = [_call(product, kind) for _ in range(config.num_layers) for product in products(config, rows)]
+    traffic = config.num_layers * traffic_bytes(config, rows, precision) / copy_rate(gpu=True)
     return Floor(graph_ms(calls), 1000 * traffic)
 
 
@@ -173,7 +179,7 @@ def decoder_floor(config: AutoencoderDCConfig, *, width: int, height: int, batch
     ours, beside bf16. Needs a GPU."""
     size = {"width": width, "height": height, "batch": batch}
     flops, narrow_ms = decoder_flops(config, **size), 0.0
-    if precision in ("fp8", "int8"):
+    if precision in NARROW:
         narrow = residual_flops(config, **size)
         flops, narrow_ms = flops - narrow, _products_ms(narrow, precision)
     half = "fp16" if precision in ("fp16", "fp32") else "bf16"

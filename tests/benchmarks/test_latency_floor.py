@@ -1,13 +1,17 @@
 """The floor of a step: what is counted."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import latency_floor
 from benchmarks.flops import operator_flops
+from benchmarks.latency_figures import floor_of
 from benchmarks.latency_floor import decoder_flops, decoder_traffic_bytes, products, residual_flops, traffic_bytes
+from engines.spec import Precision
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.build import empty
 from sana_ref.quantized_convs import conv_group
@@ -31,6 +35,36 @@ def test_products_are_those_of_a_forward_pass():
 def test_traffic_grows_with_tokens():
     assert traffic_bytes(CONFIG, 2048) == 2 * traffic_bytes(CONFIG, 1024)
     assert traffic_bytes(CONFIG, 2048) == 2048 * 2 * (17 * 2240 + 3 * 5600)
+
+
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_traffic_in_8_bits(precision):
+    """By hand, bytes of a token's channel: what a product reads has one, and the first sum is written in both formats."""
+    attention = 2 + 2 + 2 + 1  # k, v, q; out
+    first_sum = 2 + 2 + 2 + 1
+    text = 2 + 1  # q; out
+    norm = 2 + 2 + 2 + 1  # x, branch; sum, normed
+    middle = 2 * 2 + 1  # of E
+    found = traffic_bytes(CONFIG, 2048, precision)
+    assert found == 2048 * ((attention + first_sum + text + 2 * norm) * 2240 + middle * 5600)
+    assert found < traffic_bytes(CONFIG, 2048)
+
+
+@pytest.mark.parametrize("component", ["denoiser", "decoder"])
+@pytest.mark.parametrize("precision", [each for each in Precision if each != Precision.NVFP4])
+def test_every_precision_has_a_floor(monkeypatch, precision, component):
+    """On tensors without memory."""
+    for name in ("randn", "zeros", "ones", "randint"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *size, device=None, make=make, **more: make(*size, device="meta", **more))
+    monkeypatch.setattr(latency_floor, "graph_ms", lambda calls: float(len(calls)))
+    monkeypatch.setattr(latency_floor, "copy_rate", lambda gpu: 1e12)
+    checkpoint = SimpleNamespace(transformer_config=CONFIG, vae_config=DC_AE)
+    found = floor_of(checkpoint, SimpleNamespace(precision=precision, component=component, width=1024, height=1024, batch=1))
+    assert found.products_ms > 0
+    assert found.traffic_ms > 0
+    if component == "denoiser":
+        assert found.traffic_ms == pytest.approx(1000 * CONFIG.num_layers * traffic_bytes(CONFIG, 2048, precision) / 1e12)
 
 
 def test_flops_of_the_decoder():
