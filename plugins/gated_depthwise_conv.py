@@ -57,11 +57,21 @@ def plan(
     return programs, {"rows": rows, "C": BLOCK_C, "num_warps": NUM_WARPS, "enable_fp_fusion": True}
 
 
-def check(*tensors: "torch.Tensor") -> None:
-    """Raises ValueError unless all are contiguous and of one dtype and device."""
-    if not all(t.is_contiguous() and t.dtype == tensors[0].dtype and t.device == tensors[0].device for t in tensors):
-        seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in tensors)
-        raise ValueError(f"{OP}: got {seen}; expected one dtype and device, all contiguous")
+def check(
+    x: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor", *others: "torch.Tensor", inner: int, quantized: bool = False
+) -> None:
+    """Raises ValueError unless x (B, H, W, 2E), weight (3, 3, 2E) and bias (2E,) have E = inner, x and the others (B, H, W, …) are
+    contiguous and of one dtype, bf16, fp16 or fp32, and all are on one device. quantized: the others are of another dtype."""
+    fits = x.ndim == 4 and x.shape[3] == 2 * inner and weight.shape == (3, 3, 2 * inner) and bias.shape == (2 * inner,)
+    fits = fits and str(x.dtype).removeprefix("torch.") in ("float16", "bfloat16", "float32")
+    fits = fits and all(t.is_contiguous() and t.shape[:3] == x.shape[:3] for t in (x, *others))
+    fits = fits and (quantized or all(t.dtype == x.dtype for t in others))
+    if not fits or any(t.device != x.device for t in (weight, bias, *others)):
+        seen = "; ".join(f"{tuple(t.shape)} strides {t.stride()} {t.dtype} {t.device}" for t in (x, weight, bias, *others))
+        raise ValueError(
+            f"{OP}: got {seen}; expected x (B, H, W, 2E) of fp16, bf16 or fp32, weight (3, 3, 2E), bias (2E,), and others "
+            "(B, H, W, …) of x's dtype, on one device; all but weight and bias contiguous"
+        )
 
 
 def launch(
@@ -69,12 +79,12 @@ def launch(
 ) -> None:
     """Write the op's result into y (B, H, W, E). x (B, H, W, 2E), of y's dtype; weight (3, 3, 2E), bias (2E,) of any.
 
-    x and y: contiguous, of bf16, fp16 or fp32, on the current GPU, else ValueError. quantized: y is in 8 bits; also write
-    these scales, if any.
+    x and y: contiguous, of bf16, fp16 or fp32, on the current GPU, else ValueError, as for other shapes. quantized: y is in 8
+    bits; also write these scales, if any.
     """
     check_outputs(OP, y, quantized)
-    check(x, *(() if quantized else (y,)))
     batch, height, width, inner = y.shape
+    check(x, weight, bias, y, inner=inner, quantized=quantized is not None)
     if y.numel() == 0:
         return
     programs, options = plan(batch=batch, height=height, width=width, channels=inner, least=least_rows(inner))

@@ -95,8 +95,8 @@ def launch(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dx: Tensor) -> t
 
     dy (B, H, W, E), x and dx (B, H, W, 2E): contiguous, of one dtype, on the current GPU, else ValueError.
     """
-    check(dy, x, dx)
     batch, height, width, inner = dy.shape
+    check(x, weight, bias, dy, dx, inner=inner)
     if dy.numel() == 0:
         dx.zero_()
         return torch.zeros_like(weight), torch.zeros_like(bias)

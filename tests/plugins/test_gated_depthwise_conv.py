@@ -16,6 +16,7 @@ from parity.bound import assert_parity
 from torch.nn import functional as F
 
 from plugins import gated_depthwise_conv as op
+from plugins import gated_depthwise_conv_backward as backward
 from plugins.launch import Launch, evaluate
 from sana_ref import gated_conv_ops as ops
 from sana_ref.checkpoint import load
@@ -227,6 +228,19 @@ def test_bad_arguments(targets, dtype, channels, message):
 def test_wrong_shapes(x, weight):
     with pytest.raises(ValueError, match=r"got x, weight, bias of shapes .* expected \(B, H, W, 2E\)"):
         ops.gated_depthwise_conv(torch.ones(x), torch.ones(weight), torch.ones(weight[-1]))
+
+
+@pytest.mark.parametrize("change", ["x", "weight", "bias", "fp64"])
+def test_wrong_tensors(change):
+    """The kernel would read past their ends."""
+    dy, x, weight, bias = inputs((1, 2, 3, 4), torch.float64 if change == "fp64" else "fp16")
+    given = {"x": x, "weight": weight, "bias": bias}
+    if change != "fp64":
+        given[change] = given[change][..., :-1].contiguous()
+    with pytest.raises(ValueError, match=r"GatedDepthwiseConv: got .*; expected x \(B, H, W, 2E\)"):
+        op.launch(*given.values(), torch.empty_like(dy))
+    with pytest.raises(ValueError, match=r"GatedDepthwiseConv: got .*; expected x \(B, H, W, 2E\)"):
+        backward.launch(dy, *given.values(), torch.empty_like(given["x"]))
 
 
 def milliseconds(call, rounds=20):
