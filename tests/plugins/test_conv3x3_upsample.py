@@ -10,8 +10,8 @@ from parity.bound import assert_parity
 from parity.interpreter import interpret
 from torch.nn import functional as F
 
+from plugins import conv3x3, cubin
 from plugins import conv3x3_upsample as op
-from plugins import cubin
 from plugins.launch import Launch, evaluate
 from sana_ref import conv_ops
 from sana_ref.autoencoder import repeat_channels
@@ -220,7 +220,9 @@ def test_cubins(target):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capability", cubin.CAPABILITIES)
 def test_largest_blocks_fit(capability, dtype):
-    assert op.compile_cubin(capability, dtype, 256, 128, 2, True).shared <= cubin.max_shared(capability)
+    for sizes in ((256, 128, 2, True), (512, 256, 2, True), (512, 256, 2, False)):  # the last two: of all columns that a block has
+        assert op.compile_cubin(capability, dtype, *sizes).shared <= cubin.max_shared(capability)
+    assert op.plan(capability, dtype, 512, 256, 2, True).block_n == conv3x3.BLOCK_N[dtype]
 
 
 @pytest.mark.parametrize(
