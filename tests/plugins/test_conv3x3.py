@@ -74,25 +74,42 @@ def turned(out, x, weight, *rest, kind):
 """
 
 
+def poisoned(kind):
+    """One number of x is NaN, beside a border and away from the others."""
+    given = inputs(SHAPES[0], "fp16", kind)
+    given[0][1, 4, 2, 5] = torch.nan
+    return given
+
+
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory):
-    """Outputs by case, all from one process; last, one whose filters are the wrong way round."""
+    """Outputs by case and of `poisoned`, all from one process; last, one whose filters are the wrong way round."""
     folder = tmp_path_factory.mktemp("launch")
     (folder / "conv_launch.py").write_text(LAUNCH)
     calls = []
     for shape, dtype, kind in INTERPRETED:
         out = torch.empty(*shape[:3], shape[4], dtype=DTYPES[dtype])
         calls.append(((out, *inputs(shape, dtype, kind)), {"kind": kind}))
+    for kind in KINDS:
+        calls.append(((torch.empty(*SHAPES[0][:3], SHAPES[0][4]).half(), *poisoned(kind)), {"kind": kind}))
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         outputs = interpret("conv_launch:launch", calls)
         wrong = interpret("conv_launch:turned", calls[:1])
-    return dict(zip(INTERPRETED, outputs, strict=True)) | {"wrong": wrong[0]}
+    return dict(zip([*INTERPRETED, *(("nan", kind) for kind in KINDS)], outputs, strict=True)) | {"wrong": wrong[0]}
 
 
 @pytest.mark.parametrize("case", INTERPRETED, ids=str)
 def test_kernels(interpreted, case):
     check(interpreted[case], inputs(*case), case[2], f"kernel {case}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_stays_one(interpreted, kind):
+    """In the pixels around it, and nowhere else."""
+    bad = torch.zeros(SHAPES[0][:3], dtype=torch.bool)
+    bad[1, 3:, 1:4] = True
+    assert torch.equal(interpreted["nan", kind].isnan(), bad[..., None].expand(*bad.shape, SHAPES[0][4]))
 
 
 def test_planted_error_is_caught(interpreted):

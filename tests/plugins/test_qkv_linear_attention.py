@@ -179,6 +179,25 @@ def test_kernels(interpreted, case):
     assert torch.equal(interleaved, got)  # the same sums, read elsewhere
 
 
+@pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
+def test_a_nan_stays_one(tmp_path, monkeypatch, rotary):
+    """Of q in its token, of k and v in all tokens of its head."""
+    (tmp_path / "nan_launch.py").write_text(LAUNCH)
+    monkeypatch.syspath_prepend(tmp_path)
+    shape, calls = (1, 70, 2, 32), []
+    for part in range(3):
+        qkv = projection(shape, "fp16").unflatten(2, (3, 2, 32))
+        qkv[0, 66, part, 1, 4] = torch.nan
+        given = (torch.empty(1, 70, 64).half(), qkv.flatten(2), torch.tensor(2))
+        calls.append(((*given, angles(70, 32)) if rotary else given, {}))
+    outputs = [out.unflatten(2, (2, 32)).isnan() for out in interpret(f"nan_launch:launch{'_rotary' if rotary else ''}", calls)]
+    assert not any(out[:, :, 0].any() for out in outputs)
+    q, k, v = (out[0, :, 1] for out in outputs)
+    assert q.all(-1).nonzero().flatten().tolist() == q.any(-1).nonzero().flatten().tolist() == [66]
+    assert k.all()
+    assert v.any(0).nonzero().flatten().tolist() == v.all(0).nonzero().flatten().tolist() == [4]
+
+
 def test_planted_error_is_caught(interpreted):
     with pytest.raises(AssertionError, match="expected at most"):
         check(interpreted["wrong"], projection(SHAPES[1], "fp16"), SHAPES[1][2], "channels moved")
