@@ -2,16 +2,17 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
-__all__ = ["graph_ms"]
+__all__ = ["captured", "graph_ms"]
 
 ROUNDS = 20
 
 
-def graph_ms(calls: Sequence[Callable[[], object]]) -> float:
-    """Median milliseconds of all calls, one after the other, captured once after each was called once."""
+def captured(calls: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """All calls, one after the other, as one launch. Each is called once before."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -19,11 +20,21 @@ def graph_ms(calls: Sequence[Callable[[], object]]) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times = []
+    return partial(_replay, graph, calls)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, calls: Sequence[Callable[[], object]]) -> None:
+    """calls: they hold the tensors that the graph reads."""
+    graph.replay()
+
+
+def graph_ms(calls: Sequence[Callable[[], object]]) -> float:
+    """Median milliseconds of all calls, one after the other, captured once after each was called once."""
+    replay, times = captured(calls), []
     for _ in range(ROUNDS):
         began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         began.record()
-        graph.replay()
+        replay()
         ended.record()
         ended.synchronize()
         times.append(began.elapsed_time(ended))

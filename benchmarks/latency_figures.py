@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.figures import UNSUPPORTED, record
-from benchmarks.latency_floor import Floor, decoder_floor, denoiser_floor
+from benchmarks.latency_floor import PRODUCTS, floor_of
 from benchmarks.latency_history import Record
 from benchmarks.latency_work import PROMPT
+from benchmarks.latency_yardstick import copy_rate
 from engines.gpu import device_info
 from engines.spec import COMPONENTS, QUANTIZED, Precision
 from runtime.image import save_png
@@ -58,16 +59,12 @@ def size_name(checkpoint: Checkpoint) -> str:
     return "tiny" if count < 100e6 else f"{round(count / 1e8) * 100}m"
 
 
-def floor_of(checkpoint: Checkpoint, found: Record) -> Floor | None:
-    """None: of NVFP4 there is none."""
-    if found.precision == Precision.NVFP4:
+def floor_ms(checkpoint: Checkpoint, found: Record) -> tuple[float, float] | None:
+    """Of products, which took turns with the work, and of traffic at the rate of a copy. None: they did not, for there is none."""
+    products, floor = found.references.get(PRODUCTS), floor_of(checkpoint, found, found.precision)
+    if products is None or floor is None:
         return None
-    size = {"width": found.width, "height": found.height}
-    if found.component == "decoder":
-        return decoder_floor(checkpoint.vae_config, batch=found.batch, precision=found.precision, **size)
-    config = checkpoint.transformer_config
-    texts = found.batch * (1 if config.guidance_embeds else 2)
-    return denoiser_floor(config, texts=texts, precision=found.precision, **size)
+    return products.ms, 1000 * floor.traffic_bytes / copy_rate(gpu=True)
 
 
 def record_figures(
@@ -113,8 +110,8 @@ def record_figures(
             if component not in found:
                 continue
             ratio = errors[component]["engine"].rms / errors[component]["pytorch"].rms
-            floor = floor_of(checkpoint, found[component])
-            words = "" if floor is None else f"floor: products {floor.products_ms:.2f} ms, traffic {floor.traffic_ms:.2f}"
+            floor = floor_ms(checkpoint, found[component])
+            words = "" if floor is None else f"floor: products {floor[0]:.2f} ms, traffic {floor[1]:.2f}"
             keep(
                 f"{names[component]}_{found[component].precision}_ms",
                 times[f"{stage}_ms"],
@@ -122,7 +119,7 @@ def record_figures(
                 words,
                 _clock(found[component]),
                 "" if draws else "by itself, in one CUDA graph",
-                peer=_peers(found[component]) | ({} if floor is None else {"floor": round(floor.ms, 4)}),
+                peer=_peers(found[component]) | ({} if floor is None else {"floor": round(sum(floor), 4)}),
             )
         if size == "tiny" and draws:
             keep("tiny_picture_gpu_ms", times["wall_ms"], f"{steps} steps, {px}, prompt to PNG")

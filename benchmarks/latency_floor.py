@@ -1,46 +1,52 @@
 """The least that a step or a decode could take on this GPU: its matrix products, and its memory traffic at the rate of a copy.
 
 Of a denoiser step: the products of all blocks, each with weights of its own, in one CUDA graph through PyTorch, plus what lies
-between them, if every tensor between two products were read and written once. Of a decode: as many of the fastest GEMM as have its
-FLOPs, in one CUDA graph, so that the clock is what such work leaves; those of FP8 or INT8 convolutions in such a type; plus what
-lies between its convolutions and products, as above. FLOPs are those of the model as PyTorch computes it: an upsampling
-convolution behind nearest neighbours has nine taps, where ours has four, and a decode of 1024 px 8.4 TFLOP, not 7.4. All are
-measured in the run that compares with them. FP8 products have a scale a row, as ours; INT8 products give int32, which is all that
-PyTorch has, and more to write than fp16. NVFP4 has no floor: its products need a GPU of SM 120, where this was not tried.
+between them, if every tensor between two products were read and written once. Of a decode: as many of the fastest GEMM as have
+its FLOPs, in one CUDA graph; those of FP8 or INT8 convolutions in such a type; plus what lies between its convolutions and
+products, as above. The products take turns with the work and its peers, so that they have the clock that those have. FLOPs are
+those of the model as PyTorch computes it: an upsampling convolution behind nearest neighbours has nine taps, where ours has four,
+and a decode of 1024 px 8.4 TFLOP, not 7.4. All are measured in the run that compares with them. FP8 products have a scale a row,
+as ours; INT8 products give int32, which is all that PyTorch has, and more to write than fp16. NVFP4 has no floor: its products
+need a GPU of SM 120, where this was not tried.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.graph_timing import graph_ms
-from benchmarks.latency_yardstick import copy_rate, gemm_flops
-from engines.spec import PX_PER_LATENT
+from benchmarks.graph_timing import captured, graph_ms
+from benchmarks.latency_timing import Task, TorchEvents
+from benchmarks.latency_yardstick import gemm_flops
+from engines.spec import PX_PER_LATENT, Precision
 from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, per_stage
 from sana_ref.build import empty
 
 if TYPE_CHECKING:
+    from sana_ref.checkpoint import Checkpoint
     from sana_ref.transformer import SanaTransformerConfig
 
 __all__ = [
+    "PRODUCTS",
     "Floor",
     "Product",
     "decoder_floor",
     "decoder_flops",
     "decoder_traffic_bytes",
     "denoiser_floor",
+    "floor_of",
     "narrow_rate",
     "products",
     "residual_flops",
     "traffic_bytes",
 ]
 
+PRODUCTS = "floor, products"  # its name among the references of a work
 BIG_GEMM = (8192, 8192, 8192)
 HALF = 2  # bytes
 NARROW = ("fp8", "int8")
@@ -56,12 +62,26 @@ class Product:
 
 @dataclass(frozen=True)
 class Floor:
-    products_ms: float
-    traffic_ms: float
+    """products: with the precision of each. traffic_bytes: what lies between them."""
 
-    @property
-    def ms(self) -> float:
-        return self.products_ms + self.traffic_ms
+    products: tuple[tuple[Product, str], ...]
+    traffic_bytes: int
+
+    def task(self) -> Task:
+        """All products in one CUDA graph, each with operands of its own. Needs a GPU."""
+        return Task(PRODUCTS, captured([_call(*each) for each in self.products]), TorchEvents())
+
+
+def floor_of(checkpoint: Checkpoint, work: Any, precision: str) -> Floor | None:
+    """work: a latency_work.Work or a record of one. None: there is none of NVFP4, nor of what is no denoiser or decoder."""
+    size = {"width": work.width, "height": work.height}
+    if precision == Precision.NVFP4 or work.component not in ("denoiser", "decoder"):
+        return None
+    if work.component == "decoder":
+        return decoder_floor(checkpoint.vae_config, batch=work.batch, precision=precision, **size)
+    config = checkpoint.transformer_config
+    texts = work.batch * (1 if config.guidance_embeds else 2)
+    return denoiser_floor(config, texts=texts, precision=precision, **size)
 
 
 def _inner(config: SanaTransformerConfig) -> int:
@@ -90,25 +110,27 @@ def traffic_bytes(config: SanaTransformerConfig, rows: int, precision: str = "fp
 
 def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, texts: int, precision: str) -> Floor:
     """texts: pictures times texts a picture. precision: "fp16", "bf16", "fp32", which is taken at the rate and widths of fp16,
-    "int8" or "fp8". Needs a GPU."""
+    "int8" or "fp8"."""
     rows = texts * (width // PX_PER_LATENT // config.patch_size) * (height // PX_PER_LATENT // config.patch_size)
     kind = "fp16" if precision == "fp32" else precision
-    calls = [_call(product, kind) for _ in range(config.num_layers) for product in products(config, rows)]
-    traffic = config.num_layers * traffic_bytes(config, rows, precision) / copy_rate(gpu=True)
-    return Floor(graph_ms(calls), 1000 * traffic)
+    block = tuple((product, kind) for product in products(config, rows))
+    return Floor(config.num_layers * block, config.num_layers * traffic_bytes(config, rows, precision))
 
 
 def narrow_rate(precision: str) -> float:
     """FLOP/s of PyTorch's product of BIG_GEMM in "fp8" or "int8". Needs a GPU."""
-    flops = 5 * gemm_flops(BIG_GEMM)
-    return 1000 * flops / _products_ms(flops, precision)
-
-
-def _products_ms(flops: float, precision: str) -> float:
-    """Of as many of BIG_GEMM as have those FLOPs, in one graph."""
     rows, depth, columns = BIG_GEMM
-    repeats = max(1, round(flops / gemm_flops(BIG_GEMM)))
-    return graph_ms([_call(Product(rows, columns, depth), precision)] * repeats) * flops / (repeats * gemm_flops(BIG_GEMM))
+    call, repeats = _call(Product(rows, columns, depth), precision), 5
+    return 1000 * repeats * gemm_flops(BIG_GEMM) / graph_ms([call] * repeats)
+
+
+def _large(flops: int, precision: str) -> tuple[tuple[Product, str], ...]:
+    """Products of BIG_GEMM's size, or smaller ones where it has too many, and one with fewer rows, that have those FLOPs."""
+    side = next(side for side in (8192, 4096, 2048, 1024, 512, 256) if flops >= gemm_flops((side,) * 3) or side == 256)
+    count, rest = divmod(flops, gemm_flops((side,) * 3))
+    rows = LEAST_INT8_ROWS * round(rest / gemm_flops((LEAST_INT8_ROWS, side, side)))
+    last = ((Product(rows, side, side), precision),) if rows else ()
+    return count * ((Product(side, side, side), precision),) + last
 
 
 def _call(product: Product, precision: str) -> Callable[[], object]:
@@ -176,12 +198,9 @@ def decoder_traffic_bytes(config: AutoencoderDCConfig, *, width: int, height: in
 
 def decoder_floor(config: AutoencoderDCConfig, *, width: int, height: int, batch: int = 1, precision: str = "bf16") -> Floor:
     """precision: "bf16", "fp16" or "fp32", which is taken at the rate of fp16; or "fp8" or "int8", of the residual blocks alone, as
-    ours, beside bf16. Needs a GPU."""
+    ours, beside bf16."""
     size = {"width": width, "height": height, "batch": batch}
-    flops, narrow_ms = decoder_flops(config, **size), 0.0
-    if precision in NARROW:
-        narrow = residual_flops(config, **size)
-        flops, narrow_ms = flops - narrow, _products_ms(narrow, precision)
+    narrow = residual_flops(config, **size) if precision in NARROW else 0
     half = "fp16" if precision in ("fp16", "fp32") else "bf16"
-    traffic = decoder_traffic_bytes(config, **size) / copy_rate(gpu=True)
-    return Floor(narrow_ms + _products_ms(flops, half), 1000 * traffic)
+    found = _large(decoder_flops(config, **size) - narrow, half)
+    return Floor((_large(narrow, precision) if narrow else ()) + found, decoder_traffic_bytes(config, **size))

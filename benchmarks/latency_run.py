@@ -54,6 +54,7 @@ class Plan:
     against: str = GEMM  # the yardstick that --check judges by; pictures always by the GEMM
     note: str = ""
     energy_s: float = 1.0  # how long energy is counted
+    floor: bool = False  # measure a denoiser's and a decoder's too, on a GPU
 
 
 @dataclass
@@ -124,6 +125,8 @@ def measure(engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint
             for name, peer in _peers(stack, engine, work, bench, plan, checkpoint).items():
                 references[name] = replace(peer.task, calls=calls_for(peer.task, plan.least_ms))
                 errors[name] = peer.rms_error
+        if bench.gpu and plan.floor and checkpoint is not None and (floor := _floor(engine, work, checkpoint)) is not None:
+            references[floor.name] = replace(floor, calls=calls_for(floor, plan.least_ms))
         against = _yardstick(work, bench, plan)
         if against not in references:
             raise RequestError(f"--against: got {plan.against!r}; measured here were {', '.join(references)}. Add it to --peers.")
@@ -156,6 +159,16 @@ def _noting(stopwatch: Stopwatch, meter: EnergyMeter, clocks: list[float]) -> St
 def _yardstick(work: Work, bench: Bench, plan: Plan) -> str:
     """By what it is judged. A picture has no peers."""
     return bench.yardstick.name if plan.against == GEMM or work.component == "picture" else plan.against
+
+
+def _floor(engine: SanaEngine, work: Work, checkpoint: Checkpoint) -> Task | None:
+    """Products of the least that the work could take; None where there are none."""
+    from benchmarks.latency_floor import floor_of
+
+    if work.component == "picture":
+        return None
+    floor = floor_of(checkpoint, work, engine.manifest.precision[cast(ComponentName, work.component)])
+    return None if floor is None else floor.task()
 
 
 def _peers(stack: ExitStack, engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class Session:
             self.checkpoint = load(options.model)
         self.plan = Plan(
             rounds=options.rounds, pictures=options.pictures, peers=options.peers, model=options.model, against=options.against,
-            note=options.note,
+            note=options.note, floor=options.record,
         )  # fmt: skip
 
     def __call__(self) -> int:

@@ -9,8 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import latency_floor
 from benchmarks.flops import operator_flops
-from benchmarks.latency_figures import floor_of
-from benchmarks.latency_floor import decoder_flops, decoder_traffic_bytes, products, residual_flops, traffic_bytes
+from benchmarks.latency_floor import (
+    decoder_floor,
+    decoder_flops,
+    decoder_traffic_bytes,
+    floor_of,
+    products,
+    residual_flops,
+    traffic_bytes,
+)
+from benchmarks.latency_work import Work
 from engines.spec import Precision
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.build import empty
@@ -54,17 +62,45 @@ def test_traffic_in_8_bits(precision):
 @pytest.mark.parametrize("precision", [each for each in Precision if each != Precision.NVFP4])
 def test_every_precision_has_a_floor(monkeypatch, precision, component):
     """On tensors without memory."""
-    for name in ("randn", "zeros", "ones", "randint"):
-        make = getattr(torch, name)
-        monkeypatch.setattr(torch, name, lambda *size, device=None, make=make, **more: make(*size, device="meta", **more))
-    monkeypatch.setattr(latency_floor, "graph_ms", lambda calls: float(len(calls)))
-    monkeypatch.setattr(latency_floor, "copy_rate", lambda gpu: 1e12)
+
+    class OnMeta:
+        def __getattr__(self, name):
+            found = getattr(torch, name)
+            if name not in ("randn", "zeros", "ones", "randint"):
+                return found
+            return lambda *size, device=None, **more: found(*size, device="meta", **more)
+
+    monkeypatch.setattr(latency_floor, "torch", OnMeta())
+    monkeypatch.setattr(latency_floor, "captured", lambda calls: calls)
     checkpoint = SimpleNamespace(transformer_config=CONFIG, vae_config=DC_AE)
-    found = floor_of(checkpoint, SimpleNamespace(precision=precision, component=component, width=1024, height=1024, batch=1))
-    assert found.products_ms > 0
-    assert found.traffic_ms > 0
+    work = Work(component=component, width=1024, height=1024, batch=1, steps=1)
+    found = floor_of(checkpoint, work, precision)
+    assert len(found.task().call) == len(found.products) > 0
+    flops = {kind: sum(2 * p.rows * p.columns * p.depth for p, of in found.products if of == kind) for _, kind in found.products}
+    narrow = precision in ("fp8", "int8")
     if component == "denoiser":
-        assert found.traffic_ms == pytest.approx(1000 * CONFIG.num_layers * traffic_bytes(CONFIG, 2048, precision) / 1e12)
+        assert found.traffic_bytes == CONFIG.num_layers * traffic_bytes(CONFIG, 2048, precision)
+        assert list(flops) == ["fp16" if precision == "fp32" else precision]
+        return
+    size = {"width": 1024, "height": 1024, "batch": 1}
+    residual = residual_flops(DC_AE, **size) if narrow else 0
+    half = "fp16" if precision in ("fp16", "fp32") else "bf16"
+    assert flops[half] == pytest.approx(decoder_flops(DC_AE, **size) - residual, rel=0.01)
+    assert flops.get(precision, 0) == pytest.approx(residual, rel=0.01) or not narrow
+    assert found.traffic_bytes == decoder_traffic_bytes(DC_AE, **size)
+
+
+def test_what_has_no_floor():
+    checkpoint = SimpleNamespace(transformer_config=CONFIG, vae_config=DC_AE)
+    for component, precision in (("denoiser", "nvfp4"), ("text_encoder", "bf16"), ("picture", "fp16")):
+        assert floor_of(checkpoint, Work(component=component, width=512, height=512, batch=1, steps=1), precision) is None
+
+
+@pytest.mark.parametrize("side", [32, 64, 256, 1024, 4096])
+def test_small_and_large_decodes_have_their_flops(side):
+    found = decoder_floor(DC_AE, width=side, height=side).products
+    flops = sum(2 * product.rows * product.columns * product.depth for product, _ in found)
+    assert flops == pytest.approx(decoder_flops(DC_AE, width=side, height=side, batch=1), rel=0.01)
 
 
 def test_flops_of_the_decoder():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,13 +20,17 @@ from fakes import write_fake_bundle
 from latency_records import record
 from tiny_build import quiet, request, tiny
 
-from benchmarks import figures, latency, latency_figures, latency_session
+from benchmarks import figures, latency, latency_figures, latency_run, latency_session
+from benchmarks.latency_energy import EnergyMeter
 from benchmarks.latency_figures import record_figures, record_step_ratios
-from benchmarks.latency_floor import Floor
+from benchmarks.latency_floor import PRODUCTS, Floor
 from benchmarks.latency_history import History
 from benchmarks.latency_parity import engine_errors, golden_complaints
 from benchmarks.latency_peers import PEERS
+from benchmarks.latency_run import Bench, Plan, measure
+from benchmarks.latency_timing import Task, cpu_clock
 from benchmarks.latency_work import Work, graph_inputs
+from benchmarks.latency_yardstick import cpu_gemm
 from engines.gpu import current_target
 from engines.parity_report import ErrorStats, bound_from, check_size
 from engines.spec import Precision, Target
@@ -105,7 +110,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SanaEngi
 def test_figures_have_the_peers_beside_them(
     engine: SanaEngine, recorded: Path, parameters: int, step_name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.latency_figures.floor_of", lambda *_: Floor(products_ms=0.75, traffic_ms=0.125))
+    monkeypatch.setattr("benchmarks.latency_figures.floor_ms", lambda *_: (0.75, 0.125))
     stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
     errors = {name: {"engine": stats, "pytorch": stats} for name in ("denoiser", "decoder")}
     size = {"width": 64, "height": 64}
@@ -132,7 +137,7 @@ def test_figures_have_the_peers_beside_them(
 
 def test_a_bundle_that_draws_nothing_is_timed_by_itself(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.latency_figures.device_info", lambda: SimpleNamespace(capability=(9, 0)))
-    monkeypatch.setattr("benchmarks.latency_figures.floor_of", lambda *_: Floor(products_ms=0.75, traffic_ms=0.0))
+    monkeypatch.setattr("benchmarks.latency_figures.floor_ms", lambda *_: None)
     alone = SimpleNamespace(manifest=SimpleNamespace(components=("decoder",)))
     checkpoint = SimpleNamespace(sources={"transformer": SimpleNamespace(shapes={"weight": (1_600_000_000,)})})
     stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
@@ -222,8 +227,29 @@ def test_two_bundles_of_one_call(recorded: Path, monkeypatch: pytest.MonkeyPatch
     assert given == [["fp16", "fp8"]]
 
 
-def test_nvfp4_has_no_floor() -> None:
-    assert latency_figures.floor_of(model_of(1), record(precision="nvfp4")) is None
+def test_a_floor_is_what_took_turns_and_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_figures, "floor_of", lambda *_: Floor(products=(), traffic_bytes=3_000_000_000))
+    monkeypatch.setattr(latency_figures, "copy_rate", lambda gpu: 4e12)
+    beside = record()
+    references = beside.references | {PRODUCTS: next(iter(beside.references.values())).model_copy(update={"ms": 6.0})}
+    assert latency_figures.floor_ms(model_of(1), beside.model_copy(update={"references": references})) == (6.0, 0.75)
+    assert latency_figures.floor_ms(model_of(1), beside) is None  # none was measured
+
+
+def test_a_floor_takes_turns_with_the_work(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one and it was asked for."""
+    made = []
+    products = Floor(products=(), traffic_bytes=1)
+    monkeypatch.setattr("benchmarks.latency_floor.floor_of", lambda _, work, precision: made.append(work.component) or products)
+    monkeypatch.setattr(Floor, "task", lambda self: Task(PRODUCTS, lambda: time.sleep(1e-4), cpu_clock))
+    monkeypatch.setattr(latency_run, "gpu_memory_used", lambda: 1)
+    bench = Bench(gpu=True, run="1" * 12, yardstick=cpu_gemm((64, 64, 64)), meter=EnergyMeter(None))
+    for component, asked, there in (("denoiser", True, True), ("denoiser", False, False), ("picture", True, False)):
+        work = Work(component=component, width=64, height=64, batch=1, steps=1)
+        found = measure(engine, work, bench, Plan(rounds=3, pictures=3, floor=asked), model_of(1))
+        assert (PRODUCTS in found.references) == there
+        assert all(other.rms_error is None for other in found.references.values())
+    assert made == ["denoiser"]
 
 
 @pytest.mark.slow
