@@ -5,7 +5,8 @@
     python benchmarks/take_figures.py steps decode --limit 600     # two groups, ten minutes of them; the next call goes on
 
 A group has a checkpoint, bundles of it and figures of those. Its bundles are built at the same time, each with its share of the
-processor's cores; then figures are taken one at a time, with nothing beside them, and appended to benchmarks/results/figures.jsonl.
+processor's cores; then figures are taken one at a time, with nothing beside them, and appended to benchmarks/results/figures.jsonl,
+and the runs that they are of to benchmarks/history.
 What failed is said, with the end of its log, and the others go on; the exit code is 1. It is 3 if the time was over. --clean
 removes checkpoint, bundles and cache of a group whose figures are taken. Remove --out to take all of them again, of changed code
 for example.
@@ -23,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.figures import ROOT
@@ -32,7 +34,7 @@ from runtime.together import default_threads
 
 __all__ = ["GROUPS", "Group", "Runner", "main"]
 
-LATENCY = ("benchmarks/latency.py", "--rounds", "50", "--pictures", "20", "--no-history", "--record", "--note", "random weights")
+LATENCY = ("benchmarks/latency.py", "--rounds", "50", "--pictures", "20", "--record", "--note", "random weights")
 RUNTIME = ("benchmarks/runtime_figures.py", "--record", "--note", "random weights")
 COMPILED = ("--peers", "eager,reduce-overhead,max-autotune")
 NEEDED_S = 60  # a figure is not begun if less is left: the shortest take this long
@@ -46,13 +48,18 @@ class TimeOver(SanaError):
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Words of a command that begin with @ are folders of the group: @model, and @NAME of a bundle."""
+    """Words of a command that begin with @ are folders of the group: @model, called as its variant, and @NAME of a bundle."""
 
     about: str
     checkpoint: tuple[str, ...]  # arguments of random_checkpoint.py
     bundles: Mapping[str, tuple[str, ...]]  # arguments of build_engine.py
     figures: Mapping[str, tuple[str, ...]]  # programs with their arguments
     common: tuple[str, ...] = field(default=("--max-batch", "2"))  # of all bundles
+
+    @property
+    def model(self) -> str:
+        """What the checkpoint's folder is called, and so its runs in the history."""
+        return dict(pairwise(self.checkpoint)).get("--variant", "model")
 
 
 def _latency(bundles: str, components: str, *more: str) -> tuple[str, ...]:
@@ -153,7 +160,7 @@ class Runner:
 
     def clean(self) -> None:
         """Remove all but the logs, and what says which figures are taken."""
-        for name in ("model", "cache", *self.group.bundles):
+        for name in (self.group.model, "cache", *self.group.bundles):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for job in ("checkpoint", *(f"bundle {name}" for name in self.group.bundles)):
             (self.folder / "done" / job).unlink(missing_ok=True)
@@ -162,7 +169,10 @@ class Runner:
         return (self.folder / "done" / job).exists()
 
     def _command(self, program: str, *words: str) -> list[str]:
-        return [sys.executable, str(ROOT / program), *(str(self.folder / w[1:]) if w.startswith("@") else w for w in words)]
+        folders = {f"@{name}": str(self.folder / name) for name in self.group.bundles} | {
+            "@model": str(self.folder / self.group.model)
+        }
+        return [sys.executable, str(ROOT / program), *(folders.get(word, word) for word in words)]
 
     def _all(self, jobs: Mapping[str, Sequence[str]]) -> None:
         """Those that are not done yet, at the same time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,14 @@ def test_all_of_a_group(take, tmp_path: Path) -> None:
     assert take(GROUP, "--clean") == (0, [])
     assert not (tmp_path / "out" / "test" / "model").exists()
     assert take() == (0, [])  # and stays done
+
+
+def test_a_checkpoint_is_called_as_its_variant(take, tmp_path: Path) -> None:
+    """So that the history's files are."""
+    code, ran = take(replace(GROUP, checkpoint=("--variant", "small")))
+    assert code == 0
+    assert ran[0] == "begin random_checkpoint --variant small --out small"
+    assert ran[-1] == "end figure b --model small"
 
 
 def test_bundles_share_the_cores(take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
