@@ -43,20 +43,20 @@ def sizes(text: str) -> list[tuple[int, int]]:
         if len(sides) > 2 or not all(side.isdecimal() for side in sides):
             raise argparse.ArgumentTypeError(f"got {word!r}; expected pixels, such as 512,1024x768")
         found.append((int(sides[0]), int(sides[-1])))
-    return found
+    return list(dict.fromkeys(found))
 
 
 def numbers(text: str) -> list[int]:
     if not all(word.isdecimal() and int(word) for word in text.split(",")):
         raise argparse.ArgumentTypeError(f"got {text!r}; expected numbers from 1, such as 1,2,4")
-    return [int(word) for word in text.split(",")]
+    return list(dict.fromkeys(int(word) for word in text.split(",")))
 
 
 def components(text: str) -> list[str]:
     words = text.split(",")
     if wrong := [word for word in words if word not in WORKS]:
         raise argparse.ArgumentTypeError(f"got {', '.join(wrong)}; {nearest(wrong[0], WORKS)}")
-    return words
+    return list(dict.fromkeys(words))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -96,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
     then.add_argument("--floor-ms", type=float, default=0.02, help="… more than this")
     then.add_argument("--confirm", type=int, default=1, help="how often what looks slower is measured again")
     then.add_argument("--accept", nargs="?", const=THIS_RUN, metavar="RUN", help="accept this run; or one that was measured before")
-    then.add_argument("--record", action="store_true", help="append to benchmarks/results/figures.jsonl")
+    then.add_argument(
+        "--record", action="store_true", help="append what was measured at the first size to benchmarks/results/figures.jsonl"
+    )
     then.add_argument(
         "--report", type=Path, metavar="HTML", help="write the history as a page; without --bundle or --check, only that"
     )

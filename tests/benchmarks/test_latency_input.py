@@ -149,3 +149,8 @@ def test_a_bundle_that_has_not_all_components(asked: str, why: str, bundle: Path
 def test_bad_lists_are_refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         latency.parser().parse_args(arguments)
+
+
+def test_what_is_said_twice_is_measured_once() -> None:
+    options = latency.parser().parse_args(["--sizes", "64,96,64x64", "--batches", "2,1,2", "--components", "decoder,decoder"])
+    assert (options.sizes, options.batches, options.components) == ([(64, 64), (96, 96)], [2, 1], ["decoder"])
