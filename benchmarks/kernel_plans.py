@@ -15,7 +15,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from benchmarks.figures import CHANGES, UNKNOWN, commit, machine, versions, writ
 from benchmarks.graph_timing import graph_ms
 from benchmarks.kernel_case import Call, Case
 from benchmarks.writable import writable_file
+from engines.errors import RequestError
 from engines.spec import nearest
 from runtime.together import default_threads
 
@@ -67,13 +68,26 @@ def compile_all(names: str, jobs: int) -> None:
         raise subprocess.CalledProcessError(max(codes), command)
 
 
-def measure(names: Iterable[str], out: Path | None) -> None:
-    """Cases of CASES, written to `out` one after the other, but for those that it has of the same commit. Changes that are not
-    committed may be others by now: all is measured anew."""
+def begun(names: Sequence[str], out: Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a result says of this run, and what `out` has of the same commit, which is not measured again. Changes that are not
+    committed may be others by now: all is measured anew. Raises RequestError if kernels of `out` that are none of `names` would be
+    lost so."""
     head = {"machine": machine(), "versions": versions(), "commit": commit()}
     before = json.loads(out.read_text(encoding="utf-8")) if out is not None and out.exists() else {}
     known = head["commit"] != UNKNOWN and CHANGES not in str(head["commit"])
-    found = before.get("kernels", []) if known and {key: before.get(key) for key in head} == head else []
+    if known and {key: before.get(key) for key in head} == head:
+        return head, before.get("kernels", [])
+    if before and (left := [name for name in CASES if name not in names]):
+        raise RequestError(
+            f"--out: got {out}, which is of commit {before.get('commit')}; expected a new file, or --kernels with "
+            f"{', '.join(left)} too: what it has of them would be lost."
+        )
+    return head, []
+
+
+def measure(names: Sequence[str], out: Path | None) -> None:
+    """Cases of CASES, written to `out` one after the other. Raises as begun()."""
+    head, found = begun(names, out)
     done = {row["kernel"] for row in found}
     for case in (case for name in names for case in CASES[name]()):
         if case.name in done:
@@ -104,6 +118,10 @@ def main() -> int:
     if options.compile_share:
         compile_share(names, *map(int, options.compile_share.split("/")))
         return 0
+    try:
+        begun(names, options.out)
+    except RequestError as error:
+        parser.error(str(error))
     if options.jobs > 1:
         compile_all(options.kernels, options.jobs)
     torch.backends.cudnn.benchmark = True

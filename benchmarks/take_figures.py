@@ -34,7 +34,7 @@ from runtime.together import default_threads
 
 __all__ = ["GROUPS", "Group", "Runner", "main"]
 
-LATENCY = ("benchmarks/latency.py", "--rounds", "50", "--pictures", "20", "--record", "--note", "random weights")
+LATENCY = ("benchmarks/latency.py", "--rounds", "50", "--pictures", "50", "--record", "--note", "random weights")
 RUNTIME = ("benchmarks/runtime_figures.py", "--record", "--note", "random weights")
 COMPILED = ("--peers", "eager,reduce-overhead,max-autotune")
 NEEDED_S = 60  # a figure is not begun if less is left: the shortest take this long
@@ -122,6 +122,7 @@ GROUPS: Mapping[str, Group] = {
             "picture": _latency("@fp8", "picture", "--peers", "none"),
             "runtime": (*RUNTIME, "@fp16", "--name", "1600m"),
             "text": _latency("@fp16", "text_encoder", "--batches", "2", "--text-tokens", "300", *COMPILED),
+            "instructed": _latency("@fp16", "text_encoder", "--batches", "2", *COMPILED),
         },
     ),
 }

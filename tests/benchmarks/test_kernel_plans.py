@@ -8,6 +8,7 @@ import torch
 import triton
 
 from benchmarks import kernel_case, kernel_plans
+from engines.errors import RequestError
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,21 @@ def test_a_call_goes_on_behind_what_was_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(kernel_plans, "commit", lambda: "another")
     kernel_plans.measure(["kernel"], out)
     assert measured == 2 * ["first", "second"]
+
+
+def test_kernels_that_are_not_asked_for_are_not_lost(monkeypatch, tmp_path):
+    out = tmp_path / "plans.json"
+    row = {"source": {}, "peers": {}, "plans": []}
+    monkeypatch.setattr(kernel_plans, "measured", lambda case: {"kernel": case.name, **row})
+    case = kernel_plans.Case("first", [], lambda plan: lambda: None, {})
+    monkeypatch.setattr(kernel_plans, "CASES", {"kernel": lambda: [case], "other": lambda: []})
+    monkeypatch.setattr(kernel_plans, "commit", lambda: "one")
+    kernel_plans.measure(["kernel", "other"], out)
+    before = out.read_bytes()
+    monkeypatch.setattr(kernel_plans, "commit", lambda: "another")
+    with pytest.raises(RequestError, match="of commit one; expected a new file, or --kernels with other too"):
+        kernel_plans.measure(["kernel"], out)
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize("commit", ["one+changes", "unknown"])
