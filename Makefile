@@ -8,7 +8,7 @@ PROMPT ?= a red apple on a yellow background
 
 WORKERS ?= 2
 QUICK = $(BIN)/python -m pytest -m "not slow and not gpu"
-HALF := apps benchmarks engines plugins sana_ref train
+HALF := apps benchmarks plugins sana_ref train
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check quick-half quick-rest lint type test-gpu clean
