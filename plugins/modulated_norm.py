@@ -198,7 +198,8 @@ def launch(
     """Write the outputs: hidden and normed; hidden, bits and scale, which is FP8; or, with an out_scale, hidden and numbers of it.
 
     x, branch, hidden and normed: one shape and dtype of fp16, bf16, fp32. bits: int8, numbers: int8 or e4m3, of that shape. scale:
-    (B, N), fp32. All contiguous, on the current GPU, out_scale above 0, else ValueError. Times and tables: of any floating dtype.
+    (B, N), fp32. All contiguous, on the current GPU, out_scale above 0, else ValueError. Times and tables: of any floating dtype,
+    and of shapes as the module's docstring says, else ValueError.
     """
     kind: OutKind | None = "fp8" if len(outputs) == 3 else None
     if out_scale is not None:
@@ -218,6 +219,13 @@ def launch(
     if x.numel() == 0:
         return
     batch, tokens, dim = x.shape
+    for (times, table), of in ((modulation, rows[:2]), *([(gate, rows[2:])] if gate else [])):
+        fits = table.ndim == 2 and table.shape[1] == dim and max(of) < table.shape[0]
+        if not fits or times.shape not in ((batch, dim), (batch, table.numel())):
+            raise ValueError(
+                f"{PLAIN}: got a time {tuple(times.shape)} and a table {tuple(table.shape)} for rows {of}; expected (B, R D) or "
+                f"(B, D) and (R, D), B {batch}, D {dim}, with those rows"
+            )
     time, gate_time = modulation[0], (gate or modulation)[0]
     variant = Variant(
         dim=dim,

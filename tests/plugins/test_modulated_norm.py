@@ -401,6 +401,12 @@ def test_bad_arguments():
     for outputs, scale_of_all in (((ones, ones), 1.0), ((ones, bits), 0.0), ((ones, bits, scale), 1.0)):
         with pytest.raises(ValueError, match=r"or \(B, N, D\) int8 or e4m3 alone and a scale above 0"):
             op.launch(ones, ones, (ones[0], ones[0]), None, outputs, rows=SECOND, rms=False, eps=EPS, out_scale=scale_of_all)
+    table, times = torch.ones(6, 16), torch.ones(1, 96)
+    right = times, table
+    for wrong in ((times[:, :32], table), (torch.ones(2, 96), table), (times, table[:4]), (times, table[:, :8])):
+        for modulation, gate in ((wrong, right), (right, wrong)):
+            with pytest.raises(ValueError, match=r"expected \(B, R D\) or \(B, D\) and \(R, D\), B 1, D 16, with those rows"):
+                op.launch(ones, ones, modulation, gate, (ones, ones), rows=(3, 4, 5), rms=False, eps=EPS)
     for old in (sm for sm in cubin.CAPABILITIES if sm < 89):
         with pytest.raises(ValueError, match=f"ModulatedNorm: got target sm{old}; expected sm89 or newer"):
             op.compile_cubins([f"sm{old}"], "fp16", op.Variant(dim=16, rows=SECOND, time_rows=6, quantized="fp8"), EPS)
