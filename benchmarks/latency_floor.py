@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, per_stage
 from sana_ref.build import empty
 
 if TYPE_CHECKING:
+    from benchmarks.latency_history import Record
+    from benchmarks.latency_work import Work
     from sana_ref.checkpoint import Checkpoint
     from sana_ref.transformer import SanaTransformerConfig
 
@@ -72,8 +74,8 @@ class Floor:
         return Task(PRODUCTS, captured([_call(*each) for each in self.products]), TorchEvents())
 
 
-def floor_of(checkpoint: Checkpoint, work: Any, precision: str) -> Floor | None:
-    """work: a latency_work.Work or a record of one. None: there is none of NVFP4, nor of what is no denoiser or decoder."""
+def floor_of(checkpoint: Checkpoint, work: Work | Record, precision: str) -> Floor | None:
+    """None: there is none of NVFP4, nor of what is no denoiser or decoder."""
     size = {"width": work.width, "height": work.height}
     if precision == Precision.NVFP4 or work.component not in ("denoiser", "decoder"):
         return None

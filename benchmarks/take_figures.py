@@ -6,10 +6,9 @@
 
 A group has a checkpoint, bundles of it and figures of those. Its bundles are built at the same time, each with its share of the
 processor's cores; then figures are taken one at a time, with nothing beside them, and appended to benchmarks/results/figures.jsonl,
-and the runs that they are of to benchmarks/history.
-What failed is said, with the end of its log, and the others go on; the exit code is 1. It is 3 if the time was over. --clean
-removes checkpoint, bundles and cache of a group whose figures are taken. Remove --out to take all of them again, of changed code
-for example.
+and the runs that they are of to benchmarks/history. What failed is said, with the end of its log, and the others go on; the exit
+code is 1. It is 3 if the time was over. --clean removes checkpoint, bundles and cache of a group whose figures are taken. Remove
+--out to take all of them again, of changed code for example.
 """
 
 from __future__ import annotations
@@ -170,9 +169,8 @@ class Runner:
         return (self.folder / "done" / job).exists()
 
     def _command(self, program: str, *words: str) -> list[str]:
-        folders = {f"@{name}": str(self.folder / name) for name in self.group.bundles} | {
-            "@model": str(self.folder / self.group.model)
-        }
+        folders = {f"@{name}": str(self.folder / name) for name in self.group.bundles}
+        folders["@model"] = str(self.folder / self.group.model)
         return [sys.executable, str(ROOT / program), *(folders.get(word, word) for word in words)]
 
     def _all(self, jobs: Mapping[str, Sequence[str]]) -> None:

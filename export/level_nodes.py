@@ -1,7 +1,7 @@
 """What a decoder's engine gives beside its images: their levels of 8 bits, as they lie in a picture, and how many are no numbers.
 
 A picture then leaves the GPU as a quarter of the bytes, and no processor makes levels of floats. The levels are those of
-runtime.image.to_images, to the bit.
+runtime.image.to_levels, to the bit.
 """
 
 import numpy as np

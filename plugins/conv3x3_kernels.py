@@ -104,7 +104,7 @@ def block_of(pixels, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def activated(x, ACTIVATION: tl.constexpr, COARSE: tl.constexpr):
-    """COARSE: as plugins/silu.py has it, for what bf16 or 8 bits round."""
+    """COARSE: as plugins/silu.py has it, where bf16 rounds what comes of it, or 8 bits have rounded x."""
     if ACTIVATION == "silu":
         x = silu(x, COARSE)
     elif ACTIVATION == "relu":
