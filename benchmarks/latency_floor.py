@@ -64,14 +64,15 @@ class Product:
 
 @dataclass(frozen=True)
 class Floor:
-    """products: with the precision of each. traffic_bytes: what lies between them."""
+    """products: each with its precision, and how often it is computed with the same operands. traffic_bytes: what lies between."""
 
-    products: tuple[tuple[Product, str], ...]
+    products: tuple[tuple[Product, str, int], ...]
     traffic_bytes: int
 
     def task(self) -> Task:
-        """All products in one CUDA graph, each with operands of its own. Needs a GPU."""
-        return Task(PRODUCTS, captured([_call(*each) for each in self.products]), TorchEvents())
+        """All products in one CUDA graph. Needs a GPU."""
+        calls = [call for product, precision, times in self.products for call in [_call(product, precision)] * times]
+        return Task(PRODUCTS, captured(calls), TorchEvents())
 
 
 def floor_of(checkpoint: Checkpoint, work: Work | Record, precision: str) -> Floor | None:
@@ -115,7 +116,7 @@ def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, te
     "int8" or "fp8"."""
     rows = texts * (width // PX_PER_LATENT // config.patch_size) * (height // PX_PER_LATENT // config.patch_size)
     kind = "fp16" if precision == "fp32" else precision
-    block = tuple((product, kind) for product in products(config, rows))
+    block = tuple((product, kind, 1) for product in products(config, rows))
     return Floor(config.num_layers * block, config.num_layers * traffic_bytes(config, rows, precision))
 
 
@@ -126,13 +127,14 @@ def narrow_rate(precision: str) -> float:
     return 1000 * repeats * gemm_flops(BIG_GEMM) / graph_ms([call] * repeats)
 
 
-def _large(flops: int, precision: str) -> tuple[tuple[Product, str], ...]:
-    """Products of BIG_GEMM's size, or smaller ones where it has too many, and one with fewer rows, that have those FLOPs."""
+def _large(flops: int, precision: str) -> tuple[tuple[Product, str, int], ...]:
+    """Products of BIG_GEMM's size, or smaller ones where it has too many, and one with fewer rows, that have those FLOPs. Their
+    operands are the same: they are no more in a cache for that, and for 4096 px would take 33 GB."""
     side = next(side for side in (8192, 4096, 2048, 1024, 512, 256) if flops >= gemm_flops((side,) * 3) or side == 256)
     count, rest = divmod(flops, gemm_flops((side,) * 3))
     rows = LEAST_INT8_ROWS * round(rest / gemm_flops((LEAST_INT8_ROWS, side, side)))
-    last = ((Product(rows, side, side), precision),) if rows else ()
-    return count * ((Product(side, side, side), precision),) + last
+    found = ((Product(side, side, side), precision, count), (Product(rows, side, side), precision, 1))
+    return tuple(each for each in found if each[0].rows and each[2])
 
 
 def _call(product: Product, precision: str) -> Callable[[], object]:

@@ -58,6 +58,10 @@ def test_traffic_in_8_bits(precision):
     assert found < traffic_bytes(CONFIG, 2048)
 
 
+def flops_of(products):
+    return sum(2 * times * each.rows * each.columns * each.depth for each, _, times in products)
+
+
 @pytest.mark.parametrize("component", ["denoiser", "decoder"])
 @pytest.mark.parametrize("precision", [each for each in Precision if each != Precision.NVFP4])
 def test_every_precision_has_a_floor(monkeypatch, precision, component):
@@ -75,8 +79,10 @@ def test_every_precision_has_a_floor(monkeypatch, precision, component):
     checkpoint = SimpleNamespace(transformer_config=CONFIG, vae_config=DC_AE)
     work = Work(component=component, width=1024, height=1024, batch=1, steps=1)
     found = floor_of(checkpoint, work, precision)
-    assert len(found.task().call) == len(found.products) > 0
-    flops = {kind: sum(2 * p.rows * p.columns * p.depth for p, of in found.products if of == kind) for _, kind in found.products}
+    calls = found.task().call
+    assert len(calls) == sum(times for _, _, times in found.products) > 0
+    assert len({id(call) for call in calls}) == len(found.products)  # so many operands are in memory
+    flops = {kind: flops_of([each for each in found.products if each[1] == kind]) for _, kind, _ in found.products}
     narrow = precision in ("fp8", "int8")
     if component == "denoiser":
         assert found.traffic_bytes == CONFIG.num_layers * traffic_bytes(CONFIG, 2048, precision)
@@ -98,8 +104,7 @@ def test_what_has_no_floor():
 
 @pytest.mark.parametrize("side", [32, 64, 256, 1024, 4096])
 def test_small_and_large_decodes_have_their_flops(side):
-    found = decoder_floor(DC_AE, width=side, height=side).products
-    flops = sum(2 * product.rows * product.columns * product.depth for product, _ in found)
+    flops = flops_of(decoder_floor(DC_AE, width=side, height=side).products)
     assert flops == pytest.approx(decoder_flops(DC_AE, width=side, height=side, batch=1), rel=0.01)
 
 
