@@ -28,6 +28,7 @@ from benchmarks.latency_work import Arrays, Work, graph_inputs
 from benchmarks.latency_yardstick import CPU_GEMM, GPU_GEMM, copy_rate, gemm_rate
 from benchmarks.plugin_costs import attributed, launches
 from engines.spec import ComponentName
+from runtime.ort_session import exact_products
 from runtime.token_table import TokenTable
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def ort_kernels(path: Path, inputs: Arrays, *, runs: int = RUNS, num_threads: in
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as runtime.ort_session has it
+    exact_products(options)
     options.log_severity_level = 3
     options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:

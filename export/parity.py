@@ -44,8 +44,11 @@ def run_onnxruntime(graph: Path, golden: Mapping[str, Golden], *, frugal: bool) 
     """
     import onnxruntime
 
+    from runtime.ort_session import exact_products
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors: it warns about each constant that it cannot fold
+    exact_products(options)
     session = onnxruntime.InferenceSession(
         str(graph), options, providers=["CPUExecutionProvider"], disabled_optimizers=["ConstantFolding"] if frugal else None
     )

@@ -36,6 +36,15 @@ std::string message_of(Status* status) {
     return text;
 }
 
+// As exact_products() in runtime/ort_session.py.
+bool adds_in_32_bits() {
+#if defined(__x86_64__) || defined(__i386__)
+    return __builtin_cpu_supports("avx512vnni") || __builtin_cpu_supports("avxvnni");
+#else
+    return true;
+#endif
+}
+
 struct OrtError {
     std::string message;
 };
@@ -132,6 +141,9 @@ OrtSession::OrtSession(std::string path, int num_threads, const std::string& lib
         // Threads that spin between operators take the cores from others.
         check(AddSessionConfigEntry::call(table, raw, "session.intra_op.allow_spinning", "0"));
         check(AddSessionConfigEntry::call(table, raw, kUseSystemMemory, "1"));
+        if (!adds_in_32_bits()) {
+            check(AddSessionConfigEntry::call(table, raw, "session.disable_quant_qdq", "1"));
+        }
         check(SetSessionExecutionMode::call(table, raw, kSequential));
         check(SetDeterministicCompute::call(table, raw, true));
         check(SetSessionLogSeverityLevel::call(table, raw, kLogErrors));
