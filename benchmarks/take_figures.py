@@ -7,8 +7,9 @@
 A group has a checkpoint, bundles of it and figures of those. Its bundles are built at the same time, each with its share of the
 processor's cores; then figures are taken one at a time, with nothing beside them, and appended to benchmarks/results/figures.jsonl,
 and the runs that they are of to benchmarks/history. What failed is said, with the end of its log, and the others go on; the exit
-code is 1. It is 3 if the time was over. --clean removes checkpoint, bundles and cache of a group whose figures are taken. Remove
---out to take all of them again, of changed code for example.
+code is 1. It is 3 if the time was over. A group's build cache, which is as large as its bundles, is removed once all of them are
+built; if one failed it stays for the next try. --clean removes checkpoint, bundles and cache of a group whose figures are taken.
+Remove --out to take all of them again, of changed code for example.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ class Runner:
         build = ("export/build_engine.py", "--model", "@model", "--target", "current", "--cache", str(self.folder / "cache"))
         builds = {name: (*build, *self.group.common, *more, "--out", f"@{name}") for name, more in self.group.bundles.items()}
         self._all({f"bundle {name}": self._command(*words) for name, words in builds.items()})
+        if all(self._done(f"bundle {name}") for name in self.group.bundles):
+            shutil.rmtree(self.folder / "cache", ignore_errors=True)  # no build is left that would read it
         for name, words in self.group.figures.items():
             if missing := [each for each in self.group.bundles if f"@{each}" in words and not self._done(f"bundle {each}")]:
                 self._fail(f"figure {name}", f"it needs the bundle {', '.join(missing)}, which is not there")

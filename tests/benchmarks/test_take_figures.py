@@ -15,7 +15,7 @@ from benchmarks.take_figures import GROUPS, Group, main
 from export.build_engine import _parser as build_parser
 from sana_ref.variants import VARIANTS
 
-# In place of all programs. It writes down when it ran, makes what --out names, and does what its first word says.
+# In place of all programs. It writes down when it ran, makes what --out and --cache name, and does what its first word says.
 PROGRAM = """
 import os, pathlib, sys, time
 words = sys.argv[1:]
@@ -24,8 +24,8 @@ def note(what):
     with log.open("a") as file:
         file.write(f"{what} {pathlib.Path(sys.argv[0]).stem} {' '.join(pathlib.Path(w).name for w in words)}\\n")
 note("begin")
-if "--out" in words:
-    pathlib.Path(words[words.index("--out") + 1]).mkdir(parents=True, exist_ok=True)
+for made in {"--out", "--cache"}.intersection(words):
+    pathlib.Path(words[words.index(made) + 1]).mkdir(parents=True, exist_ok=True)
 if "slow" in words:
     log.with_name("pid").write_text(str(os.getpid()))
     time.sleep(60)
@@ -90,6 +90,21 @@ def test_bundles_share_the_cores(take, tmp_path: Path, monkeypatch: pytest.Monke
     take()
     for name in GROUP.bundles:
         assert (tmp_path / "out" / "test" / "logs" / f"bundle {name}.log").read_text().startswith("threads 4")
+
+
+def test_the_cache_goes_before_the_first_figure(take, tmp_path: Path) -> None:
+    script, cache = tmp_path / "root" / "figure.py", tmp_path / "out" / "test" / "cache"
+    script.write_text(f"import pathlib, sys\nassert not pathlib.Path({str(cache)!r}).exists()\n{PROGRAM}")
+    assert take()[0] == 0
+    assert (tmp_path / "out" / "test" / "a").exists()
+
+
+def test_the_cache_stays_for_a_bundle_that_failed(take, tmp_path: Path) -> None:
+    cache = tmp_path / "out" / "test" / "cache"
+    assert take(replace(GROUP, bundles={"a": ("bad",), "b": ()}))[0] == 1
+    assert cache.exists()
+    assert take()[0] == 0
+    assert not cache.exists()
 
 
 @pytest.mark.slow
