@@ -3,13 +3,14 @@
     python benchmarks/take_figures.py --list
     python benchmarks/take_figures.py                              # all of them
     python benchmarks/take_figures.py steps decode --limit 600     # two groups, ten minutes of them; the next call goes on
+    python benchmarks/take_figures.py steps.4096px whole.runtime   # two figures, and the bundles that they need
 
 A group has a checkpoint, bundles of it and figures of those. Its bundles are built at the same time, each with its share of the
 processor's cores; then figures are taken one at a time, with nothing beside them, and appended to benchmarks/results/figures.jsonl,
 and the runs that they are of to benchmarks/history. What failed is said, with the end of its log, and the others go on; the exit
 code is 1. It is 3 if the time was over. A group's build cache, which is as large as its bundles, is removed once all of them are
-built; if one failed it stays for the next try. --clean removes checkpoint, bundles and cache of a group whose figures are taken.
-Remove --out to take all of them again, of changed code for example.
+built; if one failed, or was not asked for, it stays for the next call. --clean removes checkpoint, bundles and cache of a group
+whose figures are all taken, in this call or before. Remove --out to take all of them again, of changed code for example.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 from benchmarks.figures import ROOT
@@ -32,7 +33,7 @@ from engines.errors import RequestError, SanaError
 from engines.spec import nearest
 from runtime.together import default_threads
 
-__all__ = ["GROUPS", "Group", "Runner", "main"]
+__all__ = ["GROUPS", "Group", "Runner", "asked_for", "main"]
 
 LATENCY = ("benchmarks/latency.py", "--rounds", "50", "--pictures", "50", "--record", "--note", "random weights")
 RUNTIME = ("benchmarks/runtime_figures.py", "--record", "--note", "random weights")
@@ -129,15 +130,16 @@ GROUPS: Mapping[str, Group] = {
 
 
 class Runner:
-    """A group's work, below `out`/NAME."""
+    """Some figures of a group and the work that they need, below `out`/NAME."""
 
-    def __init__(self, name: str, group: Group, out: Path, *, deadline: float = float("inf")) -> None:
+    def __init__(self, name: str, group: Group, figures: Sequence[str], out: Path, *, deadline: float = float("inf")) -> None:
         """deadline: of time.monotonic(), s. Raises TimeOver when it has come."""
-        self.name, self.group, self.folder, self.deadline = name, group, out / name, deadline
+        self.name, self.group, self.figures, self.folder, self.deadline = name, group, figures, out / name, deadline
         self.failed: list[str] = []
 
     def __call__(self) -> None:
-        if not self.left():
+        left = self.left()
+        if not left:
             self._say("nothing is left to do")
             return
         (self.folder / "done").mkdir(parents=True, exist_ok=True)
@@ -146,27 +148,34 @@ class Runner:
         if not self._done("checkpoint"):
             return
         build = ("export/build_engine.py", "--model", "@model", "--target", "current", "--cache", str(self.folder / "cache"))
-        builds = {name: (*build, *self.group.common, *more, "--out", f"@{name}") for name, more in self.group.bundles.items()}
+        needed = dict.fromkeys(name for figure in left for name in self._bundles(figure))
+        builds = {name: (*build, *self.group.common, *self.group.bundles[name], "--out", f"@{name}") for name in needed}
         self._all({f"bundle {name}": self._command(*words) for name, words in builds.items()})
         if all(self._done(f"bundle {name}") for name in self.group.bundles):
             shutil.rmtree(self.folder / "cache", ignore_errors=True)  # no build is left that would read it
-        for name, words in self.group.figures.items():
-            if missing := [each for each in self.group.bundles if f"@{each}" in words and not self._done(f"bundle {each}")]:
+        for name in left:
+            if missing := [each for each in self._bundles(name) if not self._done(f"bundle {each}")]:
                 self._fail(f"figure {name}", f"it needs the bundle {', '.join(missing)}, which is not there")
-            elif not self._done(f"figure {name}"):
-                if self.deadline - time.monotonic() < NEEDED_S:
-                    raise TimeOver(f"{self.name}: {name} is not begun, for less than {NEEDED_S} s are left. Run it again to go on.")
-                self._all({f"figure {name}": self._command(*words)})
+                continue
+            if self.deadline - time.monotonic() < NEEDED_S:
+                raise TimeOver(f"{self.name}: {name} is not begun, for less than {NEEDED_S} s are left. Run it again to go on.")
+            self._all({f"figure {name}": self._command(*self.group.figures[name])})
 
     def left(self) -> list[str]:
-        return [name for name in self.group.figures if not self._done(f"figure {name}")]
+        """Those that were asked for and are not taken yet."""
+        return [name for name in self.figures if not self._done(f"figure {name}")]
 
     def clean(self) -> None:
-        """Remove all but the logs, and what says which figures are taken."""
+        """Remove all but the logs, and what says which figures are taken; nothing before all of the group are, asked for or not."""
+        if not all(self._done(f"figure {name}") for name in self.group.figures):
+            return
         for name in (self.group.model, "cache", *self.group.bundles):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for job in ("checkpoint", *(f"bundle {name}" for name in self.group.bundles)):
             (self.folder / "done" / job).unlink(missing_ok=True)
+
+    def _bundles(self, figure: str) -> list[str]:
+        return [name for name in self.group.bundles if f"@{name}" in self.group.figures[figure]]
 
     def _done(self, job: str) -> bool:
         return (self.folder / "done" / job).exists()
@@ -233,28 +242,43 @@ def _processes() -> Iterator[dict[str, subprocess.Popen[bytes]]]:
                 process.wait()
 
 
+def asked_for(words: Sequence[str], groups: Mapping[str, Group]) -> list[tuple[str, list[str]]]:
+    """Groups, each with figures of it, in the order of `words`: GROUP or GROUP.FIGURE. No word means all groups.
+
+    Neighbours of one group come together, so that their bundles are built at the same time.
+    Raises RequestError for a word that names nothing.
+    """
+    found = []
+    for word in words or groups:
+        name, dot, figure = word.partition(".")
+        if name not in groups:
+            raise RequestError(f"group: got {name!r}; {nearest(name, tuple(groups))}.")
+        figures = groups[name].figures
+        if dot and figure not in figures:
+            raise RequestError(f"figure of {name}: got {figure!r}; {nearest(figure, tuple(figures))}.")
+        found += [(name, each) for each in ([figure] if dot else figures)]
+    return [(name, list(dict.fromkeys(figure for _, figure in pairs))) for name, pairs in groupby(found, key=lambda pair: pair[0])]
+
+
 def main(arguments: Sequence[str] | None = None, groups: Mapping[str, Group] = GROUPS) -> int:
     """The exit code: 0, 1 if something failed, 2 for a wrong word, 3 if the time was over."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=", ".join(groups))
+    parser.add_argument("words", nargs="*", metavar="GROUP[.FIGURE]", help=f"groups: {', '.join(groups)}")
     parser.add_argument("--list", action="store_true", help="the groups, and what is left to do of each")
     parser.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS", help="then it ends; the next call goes on")
-    parser.add_argument("--clean", action="store_true", help="remove checkpoint, bundles and cache of a group that is done")
+    parser.add_argument("--clean", action="store_true", help="remove checkpoint, bundles and cache where a whole group is done")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "figures")
     options = parser.parse_args(arguments)
     try:
-        for name in options.groups:
-            if name not in groups:
-                raise RequestError(f"group: got {name!r}; {nearest(name, tuple(groups))}.")
         deadline, failed = time.monotonic() + options.limit, False
-        for name in options.groups or groups:
-            runner = Runner(name, groups[name], options.out.resolve(), deadline=deadline)
+        for name, figures in asked_for(options.words, groups):
+            runner = Runner(name, groups[name], figures, options.out.resolve(), deadline=deadline)
             if options.list:
                 print(f"{name}: {groups[name].about}; left: {', '.join(runner.left()) or 'nothing'}")
                 continue
             runner()
             failed |= bool(runner.failed)
-            if options.clean and not runner.left():
+            if options.clean:
                 runner.clean()
     except TimeOver as error:
         print(error, file=sys.stderr)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import latency, take_figures
-from benchmarks.take_figures import GROUPS, Group, main
+from benchmarks.take_figures import GROUPS, Group, asked_for, main
 from export.build_engine import _parser as build_parser
 from sana_ref.variants import VARIANTS
 
@@ -140,7 +140,7 @@ def test_the_limit(take, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.slow
 def test_what_ended_before_the_limit_is_done(take, tmp_path: Path) -> None:
     """Also beside a build that began earlier and has not ended."""
-    group = Group(about="", checkpoint=("c",), common=(), bundles={"a": ("slow",), "b": ()}, figures={"one": ("figure.py", "@b")})
+    group = Group(about="", checkpoint=("c",), common=(), bundles={"a": ("slow",), "b": ()}, figures=GROUP.figures)
     assert take(group, "--limit", "4")[0] == 3
     assert [each.name for each in (tmp_path / "out" / "test" / "done").glob("bundle *")] == ["bundle b"]
 
@@ -155,11 +155,47 @@ def test_a_figure_is_not_begun_shortly_before_the_end(take, monkeypatch: pytest.
 def test_words_that_are_wrong(take, capsys: pytest.CaptureFixture[str]) -> None:
     assert take(GROUP, "tset") == (2, [])
     assert "group: got 'tset'; did you mean 'test'?" in capsys.readouterr().err
+    assert take(GROUP, "test.one", "test.tow") == (2, [])  # before anything is done
+    assert "figure of test: got 'tow'; did you mean 'two'? Valid: one, two." in capsys.readouterr().err
+    assert take(GROUP, "test.") == (2, [])
+
+
+def test_one_figure_has_the_bundles_that_it_needs(take, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, ran = take(GROUP, "test.two", "--clean")
+    assert code == 0
+    assert [line.split(maxsplit=2)[1] for line in ran if line.startswith("begin")] == [
+        "random_checkpoint",
+        "build_engine",
+        "figure",
+    ]
+    assert ran[-1] == "end figure b --model model"
+    left = {each.name for each in (tmp_path / "out" / "test").iterdir()}
+    assert left == {"model", "b", "cache", "done", "logs"}  # for the other figure and its bundle
+    assert take(GROUP, "--list") == (0, [])
+    assert "test: a test; left: one\n" in capsys.readouterr().out
+    code, ran = take(GROUP, "test.one", "--clean")
+    assert code == 0
+    assert [line.split(maxsplit=2)[1] for line in ran if line.startswith("begin")] == ["build_engine", "figure"]
+    assert {each.name for each in (tmp_path / "out" / "test").iterdir()} == {"done", "logs"}
+
+
+def test_figures_are_taken_in_the_order_of_the_words(take) -> None:
+    code, ran = take(GROUP, "test.two", "test")
+    assert code == 0
+    assert [line for line in ran if line.startswith("begin")][-2:] == ["begin figure b --model model", "begin figure a b"]
+    assert [line.split()[1] for line in ran if line.startswith("begin")].count("build_engine") == 2
+
+
+def test_a_group_comes_again_where_another_is_between() -> None:
+    words = ["steps.4096px", "steps.1024px", "whole.picture", "steps.4096px"]
+    assert asked_for(words, GROUPS) == [("steps", ["4096px", "1024px"]), ("whole", ["picture"]), ("steps", ["4096px"])]
 
 
 def test_the_list(take, capsys: pytest.CaptureFixture[str]) -> None:
     assert take(GROUP, "--list") == (0, [])
-    assert "test: a test; left: one, two" in capsys.readouterr().out
+    assert "test: a test; left: one, two\n" in capsys.readouterr().out
+    assert take(GROUP, "--list", "test.two") == (0, [])
+    assert "test: a test; left: two\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -168,6 +204,9 @@ def test_the_programs_take_these_words(name: str) -> None:
     assert group.checkpoint[1] in VARIANTS
     for words in group.bundles.values():
         build_parser().parse_args(["--model", "m", "--out", "o", *group.common, *words])
+    assert {word[1:] for words in group.figures.values() for word in words if word.startswith("@")} >= set(
+        group.bundles
+    )  # else: never built
     for program, *words in group.figures.values():
         assert {word[1:] for word in words if word.startswith("@")} <= {"model", *group.bundles}
         if program == take_figures.LATENCY[0]:
