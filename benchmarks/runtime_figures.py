@@ -3,15 +3,18 @@
     python benchmarks/runtime_figures.py out/sana --name 1600m --record
     python benchmarks/runtime_figures.py out/sana --decoder --side 4096 --record
 
+- launches_per_picture: graph launches, and engine launches beside them, for a text that is known; the note says it for a new one.
+- kernels_per_step: kernel nodes in a CUDA graph of one denoiser step.
+- host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU and the time until the graph's first
+  work begins there: pictures of N and of 4 N steps, which are far apart because some tenths of a millisecond come and go.
 - start_<name>_s: from SanaEngine(bundle) to the first picture, in a new process, engines in the page cache and what was compiled in
   a kernel cache (the second of two). The note has the first one, which compiles it, and where the time goes.
 - peak_<name>_<px>px_{fp16,low_memory}_gb: most GPU memory in use while pictures are drawn, beyond what was in use before; the
   second of two processes, which finds its kernels compiled. The note has the first.
-- host_per_step_ms: by how much a further step lengthens a request beyond its time on the GPU and the time until the graph's first
-  work begins there: pictures of N and of 4 N steps, which are far apart because some tenths of a millisecond come and go.
-- launches_per_picture: graph launches, and engine launches beside them, for a text that is known; the note says it for a new one.
-- kernels_per_step: kernel nodes in a CUDA graph of one denoiser step.
 - decode_<px>px_<precision>_peak_gb, with --decoder: most GPU memory in use while the decoder alone is loaded and runs.
+
+They are measured in this order, the quick ones first. Each is printed, and recorded, as soon as it is measured, so that an
+interrupted run keeps what it had; stderr says what is measured now.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,31 +194,46 @@ def _parts(start: dict[str, float]) -> str:
     return f"opened and verified after {start['open_s']:.2f} s, engines loaded in {loads}, picture {start['picture_s']:.2f} s"
 
 
-def measure(options: argparse.Namespace) -> dict[str, tuple[float, str, str]]:
-    """value, unit and note by the figure's name."""
+def measure(options: argparse.Namespace) -> Iterator[tuple[str, float, str, str]]:
+    """Name, value, unit and note of each figure, as soon as it is measured."""
     name, px = options.name, f"{options.side}px"
     if options.decoder:
         precision = Bundle.open(options.bundle).manifest.precision["decoder"]
+        figure = f"decode_{px}_{precision}_peak_gb"
+        _begin(f"{figure}, in two processes")
         peak, note = peak_memory("decoder", options)
-        return {f"decode_{px}_{precision}_peak_gb": (peak, "GB", f"batch 1, no tiles; {note}")}
+        yield figure, peak, "GB", f"batch 1, no tiles; {note}"
+        return
+    _begin("launches_per_picture, kernels_per_step; first the bundle is opened and kernels are compiled")
+    with SanaEngine(options.bundle, backend="tensorrt", progress=False, kernel_cache=False) as engine:
+        sizes = {"steps": options.steps, "width": options.side, "height": options.side}
+        for _ in range(2):  # the second is captured as a graph
+            engine.generate(PROMPT, **sizes)
+        graphs, engines = launches(engine, options, PROMPT)
+        for weather in ("fog", "rain"):  # the arena has grown since the first text; the second of these is captured
+            engine.generate(f"{PROMPT}, in the {weather}", **sizes)
+        more = launches(engine, options, f"{PROMPT}, in the snow")
+        note = f"{name}, {px}: of a text that is known, {engines} engines beside; of a new one {more[0]} and {more[1]}"
+        yield "launches_per_picture", graphs, "launches", note
+        yield "kernels_per_step", kernels_per_step(engine, options.side), "kernels", f"{name}, {px}"
+        _begin(f"host_per_step_ms, {ROUNDS + 2} rounds of {options.steps} and {MORE_STEPS * options.steps} steps")
+        yield "host_per_step_ms", host_per_step(engine, options), "ms", f"{name}, {px}"
+    _begin(f"start_{name}_s, in three processes")
     with tempfile.TemporaryDirectory() as kernels:
         in_new_process("start", options)  # engines come into the page cache; no kernels are kept
         first, start = (in_new_process("start", options, kernels) for _ in range(2))
     note = f"{options.steps} steps, {px}; {_parts(start)}; without a kernel cache {first['start_s']:.2f} s: {_parts(first)}"
-    found = {f"start_{name}_s": (start["start_s"], "s", note)}
+    yield f"start_{name}_s", start["start_s"], "s", note
     for mode, word in (("memory", "fp16"), ("low_memory", "low_memory")):
+        figure = f"peak_{name}_{px}_{word}_gb"
+        _begin(f"{figure}, in two processes")
         peak, note = peak_memory(mode, options)
-        found[f"peak_{name}_{px}_{word}_gb"] = (peak, "GB", note)
-    with SanaEngine(options.bundle, backend="tensorrt", progress=False, kernel_cache=False) as engine:
-        found["host_per_step_ms"] = (host_per_step(engine, options), "ms", f"{name}, {px}")
-        graphs, engines = launches(engine, options, PROMPT)
-        for weather in ("fog", "rain"):  # the arena has grown since the first text; the second of these is captured
-            engine.generate(f"{PROMPT}, in the {weather}", steps=options.steps, width=options.side, height=options.side)
-        more = launches(engine, options, f"{PROMPT}, in the snow")
-        note = f"{name}, {px}: of a text that is known, {engines} engines beside; of a new one {more[0]} and {more[1]}"
-        found["launches_per_picture"] = (graphs, "launches", note)
-        found["kernels_per_step"] = (kernels_per_step(engine, options.side), "kernels", f"{name}, {px}")
-    return found
+        yield figure, peak, "GB", note
+
+
+def _begin(what: str) -> None:
+    """Say what is measured now, for it takes a while."""
+    print(f"runtime_figures: {what} …", file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -240,7 +258,7 @@ def main() -> int:
             return 0
         unsupported = UNSUPPORTED if device_info().capability == (9, 0) else ""
         versions = {"tensorrt": f"{tensorrt.flavor()} {tensorrt.version()}"}
-        for name, (value, unit, note) in measure(options).items():
+        for name, value, unit, note in measure(options):
             print(f"{name}: {value:.4g} {unit} ({note})", flush=True)
             if options.record:
                 note = "; ".join(filter(None, (note, options.note, unsupported)))
