@@ -2,11 +2,11 @@
 
     python benchmarks/kernel_plans.py --out benchmarks/results/kernel_plans_h200.json
 
-For each kernel, at sizes of Sana-1.6B and 0.6B and of DC-AE's decoder: milliseconds in a CUDA graph of every plan that fits, the
-best ones and the source's printed. All plans are compiled first, by a process for each core (--jobs). The constants at the top of
-each file in plugins/ come from such a run; change them where another plan is better at most sizes. Beside the convolution stands
-cuDNN's, of PyTorch's choice. --out is written after each kernel; a call that finds there what was measured of this commit, without
-changes, on this machine goes on behind it.
+For each kernel, at sizes of Sana-1.6B and 0.6B, of DC-AE's decoder and of Gemma-2-2B: milliseconds in a CUDA graph of every plan
+that fits, the best ones and the source's printed. All plans are compiled first, by a process for each core (--jobs). The constants
+at the top of each file in plugins/ come from such a run; change them where another plan is better at most sizes. Beside the
+convolution stands cuDNN's, of PyTorch's choice. --out is written after each kernel; a call that finds there what was measured of
+this commit, without changes, on this machine goes on behind it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import decoder_cases, denoiser_cases
+from benchmarks import decoder_cases, denoiser_cases, text_cases
 from benchmarks.figures import CHANGES, UNKNOWN, commit, machine, versions, write_result
 from benchmarks.graph_timing import graph_ms
 from benchmarks.kernel_case import Call, Case
@@ -32,7 +32,7 @@ from runtime.together import default_threads
 
 CALLS = 6  # in a graph
 BEST = 4  # plans that are printed
-CASES: Mapping[str, Callable[[], Iterator[Case]]] = {**denoiser_cases.CASES, **decoder_cases.CASES}
+CASES: Mapping[str, Callable[[], Iterator[Case]]] = {**denoiser_cases.CASES, **decoder_cases.CASES, **text_cases.CASES}
 
 
 def milliseconds(call: Call) -> float:

@@ -48,6 +48,10 @@ def cost(launch: Launch, dims: Sequence[tuple[int, ...]]) -> tuple[int, int]:
         count = math.prod(shape[1:] if number in OF_A_BLOCK.get(launch.op, ()) else shape)
         if number == 0 and launch.op in OF_QKV:
             count = count // 3 * OF_QKV[launch.op]
+        elif (launch.op, number) == ("RotateHeads", 0):  # qkv, of which v is not turned
+            count = math.prod(evaluate(n, dims) for n in launch.outputs[0].shape)
+        elif (launch.op, number) == ("CausalAttention", 1):  # of qkv v alone, which turned has not
+            count -= math.prod(dims[0])
         size += count * ITEM_BYTES[kind]
     if launch.product is not None:
         sizes = launch.product
@@ -58,6 +62,8 @@ def cost(launch: Launch, dims: Sequence[tuple[int, ...]]) -> tuple[int, int]:
         return 2 * math.prod(dims[0][:3]) * (math.prod(dims[1]) + math.prod(dims[2])), size
     if launch.op == "CrossAttention":  # q (B, N, H D), keys (blocks, B, 1, H, L, D): scores and their sums of values
         return 4 * math.prod(dims[0]) * dims[1][-2], size
+    if launch.op == "CausalAttention":  # out (B, S, H D): a token meets half of the keys, and half of the values
+        return 2 * math.prod(evaluate(n, dims) for n in launch.outputs[0].shape) * dims[0][1], size
     if launch.op == "ReluLinearAttention":  # k^T v, and q (B, H, N, D) with that
         return 4 * math.prod(dims[0]) * dims[0][-1], size
     if launch.op in OF_QKV:  # one of q, k and v meets D columns a head

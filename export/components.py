@@ -13,6 +13,7 @@ from torch import nn
 from engines.spec import PX_PER_LATENT, QUANTIZED, ComponentName, Precision, ShapeRange
 from export.onnx_export import Axis, ExportSpec, TensorSpec
 from plugins import (
+    causal_attention,
     conv3x3,
     conv3x3_upsample,
     cross_attention,
@@ -38,6 +39,7 @@ from sana_ref.fused_decoder import FusedDecoder, one_projection
 from sana_ref.quantization import QuantizationPlan, group_of
 from sana_ref.step import OUTPUTS, DenoiserStep
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
+from sana_ref.text_encoder import fuse as fuse_text
 from sana_ref.text_projection import INPUTS as TEXT_PROJECTION_INPUTS
 from sana_ref.text_projection import OUTPUTS as TEXT_PROJECTION_OUTPUTS
 from sana_ref.text_projection import TextProjection, is_text_parameter
@@ -133,9 +135,13 @@ def _axes(*names: str) -> tuple[Axis, ...]:
 
 
 def text_encoder(config: Gemma2Config, precision: Precision, max_sequence_length: int) -> Component:
+    """Fused in half precision, if scores are capped as all published ones are; in fp32 the kernel has no tensor cores."""
     length = max_sequence_length
     with torch.device("meta"):
         module = TextEncoderForExport(Gemma2Encoder(config), length)
+    if precision is not Precision.FP32:
+        fuse_text(module)
+    ops = (causal_attention.ATTEND, causal_attention.ROTATE) if module.encoder.fused else ()
     tokens = Axis(name="tokens", minimum=length, example=length + 7, maximum=1 << 16)
     return Component(
         name="text_encoder",
@@ -148,7 +154,7 @@ def text_encoder(config: Gemma2Config, precision: Precision, max_sequence_length
             axes=(*_axes("batch"), tokens),
             inputs=tuple(TensorSpec(name=name, dims=("batch", "tokens"), dtype="int64") for name in TEXT_ENCODER_INPUTS),
             outputs=(TensorSpec(name=TEXT_ENCODER_OUTPUTS[0], dims=("batch", length, config.hidden_size)),),
-            plugins={},
+            plugins=dict.fromkeys(ops, config.num_hidden_layers),
         ),
     )
 

@@ -123,28 +123,37 @@ class _Graph:
         return 1
 
     def join(self, nodes: Sequence[onnx.NodeProto]) -> None:
-        """Linear nodes without a bias, of one x, as one whose columns are split."""
+        """Linear nodes without a bias, of one x, as one whose columns are split, or are what a Concat made of them again."""
         first, weights = nodes[0], [node.input[1] for node in nodes]
         columns, depth = [self.sizes(weight)[0] for weight in weights], self.sizes(weights[0])[1]
         name, kind = f"{first.name}_joined", self.types[first.input[0]]
+        outputs, again = [node.output[0] for node in nodes], self.concat_of(nodes, rank=len(kind.shape.dim))
         attributes: dict[str, Any] = linear.attributes(
             _NARROW[kind.elem_type], len(kind.shape.dim), sum(columns), depth, bias=False
         )
-        self.graph.initializer.append(helper.make_tensor(f"{name}_columns", TensorProto.INT64, [len(columns)], columns))
-        made = (
+        out = f"{name}_out" if again is None else again.output[0]
+        made = [
             helper.make_node("Concat", weights, [f"{name}_weight"], name=f"{name}_weight", axis=0),
-            helper.make_node(
-                linear.OP, [first.input[0], f"{name}_weight"], [f"{name}_out"], name=name, domain=linear.DOMAIN, **attributes
-            ),
-            helper.make_node(
-                "Split", [f"{name}_out", f"{name}_columns"], [node.output[0] for node in nodes], name=f"{name}_split", axis=-1
-            ),
-        )
+            helper.make_node(linear.OP, [first.input[0], f"{name}_weight"], [out], name=name, domain=linear.DOMAIN, **attributes),
+        ]
+        if again is not None:
+            self.graph.node.remove(again)
+        else:
+            self.graph.initializer.append(helper.make_tensor(f"{name}_columns", TensorProto.INT64, [len(columns)], columns))
+            made.append(helper.make_node("Split", [out, f"{name}_columns"], outputs, name=f"{name}_split", axis=-1))
         place = next(index for index, each in enumerate(self.graph.node) if each.name == first.name)
         for number, node in enumerate(made):
             self.graph.node.insert(place + number, node)
         for node in nodes:
             self.graph.node.remove(node)
+
+    def concat_of(self, nodes: Sequence[onnx.NodeProto], *, rank: int) -> onnx.NodeProto | None:
+        """What puts the columns of all of them side by side, in their order, if nothing else uses them."""
+        concat = self.only_user(nodes[0], "Concat")
+        if concat is None or helper.get_node_attr_value(concat, "axis") not in (-1, rank - 1):
+            return None
+        outputs = [node.output[0] for node in nodes]
+        return concat if list(concat.input) == outputs and all(self.uses[each] == 1 for each in outputs) else None
 
     def only_user(self, node: onnx.NodeProto, op: str) -> onnx.NodeProto | None:
         name = node.output[0]

@@ -27,6 +27,7 @@ from export.accumulation import accumulate_in_fp32
 from export.scalars import keep_scalars_exact
 from export.translation import OPSET, SANA_DOMAIN, translation_table
 from plugins import (
+    causal_attention,
     conv3x3,
     conv3x3_upsample,
     cross_attention,
@@ -223,6 +224,8 @@ def count_plugin_nodes(model: ir.Model) -> dict[str, int]:
 def with_function_bodies(model: ir.Model) -> ir.Model:
     """Attach the body of every custom op that the graph uses, so that the model means something anywhere."""
     bodies: dict[str, Callable[[int], onnx.FunctionProto]] = {
+        causal_attention.ATTEND: functools.partial(causal_attention.function_body, causal_attention.ATTEND),
+        causal_attention.ROTATE: functools.partial(causal_attention.function_body, causal_attention.ROTATE),
         conv3x3.NORM: functools.partial(conv3x3.function_body, conv3x3.NORM),
         conv3x3.OP: functools.partial(conv3x3.function_body, conv3x3.OP),
         conv3x3_upsample.OP: conv3x3_upsample.function_body,

@@ -13,6 +13,7 @@ from engines.errors import BuildError
 from engines.spec import Target
 from export.translation import SANA_DOMAIN
 from plugins import (
+    causal_attention,
     conv3x3,
     conv3x3_quantized,
     conv3x3_upsample,
@@ -50,6 +51,14 @@ def _relu_linear_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], tar
     eps = next((a.f for a in node.attribute if a.name == "eps"), relu_linear_attention.EPS)
     head_dim = q.shape.dim[-1].dim_value
     return relu_linear_attention.compile_cubins(targets, _TYPE_NAMES[q.elem_type], head_dim, eps)
+
+
+def _causal_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    both, kv_heads = given["in_qkv"]
+    dtype = _TYPE_NAMES[type_of[node.input[list(causal_attention.INPUTS[node.op_type]).index("qkv")]].elem_type]
+    numbers = {name: given[name] for name in ("scale", "cap", "window") if name in given}
+    return causal_attention.compile_cubins(node.op_type, targets, dtype, both - kv_heads, kv_heads, given["shape"][-1], **numbers)
 
 
 def _cross_attention(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
@@ -147,6 +156,7 @@ def _multiscale_projection(node: onnx.NodeProto, type_of: Mapping[str, Any], tar
 
 
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
+    **dict.fromkeys((causal_attention.ATTEND, causal_attention.ROTATE), _causal_attention),
     conv3x3.NORM: _conv3x3,
     conv3x3.OP: _conv3x3,
     **dict.fromkeys(conv3x3_quantized.OPS, _quantized_conv3x3),

@@ -18,6 +18,7 @@ from onnxscript import values
 from onnxscript.onnx_opset import opset23 as op
 
 from plugins import (
+    causal_attention,
     conv3x3,
     conv3x3_upsample,
     cross_attention,
@@ -37,11 +38,11 @@ _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 
 def _type(tensor: str) -> str:
-    return "tensor(float)" if tensor == "state" else "T"
+    return "tensor(float)" if tensor in ("state", "cos", "sin") else "T"
 
 
 def _sana_op(name: str, inputs: tuple[str, ...], attributes: dict[str, OpSchema.AttrType], *outputs: str) -> values.Op:
-    """An operator of domain `sana`, with one output unless named; all tensors of one floating type but `state`, which is fp32."""
+    """An operator of domain `sana`, with one output unless named; all tensors of one floating type but those that are fp32."""
     schema = OpSchema(
         name,
         SANA_DOMAIN,
@@ -66,6 +67,35 @@ _CROSS_ATTENTION = _sana_op(cross_attention.OP, ("q", "keys", "values", "bias"),
 
 def _cross_attention(q: Any, keys: Any, values: Any, bias: Any, block: int) -> Any:
     return _CROSS_ATTENTION(q, keys, values, bias, block=block)
+
+
+_LAYOUT = {"shape": OpSchema.AttrType.INTS, "in_qkv": OpSchema.AttrType.INTS}
+_ROTATE = _sana_op(causal_attention.ROTATE, causal_attention.INPUTS[causal_attention.ROTATE], _LAYOUT, "turned")
+_ATTEND = _sana_op(
+    causal_attention.ATTEND,
+    causal_attention.INPUTS[causal_attention.ATTEND],
+    _LAYOUT
+    | dict.fromkeys(("in_turned", "grouped"), OpSchema.AttrType.INTS)
+    | dict.fromkeys(("scale", "cap"), OpSchema.AttrType.FLOAT)
+    | {"window": OpSchema.AttrType.INT},
+)
+
+
+def _causal_attention(
+    qkv: Any,
+    cos: Any,
+    sin: Any,
+    live: Any,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cap: float,
+    window: int | None = None,
+) -> Any:
+    layout = causal_attention.layout(num_heads, num_kv_heads, qkv.shape[-1] // (num_heads + 2 * num_kv_heads))
+    turned: Any = _ROTATE(qkv, cos, sin, **layout[causal_attention.ROTATE])
+    window = causal_attention.ALL if window is None else window
+    return _ATTEND(turned, qkv, live, **layout[causal_attention.ATTEND], scale=scale, cap=cap, window=window)
 
 
 _GATED_DEPTHWISE_CONV = _sana_op(gated_depthwise_conv.OP, ("x", "weight", "bias"), {"channels": OpSchema.AttrType.INT})
@@ -180,6 +210,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     assert onnx.defs.onnx_opset_version() >= OPSET
     return {
+        torch.ops.sana.causal_attention.default: _causal_attention,
         torch.ops.sana.conv3x3.default: _conv3x3,
         torch.ops.sana.conv3x3_norm.default: _conv3x3_norm,
         torch.ops.sana.conv3x3_upsample.default: _conv3x3_upsample,

@@ -31,6 +31,7 @@ from plugins.work import KernelWork, ProductWork
 __all__ = ["FIELDS", "OPS", "failures", "register"]
 
 OPS = (
+    "CausalAttention",
     "Conv3x3",
     "Conv3x3Norm",
     "Conv3x3Upsample",
@@ -52,6 +53,7 @@ OPS = (
     "ModulatedNorm",
     "MultiscaleProjection",
     "ReluLinearAttention",
+    "RotateHeads",
 )
 FIELDS = ("launch", "cubins")
 NOTHING = b"\0"  # the cubins of a node without kernels: TensorRT drops an empty field

@@ -1,12 +1,13 @@
-"""What softmax attention to the text means as a custom op, and its registration; as sana_ref/ops.py does for the other ops.
+"""What softmax attention means as custom ops, and their registration; as sana_ref/ops.py does for the other ops.
 
-Dimensions: k texts of B pictures, kB together; H heads, N tokens, L keys, D channels per head.
+Dimensions of attention to a text: k texts of B pictures, kB together; H heads, N tokens, L keys, D channels per head. Of a text's
+own: B texts, S tokens, H heads of queries, K of keys and values, D channels per head.
 """
 
 import torch
 from torch import Tensor
 
-__all__ = ["cross_attention", "cross_attention_truth"]
+__all__ = ["causal_attention", "causal_attention_truth", "cross_attention", "cross_attention_truth", "rotate"]
 
 
 def cross_attention_truth(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, block: int) -> Tensor:
@@ -69,4 +70,135 @@ def cross_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor, block
     contiguous. Raises ValueError for other shapes.
     """
     out: Tensor = torch.ops.sana.cross_attention(q, keys, values, bias, block)
+    return out
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + D/2}) of (..., S, D) by their token's angle; in fp32 or wider, returned in x's type.
+
+    cos, sin: (S, D / 2). Source: RoFormer, arXiv:2104.09864, with the pairs as Llama and Gemma have them.
+    """
+    low, high = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1).to(x.dtype)
+
+
+def causal_attention_truth(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    live: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cap: float,
+    window: int | None = None,
+) -> Tensor:
+    """out = softmax(cap tanh(q k^T scale / cap)) v over the keys that a query sees, in fp32 or wider, with q and k turned.
+
+    qkv (B, S, (H + 2 K) D) as projections leave it, q first; cos, sin (S, D / 2) of each token's angles, fp32 or wider; live
+    (B, S), 0 for padding. A query sees itself and what lies before it, `window` tokens at most, and no padding; one that sees
+    nothing gives 0. H / K heads of queries share one of keys. Returns (B, S, H D), heads joined, in qkv's dtype.
+    Source: Gemma 2, arXiv:2408.00118, section 2.
+    """
+    with torch.autocast(qkv.device.type, enabled=False):  # it would reach into the op and run the products in half precision
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        heads = qkv.unflatten(2, (num_heads + 2 * num_kv_heads, -1)).transpose(1, 2)  # (B, H + 2 K, S, D)
+        turned, v = rotate(heads[:, :-num_kv_heads], cos, sin).to(wide), heads[:, -num_kv_heads:].to(wide)
+        q, k = turned[:, :num_heads].unflatten(1, (num_kv_heads, -1)), turned[:, num_heads:]  # (B, K, G, S, D), (B, K, S, D)
+        scores = cap * (q @ k.mT[:, :, None] * (scale / cap)).tanh()
+        position = torch.arange(qkv.shape[1], device=qkv.device)
+        back = position[:, None] - position[None]  # (S, S) how far the key lies behind the query
+        seen = (back >= 0) & (live != 0)[:, None, None, None]
+        if window is not None:
+            seen = seen & (back < window)
+        weights = scores.masked_fill(~seen, torch.finfo(wide).min).softmax(-1) * seen
+        return (weights @ v[:, :, None]).flatten(1, 2).transpose(1, 2).flatten(2).to(qkv.dtype)
+
+
+def _check_causal(qkv: Tensor, cos: Tensor, sin: Tensor, live: Tensor, num_heads: int, num_kv_heads: int) -> None:
+    dim = 2 * cos.shape[-1]
+    fits = num_kv_heads >= 1 and num_heads % num_kv_heads == 0 and qkv.ndim == 3
+    fits = fits and qkv.shape[2] == (num_heads + 2 * num_kv_heads) * dim and live.shape == qkv.shape[:2]
+    fits = fits and cos.shape == sin.shape == (qkv.shape[1], dim // 2)
+    if not fits or qkv.dtype != live.dtype or not qkv.dtype.is_floating_point:
+        seen = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in (qkv, cos, sin, live))
+        raise ValueError(
+            f"causal_attention: got qkv, cos, sin, live {seen}, {num_heads} heads, {num_kv_heads} of keys; expected "
+            "(B, S, (H + 2 K) D), twice (S, D / 2), (B, S), qkv and live of one floating dtype, H a multiple of K"
+        )
+
+
+@torch.library.custom_op("sana::causal_attention", mutates_args=())
+def _causal_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    live: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cap: float,
+    window: int | None,
+) -> Tensor:
+    _check_causal(qkv, cos, sin, live, num_heads, num_kv_heads)
+    return causal_attention_truth(qkv, cos, sin, live, num_heads, num_kv_heads, scale, cap, window).contiguous()
+
+
+@_causal_attention.register_kernel("cuda")
+def _causal_attention_cuda(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    live: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cap: float,
+    window: int | None,
+) -> Tensor:
+    _check_causal(qkv, cos, sin, live, num_heads, num_kv_heads)
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
+    if qkv.dtype not in (torch.float16, torch.bfloat16):
+        return causal_attention_truth(qkv, cos, sin, live, **sizes, scale=scale, cap=cap, window=window).contiguous()
+    from plugins import causal_attention as kernels  # Triton loads when a GPU first needs it
+
+    out = qkv.new_empty((*qkv.shape[:2], num_heads * 2 * cos.shape[-1]))
+    tables = (cos.float().contiguous(), sin.float().contiguous())
+    kernels.launch(qkv.contiguous(), *tables, live.contiguous(), out, **sizes, scale=scale, cap=cap, window=window)
+    return out
+
+
+@_causal_attention.register_fake
+def _causal_attention_fake(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    live: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cap: float,
+    window: int | None,
+) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:2], num_heads * 2 * cos.shape[-1]))
+
+
+def causal_attention(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    live: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    cap: float,
+    window: int | None = None,
+) -> Tensor:
+    """`causal_attention_truth` as the op `sana::causal_attention`, for engines: it is not differentiable.
+
+    qkv and live of one dtype of fp16, bf16, fp32 or fp64, any strides; on CUDA in half precision D is at most 256. Returns
+    (B, S, H D), contiguous. Raises ValueError for other shapes.
+    """
+    out: Tensor = torch.ops.sana.causal_attention(qkv, cos, sin, live, num_heads, num_kv_heads, scale, cap, window)
     return out

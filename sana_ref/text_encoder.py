@@ -1,14 +1,15 @@
 """Gemma-2 as a text encoder: the decoder's trunk, token ids in, hidden states after the last norm out.
 
-Our own module rather than transformers' Gemma2Model: attention written out (no fused kernel has the cap on the scores), no cache,
+Our own module rather than transformers' Gemma2Model: attention written out (no fused kernel of PyTorch caps the scores), no cache,
 no buffers, so that it exports with batch and length free and needs torch alone. Parameter names are transformers'.
 Scores, softmax, norms and rotations are fp32 whatever the type of the weights; fp16 weights overflow in between: use bf16 or fp32.
+For engines `fuse` makes attention one op (sana_ref/attention_ops.py).
 Source: Gemma 2, arXiv:2408.00118; Sana uses gemma-2-2b-it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,10 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sana_ref.attention_ops import causal_attention, rotate
 from sana_ref.config import config_from_json, refuse_unless
 
-__all__ = ["Gemma2Config", "Gemma2Encoder"]
+__all__ = ["Gemma2Config", "Gemma2Encoder", "fuse"]
 
+Sight = tuple[int | None, Tensor]
 BLOCKED = torch.finfo(torch.float32).min  # added to the scores of keys that a query may not see
 # What config.json may say about the mathematics and only in this way.
 FIXED = {
@@ -103,11 +106,13 @@ class Gemma2RMSNorm(nn.Module):
 class Gemma2Attention(nn.Module):
     """Causal attention with rotary positions and capped scores; groups of query heads share a key and value head.
 
-    x: (B, S, C); bias: what is added to the scores, (B, 1, G S, S), the same for each of a group's G heads.
+    x: (B, S, C); sight: how far a token looks back, and what is added to the scores, (B, 1, G S, S), the same for each of a group's
+    G heads. fused: attention is the op sana::causal_attention, and `sight` has (B, S), 0 for padding, in place of what is added.
     """
 
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
+        self.fused = False
         self.num_kv = config.num_key_value_heads
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.scale = config.query_pre_attn_scalar**-0.5
@@ -118,7 +123,13 @@ class Gemma2Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv * config.head_dim, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight) -> Tensor:
+        window, bias = sight
+        if self.fused:
+            assert self.cap is not None
+            qkv = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=2)
+            sizes = {"num_heads": self.num_kv * self.group, "num_kv_heads": self.num_kv}
+            return self.o_proj(causal_attention(qkv, cos, sin, bias, **sizes, scale=self.scale, cap=self.cap, window=window))
         q = self.q_proj(x).unflatten(2, (self.num_kv * self.group, -1)).transpose(1, 2)  # (B, H, S, D)
         k = self.k_proj(x).unflatten(2, (self.num_kv, -1)).transpose(1, 2)  # (B, K, S, D)
         v = self.v_proj(x).unflatten(2, (self.num_kv, -1)).transpose(1, 2)
@@ -157,8 +168,8 @@ class Gemma2Layer(nn.Module):
         self.pre_feedforward_layernorm = Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_feedforward_layernorm = Gemma2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor) -> Tensor:
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, bias))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, sight: Sight) -> Tensor:
+        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, sight))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
@@ -168,6 +179,7 @@ class Gemma2Encoder(nn.Module):
     def __init__(self, config: Gemma2Config) -> None:
         super().__init__()
         self.config = config
+        self.fused = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         nn.init.normal_(self.embed_tokens.weight, std=0.02)  # as Gemma; they are multiplied by the root of the width
         self.layers = nn.ModuleList(Gemma2Layer(config) for _ in range(config.num_hidden_layers))
@@ -185,18 +197,31 @@ class Gemma2Encoder(nn.Module):
         """As forward, of the table's rows (B, S, hidden_size) of the tokens, in the type of the weights and as they are stored."""
         config = self.config
         position = torch.arange(rows.shape[1], device=rows.device)
-        back = position[:, None] - position[None]  # (S, S) how far the key lies behind the query
-        visible = (back >= 0) & (attention_mask != 0)[:, None, None]  # (B, 1, S, S)
         cos, sin = rotations(position, config.head_dim, config.rope_theta)
         x = rows * config.hidden_size**0.5
         windows = [config.looks_back(i) for i in range(config.num_hidden_layers)]
-        group = config.num_attention_heads // config.num_key_value_heads
-        biases = {
+        live = (attention_mask != 0).to(rows.dtype)
+        biases = {} if self.fused else self._biases(position, attention_mask, windows)
+        for layer, window in zip(self.layers, windows, strict=True):
+            x = layer(x, cos, sin, (window, live if self.fused else biases[window]))
+        return self.norm(x)
+
+    def _biases(self, position: Tensor, attention_mask: Tensor, windows: Sequence[int | None]) -> dict[int | None, Tensor]:
+        back = position[:, None] - position[None]  # (S, S) how far the key lies behind the query
+        visible = (back >= 0) & (attention_mask != 0)[:, None, None]  # (B, 1, S, S)
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        return {
             w: blocking_bias(visible if w is None else visible & (back < w)).repeat(1, 1, group, 1) for w in dict.fromkeys(windows)
         }
-        for layer, window in zip(self.layers, windows, strict=True):
-            x = layer(x, cos, sin, biases[window])
-        return self.norm(x)
+
+
+def fuse(model: nn.Module) -> None:
+    """Let attention be computed as an engine is fastest, in place. Meaning and parameters stay; so does a model without a cap."""
+    for module in model.modules():
+        if isinstance(module, Gemma2Encoder) and module.config.attn_logit_softcapping is not None:
+            module.fused = True
+            for layer in module.layers:
+                layer.self_attn.fused = True
 
 
 def blocking_bias(visible: Tensor) -> Tensor:
@@ -205,15 +230,7 @@ def blocking_bias(visible: Tensor) -> Tensor:
 
 
 def rotations(position: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine (S, head_dim) fp32 of each token's rotation; the two halves of a head turn alike."""
+    """Cosine and sine (S, head_dim / 2) fp32 of each token's rotation."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position.device) / head_dim
     angles = position.float()[:, None] * (1.0 / theta**exponent)[None]
-    angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + D/2}) of (B, H, S, D) by their token's angle; in fp32, returned in x's type."""
-    wide = x.float()
-    low, high = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-high, low], dim=-1) * sin).to(x.dtype)

@@ -119,7 +119,8 @@ class Launched:
 @pytest.mark.parametrize("kernel", kernel_plans.CASES)
 def test_plans_fit_their_kernels(monkeypatch, kernel):
     """Every plan, and the source's own, on tensors without memory."""
-    cases = kernel_plans.denoiser_cases if kernel in kernel_plans.denoiser_cases.CASES else kernel_plans.decoder_cases
+    files = (kernel_plans.denoiser_cases, kernel_plans.decoder_cases, kernel_plans.text_cases)
+    (cases,) = (each for each in files if kernel in each.CASES)
     monkeypatch.setattr(cases, "DEVICE", "meta")
     monkeypatch.setattr(kernel_case, "DEVICE", "meta")
     launched = {}

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.latency_history import Kernel
 from benchmarks.plugin_costs import PRODUCT, Launched, attributed, cost, launches
 from plugins import (
+    causal_attention,
     conv3x3,
     cross_attention,
     gated_depthwise_conv,
@@ -52,6 +53,20 @@ CASES = {  # attributes, shapes of inputs, FLOPs, numbers of 16 bits and of 32 t
         [(B, N, H * D), (5, B, 1, H, L, D), (5, B, 1, H, L, D), (B, L)],
         4 * B * N * L * H * D,
         2 * B * N * H * D + 2 * B * H * L * D + B * L,
+        0,
+    ),
+    "turned": (  # q and k of qkv are read
+        lambda: causal_attention.compile_cubins(causal_attention.ROTATE, TARGET, "bf16", 2 * H, H, D),
+        [(B, N, 4 * H * D), (N, D // 2), (N, D // 2)],
+        0,
+        2 * B * N * 3 * H * D,
+        N * D,
+    ),
+    "causal": (  # v of qkv is read
+        lambda: causal_attention.compile_cubins(causal_attention.ATTEND, TARGET, "bf16", 2 * H, H, D),
+        [(B, N, 3 * H * D), (B, N, 4 * H * D), (B, N)],
+        2 * B * N * N * 2 * H * D,
+        B * N * 3 * H * D + B * N * H * D + B * N + B * N * 2 * H * D,
         0,
     ),
     "state": (  # k and v of qkv are read

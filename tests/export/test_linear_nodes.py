@@ -143,14 +143,14 @@ def test_left_alone(nodes):
     assert linear.OP not in ops(rewritten(nodes, 0))
 
 
-def three_products(columns=(COLUMNS, COLUMNS, COLUMNS), bias=False):
-    """As q, k and v of a text encoder."""
+def three_products(columns=(COLUMNS, COLUMNS, COLUMNS), bias=False, end=None):
+    """As q, k and v of a text encoder. end: what is made of y0, y1 and y2."""
     nodes = [cast("x", "x_wide")]
     for i, weight in enumerate(("w", "v", "u")):
         nodes += [("Transpose", [weight], [f"{weight}_turned"], {"perm": [1, 0]}), cast(f"{weight}_turned", f"{weight}_wide")]
         nodes += [("MatMul", ["x_wide", f"{weight}_wide"], [f"sums{i}"], {}), cast(f"sums{i}", f"y{i}" + "_" * bias, HALF)]
         nodes += [("Add", [f"y{i}_", "bias"], [f"y{i}"], {})] * bias
-    made = model([*nodes, ("Sub", ["y0", "y1"], ["d"], {}), ("Concat", ["d", "y2"], ["y"], {"axis": -1})])
+    made = model([*nodes, *(end or [("Sub", ["y0", "y1"], ["d"], {}), ("Concat", ["d", "y2"], ["y"], {"axis": -1})])])
     rng = np.random.default_rng(2)
     u = helper.make_tensor("u", HALF, (columns[2], DEPTH), rng.normal(size=columns[2] * DEPTH).astype(np.float16))
     made.graph.initializer.append(u)
@@ -162,14 +162,41 @@ def test_small_products_of_the_same_are_one():
     before = run(made)
     assert use_linear_plugins(made) == 1
     assert ops(made) == ["Concat", linear.OP, "Split", "Sub", "Concat"]
-    joined = made.graph.node[1]
-    launch = Launch.from_json(next(a.s for a in joined.attribute if a.name == "launch"))
+    launch = Launch.from_json(next(a.s for a in made.graph.node[1].attribute if a.name == "launch"))
     assert (launch.product.columns, launch.product.depth) == (3 * COLUMNS + 3, DEPTH)
+    as_standard_operators(made)
+    np.testing.assert_allclose(run(made), before, rtol=2e-3, atol=2e-3)
+
+
+def as_standard_operators(made):
+    joined = made.graph.node[1]
     del joined.attribute[:]
     joined.op_type, joined.domain = "MatMul", ""
     made.graph.node.insert(1, helper.make_node("Transpose", [joined.input[1]], ["turned"], perm=[1, 0]))
     joined.input[1] = "turned"
+
+
+def test_what_is_put_side_by_side_again_is_not_split():
+    made = three_products(end=[("Concat", ["y0", "y1", "y2"], ["y"], {"axis": 2})])
+    before = run(made)
+    assert use_linear_plugins(made) == 1
+    assert ops(made) == ["Concat", linear.OP]
+    as_standard_operators(made)
     np.testing.assert_allclose(run(made), before, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        [("Concat", ["y0", "y2", "y1"], ["y"], {"axis": -1})],  # in another order
+        [("Concat", ["y0", "y1", "y2"], ["y"], {"axis": 1})],  # below each other
+        [("Concat", ["y0", "y1", "y2"], ["c"], {"axis": -1}), ("Concat", ["c", "y1"], ["y"], {"axis": -1})],
+    ],
+)
+def test_what_something_else_is_made_of_is_split(end):
+    made = three_products(end=end)
+    assert use_linear_plugins(made) == 1
+    assert ops(made)[:3] == ["Concat", linear.OP, "Split"]
 
 
 def test_large_products_and_those_with_a_bias_stay_apart(monkeypatch):
