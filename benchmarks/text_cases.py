@@ -34,7 +34,7 @@ def attention() -> Iterator[Case]:
             for plan in grid_of(BLOCK_M=(64, 128), BLOCK_N=(32, 64), num_warps=(4, 8), num_stages=(1, 2, 3))
             if 2 * DIM * (plan["BLOCK_M"] + 2 * plan["num_stages"] * plan["BLOCK_N"]) <= SHARED
         ]
-        chosen = module.blocks(DIM)
+        chosen = module.blocks(90, DIM)
         source = {"BLOCK_M": chosen.m, "BLOCK_N": chosen.n, "num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
         yield Case(f"{module.ATTEND} 2x{tokens} bf16", plans, launch, source)
 

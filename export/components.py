@@ -135,11 +135,11 @@ def _axes(*names: str) -> tuple[Axis, ...]:
 
 
 def text_encoder(config: Gemma2Config, precision: Precision, max_sequence_length: int) -> Component:
-    """Fused in half precision, if scores are capped as all published ones are; in fp32 the kernel has no tensor cores."""
+    """Fused in half precision, if scores are capped, as all published ones are, and heads no wider than the kernel's."""
     length = max_sequence_length
     with torch.device("meta"):
         module = TextEncoderForExport(Gemma2Encoder(config), length)
-    if precision is not Precision.FP32:
+    if precision is not Precision.FP32 and config.head_dim <= causal_attention.MAX_HEAD_DIM:
         fuse_text(module)
     ops = (causal_attention.ATTEND, causal_attention.ROTATE) if module.encoder.fused else ()
     tokens = Axis(name="tokens", minimum=length, example=length + 7, maximum=1 << 16)

@@ -11,7 +11,7 @@ is ever in memory. A query sees itself and the keys before it, `window` tokens a
 
 A program of CausalAttention takes the queries of all heads that share a key and value head (arXiv:2305.13245): BLOCK_M rows, each a
 token and one of its G heads, go through the keys BLOCK_N at a time with a running softmax (FlashAttention, arXiv:2205.14135), from
-the first that the window lets the first row see to the last that the last row does. The longest come first.
+the first that the window lets the first row see to the last that the last row does. Of a head the longest come first.
 
 Precision: angles, scores, tanh, softmax and sums in fp32; products on tensor cores, with the probabilities in v's type. Turned
 heads are rounded to qkv's type, as PyTorch rounds them.
@@ -55,9 +55,10 @@ class Blocks:
     num_stages: int
 
 
-# Reasoned, none is measured: for 256 channels what spills no register on any SM, with 98,304 bytes of shared memory at most.
-WIDE, NARROW = Blocks(64, 32, 8, 2), Blocks(64, 64, 4, 2)
-MAX_NARROW = 64  # channels
+# Reasoned, none is measured. For 256 channels eight warps spill no register; on SM 90 eight would compute the scores of so few rows
+# twice, and four spill six registers. Two steps under way fit where a block may have 163 KiB.
+WIDE, WIDE_IN_99_KIB, WIDE_ON_90 = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 32, 4, 2)
+NARROW, MAX_NARROW = Blocks(64, 64, 4, 2), 64  # channels
 TYPES = ("fp16", "bf16")  # engines in fp32 have standard operators: 256 channels of it do not fit into registers
 ROTATE_ROWS, ROTATE_WARPS = 16, 4  # heads of a program
 
@@ -74,19 +75,23 @@ def check_sizes(dtype: str, num_heads: int, num_kv_heads: int, head_dim: int) ->
         )
 
 
-def blocks(head_dim: int) -> Blocks:
-    """The same for every architecture."""
-    return NARROW if head_dim <= MAX_NARROW else WIDE
+def blocks(capability: int, head_dim: int) -> Blocks:
+    """Of an SM such as 89. m is the same for all."""
+    if head_dim <= MAX_NARROW:
+        return NARROW
+    if capability == 90:
+        return WIDE_ON_90
+    return WIDE if cubin.max_shared(capability) > cubin.MAX_SHARED else WIDE_IN_99_KIB
 
 
-def _constants(op: str, sizes: tuple[int, int, int]) -> tuple[dict[str, int], dict[str, int]]:
+def _constants(op: str, capability: int, sizes: tuple[int, int, int]) -> tuple[dict[str, int], dict[str, int]]:
     """A kernel's constants, and Triton's options. sizes: H, K, D."""
     heads, kv_heads, dim = sizes
     if op == ROTATE:
         half = dim // 2
         constants = {"HEADS": heads + kv_heads, "WIDTH": (heads + 2 * kv_heads) * dim, "HALF": half}
         return constants | {"PADDED": triton.next_power_of_2(half), "ROWS": ROTATE_ROWS}, {"num_warps": ROTATE_WARPS}
-    chosen = blocks(dim)
+    chosen = blocks(capability, dim)
     constants = {
         "H": heads,
         "K": kv_heads,
@@ -134,13 +139,14 @@ def launch(
     check_sizes(dtype, num_heads, num_kv_heads, head_dim)
     if out.numel() == 0:
         return
+    major, minor = torch.cuda.get_device_capability(qkv.device) if qkv.is_cuda else (9, 0)  # a CPU: Triton's interpreter
     texts, tokens = qkv.shape[:2]
     sizes = (num_heads, num_kv_heads, head_dim)
     turned = qkv.new_empty((texts, tokens, (num_heads + num_kv_heads) * head_dim))
-    constants, options = _constants(ROTATE, sizes)
+    constants, options = _constants(ROTATE, 10 * major + minor, sizes)
     grid: tuple[int, ...] = (math.ceil(tokens * (num_heads + num_kv_heads) / ROTATE_ROWS), texts)
     rotate_kernel[grid](qkv, cos, sin, turned, tokens, **constants, **options)
-    constants, options = _constants(ATTEND, sizes)
+    constants, options = _constants(ATTEND, 10 * major + minor, sizes)
     grid = (math.ceil(tokens * (num_heads // num_kv_heads) / constants["BLOCK_M"]), num_kv_heads, texts)
     numbers = (tokens, ALL if window is None else window, scale, cap)
     attention_kernel[grid](turned, qkv, live, out, *numbers, **constants, **options)
@@ -149,7 +155,7 @@ def launch(
 @functools.cache
 def compile_cubin(op: str, capability: int, dtype: str, num_heads: int, num_kv_heads: int, head_dim: int) -> Cubin:
     """For ROTATE or ATTEND and an SM such as 89."""
-    constants, options = _constants(op, (num_heads, num_kv_heads, head_dim))
+    constants, options = _constants(op, capability, (num_heads, num_kv_heads, head_dim))
     narrow, table = f"*{dtype}", "*fp32"
     if op == ROTATE:
         kernel, tensors = rotate_kernel, {"qkv": narrow, "cos": table, "sin": table, "turned": narrow}
@@ -206,7 +212,7 @@ def compile_cubins(
         grid = [["ceildiv", ["mul", tokens, num_heads + num_kv_heads], ROTATE_ROWS], batch, 1]
     else:
         rows = ["mul", tokens, num_heads // num_kv_heads]
-        grid = [["ceildiv", rows, blocks(head_dim).m], num_kv_heads, batch]
+        grid = [["ceildiv", rows, blocks(cubin.CAPABILITIES[0], head_dim).m], num_kv_heads, batch]
         args += [["i32", window], ["f32", scale], ["f32", cap]]
         more = {"scale": scale, "cap": cap, "window": window}
     found = cubin.attributes(
@@ -288,10 +294,10 @@ def function_body(op: str, opset: int = 20) -> "onnx.FunctionProto":
             helper.make_node("Tanh", ["small"], ["bent"]),
             helper.make_node("Mul", ["bent", "cap"], ["scores"]),
             # Who is seen: (B, 1, 1, S, S)
-            helper.make_node("Shape", ["live"], ["tokens"], start=1, end=2),
-            helper.make_node("Squeeze", ["tokens"], ["count"]),
             helper.make_node("Constant", [], ["from"], value_int=0),
             helper.make_node("Constant", [], ["step"], value_int=1),
+            helper.make_node("Shape", ["live"], ["live_shape"]),
+            helper.make_node("Gather", ["live_shape", "step"], ["count"]),
             helper.make_node("Range", ["from", "count", "step"], ["position"]),
             helper.make_node("Unsqueeze", ["position", "one"], ["query"]),
             helper.make_node("Sub", ["query", "position"], ["back"]),

@@ -89,6 +89,6 @@ def attention_kernel(
         sum_M = sum_M * shrink_M + tl.sum(p_MN, axis=1)
         out_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, out_MD * shrink_M[:, None])
         top_M = new_top_M
-    sum_M = tl.where(sum_M > 0.0, sum_M, 1.0)  # a query of padding may see nothing: 0
+    factor_M = 1.0 / tl.where(sum_M > 0.0, sum_M, 1.0)  # a query of padding may see nothing: 0
     places = out + before * (H * D) + (token_M * (H * D) + head_M * D)[:, None] + d[None, :]
-    tl.store(places, (out_MD / sum_M[:, None]).to(out.dtype.element_ty), mask=real_MD)
+    tl.store(places, (out_MD * factor_M[:, None]).to(out.dtype.element_ty), mask=real_MD)

@@ -1,3 +1,5 @@
+import os
+
 import onnx
 import pytest
 from tiny_build import RANGES, component, quiet, request, runner, said, tiny
@@ -7,8 +9,11 @@ from engines.errors import BuildError, PluginMissingError
 from engines.spec import COMPONENTS, Precision, Target
 from export.build import build
 from export.components import profiles
+from export.engine_graph import write_engine_graph
 from export.plugin_nodes import add_cubins
 from export.stages import engine_groups
+from export.weights import DATA_NAME, TYPED_NAME
+from plugins.launch import Launch
 from sana_ref.checkpoint import load
 from sana_ref.fused_decoder import FusedDecoder
 
@@ -97,6 +102,30 @@ def test_a_plugin_that_is_not_registered_fails_the_build(monkeypatch):
         match="none; expected 1 CrossAttention, 1 GatedDepthwiseConv, 1 GatedModulatedNorm, 1 LinearAttentionApply, ",
     ):
         run.engine(part, graphs, (Target.SM121,), profile)  # that no other test compiles for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("targets", "linear"), [((Target.SM90,), True), (AHEAD, False)])
+def test_attention_of_a_text_reads_what_a_product_leaves(monkeypatch, tmp_path, targets, linear):
+    """On SM 90 q, k and v are one product, and nothing is between it and attention; elsewhere TensorRT has their Concat."""
+    monkeypatch.setattr("engines.tensorrt.flavor", lambda: "rtx")
+    graphs = runner().export(component("text_encoder", Precision.BF16))
+    os.link(graphs.folder / DATA_NAME, tmp_path / DATA_NAME)
+    plugins = write_engine_graph(component("text_encoder", Precision.BF16), graphs.folder / TYPED_NAME, tmp_path, targets)
+    layers = plugins["RotateHeads"]
+    products = {"Linear": 4 * layers} if linear else {}  # q, k, v; what they attend to; gate, up; down
+    assert plugins == {"CausalAttention": layers, "RotateHeads": layers} | products
+    graph = onnx.load(tmp_path / TYPED_NAME, load_external_data=False).graph
+    maker = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type == "CausalAttention":
+            turned, qkv, live = (maker[name] for name in node.input)
+            assert turned.op_type == "RotateHeads"
+            assert maker[turned.input[0]] is qkv
+            assert qkv.op_type == ("Linear" if linear else "Concat")
+            assert live.op_type == "Cast"
+            launch = Launch.from_json(next(each.s for each in node.attribute if each.name == "launch"))
+            assert sorted(launch.kernels) == sorted(targets)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from parity.bound import assert_parity
 from parity.interpreter import interpret
 
 from plugins import causal_attention as op
+from plugins.cubin import CAPABILITIES
 from plugins.launch import Launch, evaluate
 from sana_ref import attention_ops
 from sana_ref.text_encoder import Gemma2Attention, Gemma2Config, blocking_bias, rotations
@@ -231,9 +232,13 @@ def test_launch_descriptions():
         launch, dims = Launch.from_json(attend["launch"]), [turned, qkv, (2, tokens)]
         blocks, *others = (evaluate(size, dims) for size in launch.grid)
         assert others == [4, 2]
-        assert (blocks - 1) * op.WIDE.m < 2 * tokens <= blocks * op.WIDE.m
+        assert (blocks - 1) * 64 < 2 * tokens <= blocks * 64
         assert [evaluate(size, dims) for size in launch.outputs[0].shape] == [2, tokens, 2048]
         assert launch.args[4:8] == [["i32", ["dim", 0, 1]], ["i32", 4096], ["f32", 0.0625], ["f32", 50.0]]
+
+
+def test_one_grid_serves_every_architecture():
+    assert {op.blocks(capability, dim).m for capability in CAPABILITIES for dim in (16, 64, 65, 256)} == {64}
 
 
 SLOW = [("sm80", "fp16"), *((sm, dtype) for sm in ("sm86", "sm89", "sm90", "sm100", "sm120") for dtype in op.TYPES)]

@@ -9,6 +9,7 @@ from torch.export import Dim, export
 
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
+from sana_ref.text_encoder import fuse as fuse_text
 from sana_ref.transformer import SanaTransformer2DModel
 from sana_ref.variants import DC_AE, DC_AE_LITE
 
@@ -136,6 +137,25 @@ def test_sliding_window_forgets():
     other[0, 0] = (other[0, 0] + 1) % 100
     same = (model(ids, torch.ones(1, 9)) == model(other, torch.ones(1, 9))).all(-1)[0]
     assert same.tolist() == [False] * 4 + [True] * 5  # four tokens, itself included
+
+
+@torch.no_grad()
+def test_fused_text_encoder():
+    """The same states, in layers with a window of four tokens and without, of a text and of one with padding."""
+    model = made(Gemma2Encoder(dataclasses.replace(TINY_GEMMA, num_hidden_layers=3))).double()
+    ids = torch.randint(0, 100, (2, 11), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(11) < torch.tensor([[11], [6]])).long()
+    wanted = model(ids, mask)
+    fuse_text(model)
+    assert all(layer.self_attn.fused for layer in model.layers)
+    torch.testing.assert_close(model(ids, mask)[mask.bool()], wanted[mask.bool()], atol=1e-5, rtol=1e-5)
+
+
+def test_without_a_cap_there_is_no_kernel():
+    model = Gemma2Encoder(dataclasses.replace(TINY_GEMMA, attn_logit_softcapping=None))
+    fuse_text(model)
+    assert not model.fused
+    assert not any(layer.self_attn.fused for layer in model.layers)
 
 
 @pytest.mark.slow
