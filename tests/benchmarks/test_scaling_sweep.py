@@ -119,6 +119,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.
     assert "nothing was written" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library's malloc is not glibc's")
 def test_freed_memory_is_not_taken_from_the_kernel_again(tmp_path: Path) -> None:
     """Linear attention at 6144 px, with tensors of 38 MB: 46,085 page faults each time without, or 90 where pages have 2 MiB.

@@ -38,6 +38,7 @@ def test_transformer(changes, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DC_AE, DC_AE_LITE], ids=["full", "lite"])
 @torch.no_grad()
 def test_autoencoder(config):

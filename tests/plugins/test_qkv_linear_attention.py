@@ -114,6 +114,7 @@ ROTARY = [
 ]
 
 
+@pytest.mark.slow
 def test_kernels_with_a_rotary_embedding(tmp_path, monkeypatch):
     """And, planted, with the last token's angles for all."""
     (tmp_path / "rotary_launch.py").write_text(LAUNCH)
