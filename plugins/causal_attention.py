@@ -23,13 +23,13 @@ first and v last; cos, sin (S, D / 2); turned (B, S, (H + K) D); live (B, S); ou
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import triton
 
 from plugins import cubin
 from plugins.causal_attention_kernels import attention_kernel, rotate_kernel
+from plugins.cross_attention import Blocks
 from plugins.cubin import Cubin
 from plugins.launch import Output
 
@@ -43,16 +43,6 @@ INPUTS = {ROTATE: ("qkv", "cos", "sin"), ATTEND: ("turned", "qkv", "live")}
 LEAST = 16  # channels that a tensor core takes
 MAX_HEAD_DIM = 256
 ALL = 2**31 - 1  # tokens of a window that never ends
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """m rows of a program, n keys of a step, the program's warps, and how many steps' loads are under way."""
-
-    m: int
-    n: int
-    num_warps: int
-    num_stages: int
 
 
 # Reasoned, none is measured. For 256 channels eight warps spill no register; on SM 90 eight would compute the scores of so few rows

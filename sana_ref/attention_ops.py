@@ -4,6 +4,8 @@ Dimensions of attention to a text: k texts of B pictures, kB together; H heads, 
 own: B texts, S tokens, H heads of queries, K of keys and values, D channels per head.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -145,41 +147,22 @@ def _causal_attention(
 
 
 @_causal_attention.register_kernel("cuda")
-def _causal_attention_cuda(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    live: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    cap: float,
-    window: int | None,
-) -> Tensor:
+def _causal_attention_cuda(qkv: Tensor, cos: Tensor, sin: Tensor, live: Tensor, *numbers: Any) -> Tensor:
+    num_heads, num_kv_heads, scale, cap, window = numbers
     _check_causal(qkv, cos, sin, live, num_heads, num_kv_heads)
-    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
     if qkv.dtype not in (torch.float16, torch.bfloat16):
-        return causal_attention_truth(qkv, cos, sin, live, **sizes, scale=scale, cap=cap, window=window).contiguous()
+        return causal_attention_truth(qkv, cos, sin, live, *numbers).contiguous()
     from plugins import causal_attention as kernels  # Triton loads when a GPU first needs it
 
-    out = qkv.new_empty((*qkv.shape[:2], num_heads * 2 * cos.shape[-1]))
+    out = _causal_attention_fake(qkv, cos, sin, live, num_heads)
     tables = (cos.float().contiguous(), sin.float().contiguous())
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads}
     kernels.launch(qkv.contiguous(), *tables, live.contiguous(), out, **sizes, scale=scale, cap=cap, window=window)
     return out
 
 
 @_causal_attention.register_fake
-def _causal_attention_fake(
-    qkv: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    live: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    cap: float,
-    window: int | None,
-) -> Tensor:
+def _causal_attention_fake(qkv: Tensor, cos: Tensor, sin: Tensor, live: Tensor, num_heads: int, *numbers: Any) -> Tensor:
     return qkv.new_empty((*qkv.shape[:2], num_heads * 2 * cos.shape[-1]))
 
 
