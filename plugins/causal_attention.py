@@ -45,12 +45,14 @@ MAX_HEAD_DIM = 256
 ALL = 2**31 - 1  # tokens of a window that never ends
 
 
-# Reasoned, none is measured. For 256 channels eight warps spill no register; on SM 90 eight would compute the scores of so few rows
-# twice, and four spill six registers. Two steps under way fit where a block may have 163 KiB.
-WIDE, WIDE_IN_99_KIB, WIDE_ON_90 = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 32, 4, 2)
+# SM 90's by measurement (H200; benchmarks/results/kernel_plans_text_h200.json): two texts of 300 tokens take 17.1 us, 18.0 with
+# two steps under way; of 500 25.1, or 24.2 with 64 keys, for which Triton 3.9 spills 176 bytes a thread, not 24. Eight warps compute
+# the scores of so few rows twice, and take 22. Other GPUs' and those of narrow heads are reasoned: for 256 channels eight warps
+# spill no register, and two steps under way fit where a block may have 163 KiB.
+WIDE, WIDE_IN_99_KIB, WIDE_ON_90 = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 32, 4, 3)
 NARROW, MAX_NARROW = Blocks(64, 64, 4, 2), 64  # channels
 TYPES = ("fp16", "bf16")  # engines in fp32 have standard operators: 256 channels of it do not fit into registers
-ROTATE_ROWS, ROTATE_WARPS = 16, 4  # heads of a program
+ROTATE_ROWS, ROTATE_WARPS = 8, 4  # heads of a program; on an H200 within 2 % of the best for 300 and 500 tokens
 
 
 def check_sizes(dtype: str, num_heads: int, num_kv_heads: int, head_dim: int) -> None:

@@ -100,8 +100,10 @@ def check(kind, y, bits, given, end, out_scale, name, peer=None):
         assert y.dtype == others[-1].dtype
         assert_parity(y.cpu(), same=same.to(y.dtype), exact=exact, name=f"{name} {end}")
     if bits is not None:
-        # Twice PyTorch's own error, and the roundings of a number times a reciprocal.
-        tolerance = 2 * (same.double() - exact).abs().max() / out_scale + (exact / out_scale).abs() * 2.0**-21
+        # Twice PyTorch's own error, and the roundings of a number times a reciprocal. SiLU is one instruction on a GPU, as exact as
+        # PyTorch's in fp16 (plugins/silu.py), not as one in fp32.
+        peer = same.half() if end == "silu" and bits.is_cuda else same
+        tolerance = 2 * (peer.double() - exact).abs().max() / out_scale + (exact / out_scale).abs() * 2.0**-21
         assert_bits(kind, bits.cpu(), exact / out_scale, tolerance, f"{name} {end} bits")
         assert (real_of(kind, bits.cpu()).float().abs() == LARGEST[kind]).any()
 
