@@ -1,6 +1,7 @@
 """Times launch plans of the Triton kernels on the GPU that is here, beside the plan in the source.
 
     python benchmarks/kernel_plans.py --out benchmarks/results/kernel_plans_h200.json
+    python benchmarks/kernel_plans.py --kernels causal_attention,rotate_heads --out benchmarks/results/kernel_plans_text_h200.json
 
 For each kernel, at sizes of Sana-1.6B and 0.6B, of DC-AE's decoder and of Gemma-2-2B: milliseconds in a CUDA graph of every plan
 that fits, the best ones and the source's printed. All plans are compiled first, by a process for each core (--jobs). The constants

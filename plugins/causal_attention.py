@@ -46,8 +46,8 @@ ALL = 2**31 - 1  # tokens of a window that never ends
 
 
 # SM 90's by measurement (H200; benchmarks/results/kernel_plans_text_h200.json): two texts of 300 tokens take 17.1 us, 18.0 with
-# two steps under way; of 500 25.1, or 24.2 with 64 keys, for which Triton 3.9 spills 176 bytes a thread, not 24. Eight warps compute
-# the scores of so few rows twice, and take 22. Other GPUs' and those of narrow heads are reasoned: for 256 channels eight warps
+# two steps under way; of 500 25.1, or 24.2 with 64 keys, for which Triton 3.9 spills 176 bytes a thread, not 24. Eight warps, which
+# compute the scores of so few rows twice, take 22. Other GPUs' and those of narrow heads are reasoned: for 256 channels eight warps
 # spill no register, and two steps under way fit where a block may have 163 KiB.
 WIDE, WIDE_IN_99_KIB, WIDE_ON_90 = Blocks(64, 64, 8, 2), Blocks(64, 64, 8, 1), Blocks(64, 32, 4, 3)
 NARROW, MAX_NARROW = Blocks(64, 64, 4, 2), 64  # channels
