@@ -1,6 +1,6 @@
 """benchmarks/history/<model>.jsonl: what runs of latency.py found, one JSON line for each piece of work, the oldest first.
 
-A line is compared with lines of its own key: same model, component, backend, precision, size, batch, steps, machine, yardstick
+A line is compared with lines of its own key: same model, component, backend, precision, size, batch, steps, machine, yardsticks
 and peers. Bundle, commit and versions are not of the key, for they are what changes. A run is accepted if a person says so, and
 the first of its key always; later runs are judged by the last that was accepted.
 """
@@ -76,8 +76,6 @@ class Kernels(_Model):
     kernels: tuple[Kernel, ...] = ()
 
 
-# model, component, backend, precision, width, height, batch, steps, machine, yardstick, and all that took turns with the work:
-# peers leave other caches behind than a GEMM does, by 5 % of sana-tiny's step on a CPU. And, of several, in which order they did
 Key = tuple[str | int, ...]
 
 
@@ -113,11 +111,19 @@ class Record(_Model):
     note: str
 
     @property
-    def key(self) -> Key:
+    def work(self) -> Key:
+        """What was done and where. A component on a GPU waits for no processor: of the machine the GPU alone counts."""
         size = (self.width, self.height, self.batch, self.steps)
-        what = (self.model, self.component, self.backend, self.precision, *size)
+        alone = self.backend == "tensorrt" and self.component != "picture"
+        machine = self.machine.partition(", ")[0] if alone else self.machine
+        return (self.model, self.component, self.backend, self.precision, *size, machine)
+
+    @property
+    def key(self) -> Key:
+        """And all that took turns with it: peers leave other caches behind than a GEMM does, by 5 % of sana-tiny's step on a CPU,
+        and another clock of a GPU. And, of several, in which order they did."""
         turns = (self.turns,) if len(self.references) > 1 else ()
-        return (*what, self.machine, self.yardstick, *sorted(self.references), *turns)
+        return (*self.work, *sorted(self.references), *turns)
 
     @property
     def was_busy(self) -> bool:
@@ -154,6 +160,10 @@ class History:
 
     def last_accepted(self, key: Key) -> Record | None:
         return next((record for record in reversed(self.read()) if record.accepted and record.key == key), None)
+
+    def last_of_work(self, work: Key) -> Record | None:
+        """The last accepted one, whatever took turns with it."""
+        return next((record for record in reversed(self.read()) if record.accepted and record.work == work), None)
 
     def append(self, records: Sequence[Record]) -> None:
         """Write all or none of a model's lines."""

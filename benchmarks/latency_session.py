@@ -104,8 +104,17 @@ def judge(now: Record, then: Record | None, limits: Limits) -> Verdict | None:
         return None
     if now.was_busy or then.was_busy:
         limits = replace(limits, percent=limits.percent + BUSY_PERCENT)
-    mine, old = now.references[now.yardstick], then.references[then.yardstick]
+    mine, old = now.references[now.yardstick], then.references[now.yardstick]  # runs of one key have the same
     return compare(mine.ratios, old.ratios, yardstick_ms=mine.ms, limits=limits)
+
+
+def unlike(now: Record, then: Record) -> str:
+    """Why they are not compared, and what to do."""
+    return (
+        f"NOT COMPARED: run {then.run} of {then.date}, the last accepted one, took turns with {', '.join(then.references)}; this "
+        f"one with {', '.join(now.references)}. Give the same --peers, and --record for a floor; later runs like this are compared "
+        "with this one."
+    )
 
 
 class Session:
@@ -162,8 +171,7 @@ class Session:
             self.records = [found for _, found in records]
             if self.options.record and not self.record(engine, self.records, errors):
                 return 1, []
-        kept, slower = self.check(records, bench) if self.options.check else ([found for _, found in records], [])
-        return 1 if slower else 0, kept
+        return self.check(records, bench) if self.options.check else (0, [found for _, found in records])
 
     def check_model(self, engine: SanaEngine) -> None:
         """Raises RequestError if the peers would have other weights. On a GPU `complaints` compares outputs, and nothing of several
@@ -197,10 +205,11 @@ class Session:
             engine, self.checkpoint, records, errors, steps=options.steps, pictures=options.pictures, note=options.note
         )
 
-    def check(self, records: Sequence[tuple[Work, Record]], bench: Bench) -> tuple[list[Record], list[str]]:
-        """The records to keep, and the titles of what became slower. What looks slower is measured again, by an engine that is
-        opened anew, up to --confirm times: the run whose ratio is smallest stands."""
-        kept, slower = [], []
+    def check(self, records: Sequence[tuple[Work, Record]], bench: Bench) -> tuple[int, list[Record]]:
+        """The exit code, and the records to keep: 1 if something became slower, 2 if something cannot be compared though it was
+        accepted before, beside others. What looks slower is measured again, by an engine that is opened anew, up to --confirm
+        times: the run whose ratio is smallest stands."""
+        kept, slower, alone = [], [], False
         for work, found in records:
             then = self.history.last_accepted(found.key)
             verdict = judge(found, then, self.limits)
@@ -214,7 +223,10 @@ class Session:
                 verdict = judge(found, then, self.limits)
             kept.append(found)
             if verdict is None or then is None:
-                print(f"{found.title}: the first of its kind, so there is nothing to compare with")
+                other = self.history.last_of_work(found.work)
+                alone |= other is not None
+                why = unlike(found, other) if other else "the first of its kind, so there is nothing to compare with"
+                print(f"{found.title}: {why}")
             else:
                 word = "SLOWER" if verdict.regression else "ok"
                 busy = f"; the machine was busy, so {BUSY_PERCENT:g} % more are let by" if found.was_busy or then.was_busy else ""
@@ -225,7 +237,7 @@ class Session:
                 f"slower than the last accepted run by over {self.limits.percent:g} % and {self.limits.floor_ms:g} ms: "
                 f"{'; '.join(slower)}. If that is meant: --accept {self.run}"
             )
-        return kept, slower
+        return 1 if slower else 2 if alone else 0, kept
 
     def keep(self, records: Sequence[Record], *, accept: bool) -> None:
         """Append them to the history, if it is to have them. accept: not only the first of their kind."""

@@ -47,6 +47,33 @@ def test_a_planted_slow_down_of_five_percent_ends_in_exit_code_one(
     assert [each.accepted for each in runs(tmp_path)] == [True, False, False]
 
 
+def test_a_run_beside_others_is_not_taken_for_a_check(
+    plant: Plant, program: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was accepted beside a peer. A check without that peer cannot tell, and says so; the next one can."""
+    program("--accept")
+    path = next((tmp_path / "history").glob("*.jsonl"))
+    (accepted,) = runs(tmp_path)
+    beside = accepted.references | {"diffusers_eager": next(iter(accepted.references.values()))}
+    path.write_text(accepted.model_copy(update={"references": beside}).model_dump_json() + "\n")
+    capsys.readouterr()
+    assert program("--check") == 2
+    assert "NOT COMPARED: run" in (said := capsys.readouterr().out)
+    assert "diffusers_eager" in said
+    plant.slower = 1.05
+    assert program("--check") == 1
+
+
+def test_a_run_is_judged_by_what_both_measured() -> None:
+    """Whatever the accepted one was judged by."""
+    then = record(peers={"diffusers_eager": 3.0})
+    now = record(run="1" * 12, ratio=12.0, peers={"diffusers_eager": 3.0}, yardstick="diffusers_eager")
+    assert now.key == then.key
+    verdict = latency_session.judge(now, then, Limits())
+    assert verdict is not None
+    assert verdict.regression
+
+
 def test_a_slow_down_that_is_accepted_is_the_new_measure(plant: Plant, program: Callable[..., int], tmp_path: Path) -> None:
     program()
     plant.slower = 1.05

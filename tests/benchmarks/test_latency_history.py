@@ -33,6 +33,23 @@ def test_the_last_accepted_of_the_same_key(tmp_path: Path) -> None:
     assert with_peer.model_copy(update={"turns": "each first"}).key != with_peer.key  # and where each of several has its turn
     assert new.model_copy(update={"turns": "each first"}).key == new.key
     assert history.last_accepted(later.key) == new
+    assert history.last_accepted(with_peer.key) is None
+    assert history.last_of_work(with_peer.work) == new
+    assert history.last_of_work(other.model_copy(update={"batch": 3}).work) is None
+
+
+def test_of_a_machine_what_the_work_needs_counts() -> None:
+    """A component on a GPU waits for no processor, a picture does."""
+    hosts = ("NVIDIA H200, 16 x CPU", "NVIDIA H200, 32 x CPU")
+    for component, backend, same in (
+        ("denoiser", "tensorrt", True),
+        ("picture", "tensorrt", False),
+        ("denoiser", "onnxruntime", False),
+    ):
+        here, there = (record(component=component, backend=backend, machine=machine).key for machine in hosts)
+        assert (here == there) is same
+    other = record(backend="tensorrt", machine="NVIDIA L4, 16 x CPU")
+    assert other.key != record(backend="tensorrt", machine=hosts[0]).key
 
 
 def test_a_run_is_accepted_afterwards(tmp_path: Path) -> None:
