@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.figures import UNSUPPORTED, record
 from benchmarks.latency_floor import PRODUCTS, floor_of
 from benchmarks.latency_history import Record
-from benchmarks.latency_work import PROMPT
+from benchmarks.latency_work import PROMPT, Work, num_tokens
 from benchmarks.latency_yardstick import copy_rate
 from engines.gpu import device_info
 from engines.spec import COMPONENTS, QUANTIZED, Precision
@@ -59,12 +59,16 @@ def size_name(checkpoint: Checkpoint) -> str:
     return "tiny" if count < 100e6 else f"{round(count / 1e8) * 100}m"
 
 
-def floor_ms(checkpoint: Checkpoint, found: Record) -> tuple[float, float] | None:
-    """Of products, which took turns with the work, and of traffic at the rate of a copy. None: they did not, for there is none."""
-    products, floor = found.references.get(PRODUCTS), floor_of(checkpoint, found, found.precision)
+def floor_ms(engine: SanaEngine, checkpoint: Checkpoint, found: Record) -> tuple[dict[str, float], str]:
+    """As a peer, and in words: products, which took turns with the work, and traffic at the rate of a copy. Empty: they did not,
+    for there is none."""
+    products = found.references.get(PRODUCTS)
+    work = Work(component=found.component, width=found.width, height=found.height, batch=found.batch)
+    floor = floor_of(checkpoint, found, found.precision, tokens=num_tokens(engine, work))
     if products is None or floor is None:
-        return None
-    return products.ms, 1000 * floor.traffic_bytes / copy_rate(gpu=True)
+        return {}, ""
+    traffic_ms = 1000 * floor.traffic_bytes / copy_rate(gpu=True)
+    return {"floor": round(products.ms + traffic_ms, 4)}, f"floor: products {products.ms:.2f} ms, traffic {traffic_ms:.2f}"
 
 
 def record_figures(
@@ -110,8 +114,7 @@ def record_figures(
             if component not in found:
                 continue
             ratio = errors[component]["engine"].rms / errors[component]["pytorch"].rms
-            floor = floor_ms(checkpoint, found[component])
-            words = "" if floor is None else f"floor: products {floor[0]:.2f} ms, traffic {floor[1]:.2f}"
+            floor, words = floor_ms(engine, checkpoint, found[component])
             keep(
                 f"{names[component]}_{found[component].precision}_ms",
                 times[f"{stage}_ms"],
@@ -119,7 +122,7 @@ def record_figures(
                 words,
                 _clock(found[component]),
                 "" if draws else "by itself, in one CUDA graph",
-                peer=_peers(found[component]) | ({} if floor is None else {"floor": round(sum(floor), 4)}),
+                peer=_peers(found[component]) | floor,
             )
         if size == "tiny" and draws:
             keep("tiny_picture_gpu_ms", times["wall_ms"], f"{steps} steps, {px}, prompt to PNG")
@@ -134,8 +137,9 @@ def record_figures(
     for text in records:
         if (text.component, text.batch) == ("text_encoder", 2) and size != "tiny":
             name = f"encode_text_{text.precision}_ms" if text.width else f"encode_text_instructed_{text.precision}_ms"
+            floor, least = floor_ms(engine, checkpoint, text)
             words = f"{text.width} tokens" if text.width else "with the instruction"
-            keep(name, text.device.p50, words, f"p90 {text.device.p90:.2f} ms", _clock(text), peer=_peers(text))
+            keep(name, text.device.p50, words, f"p90 {text.device.p90:.2f} ms", least, _clock(text), peer=_peers(text) | floor)
     return True
 
 

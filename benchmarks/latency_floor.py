@@ -1,7 +1,8 @@
-"""The least that a step or a decode could take on this GPU: its matrix products, and its memory traffic at the rate of a copy.
+"""The least that a step, a decode or a text could take on this GPU: matrix products, and memory traffic at the rate of a copy.
 
 Of a denoiser step: the products of all blocks, each with weights of its own, in one CUDA graph through PyTorch, plus what lies
-between them, if every tensor between two products were read and written once. Of a decode: as many of the fastest GEMM as have
+between them, if every tensor between two products were read and written once. Of the text encoder: the same of its layers,
+without attention's own products. Of a decode: as many of the fastest GEMM as have
 its FLOPs, in one CUDA graph; those of FP8 or INT8 convolutions in such a type; plus what lies between its convolutions and
 products, as above. The products take turns with the work and its peers, so that they have the clock that those have. FLOPs are
 those of the model as PyTorch computes it: an upsampling convolution behind nearest neighbours has nine taps, where ours has four,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from benchmarks.latency_history import Record
     from benchmarks.latency_work import Work
     from sana_ref.checkpoint import Checkpoint
+    from sana_ref.text_encoder import Gemma2Config
     from sana_ref.transformer import SanaTransformerConfig
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "narrow_rate",
     "products",
     "residual_flops",
+    "text_floor",
     "traffic_bytes",
 ]
 
@@ -75,11 +78,15 @@ class Floor:
         return Task(PRODUCTS, captured(calls), TorchEvents())
 
 
-def floor_of(checkpoint: Checkpoint, work: Work | Record, precision: str) -> Floor | None:
-    """None: there is none of NVFP4, nor of what is no denoiser or decoder."""
+def floor_of(checkpoint: Checkpoint, work: Work | Record, precision: str, *, tokens: int = 0) -> Floor | None:
+    """None: there is none of NVFP4, of pictures, nor of a text encoder whose weights have 4 or 8 bits. tokens: of a text."""
     size = {"width": work.width, "height": work.height}
-    if precision == Precision.NVFP4 or work.component not in ("denoiser", "decoder"):
+    if precision == Precision.NVFP4 or work.component == "picture":
         return None
+    if work.component == "text_encoder":
+        if precision in NARROW:
+            return None
+        return text_floor(checkpoint.text_encoder_config, rows=tokens * work.batch, precision=precision)
     if work.component == "decoder":
         return decoder_floor(checkpoint.vae_config, batch=work.batch, precision=precision, **size)
     config = checkpoint.transformer_config
@@ -118,6 +125,28 @@ def denoiser_floor(config: SanaTransformerConfig, *, width: int, height: int, te
     kind = "fp16" if precision == "fp32" else precision
     block = tuple((product, kind, 1) for product in products(config, rows))
     return Floor(config.num_layers * block, config.num_layers * traffic_bytes(config, rows, precision))
+
+
+def text_floor(config: Gemma2Config, *, rows: int, precision: str = "bf16") -> Floor:
+    """rows: tokens of all texts. precision: "bf16", "fp16" or "fp32", which is taken at the rate and widths of fp16.
+
+    Products of a layer: q, k and v; out; gate and up; down. Widths of a token between them: q, k, v and out of attention; two
+    norms with their sums (2 in, 2 out each); gate and up in, their product out.
+    """
+    hidden, inner, dim = config.hidden_size, config.intermediate_size, config.head_dim
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    layer = (
+        Product(rows, (heads + 2 * kv_heads) * dim, hidden),
+        Product(rows, hidden, heads * dim),
+        Product(rows, inner, hidden),
+        Product(rows, inner, hidden),
+        Product(rows, hidden, inner),
+    )
+    kind = "fp16" if precision == "fp32" else precision
+    numbers = 2 * (heads + kv_heads) * dim + 8 * hidden + 3 * inner
+    return Floor(
+        config.num_hidden_layers * tuple((each, kind, 1) for each in layer), HALF * rows * config.num_hidden_layers * numbers
+    )
 
 
 def narrow_rate(precision: str) -> float:

@@ -26,7 +26,7 @@ from benchmarks.latency_timing import (
     percentiles,
     reset_peak_memory,
 )
-from benchmarks.latency_work import Work, component_inputs, open_task
+from benchmarks.latency_work import Work, component_inputs, num_tokens, open_task
 from benchmarks.latency_yardstick import cpu_gemm, gpu_gemm
 from engines.errors import RequestError
 from engines.spec import ComponentName
@@ -54,7 +54,7 @@ class Plan:
     against: str = GEMM  # the yardstick that --check judges by; pictures always by the GEMM
     note: str = ""
     energy_s: float = 1.0  # how long energy is counted
-    floor: bool = False  # measure a denoiser's and a decoder's too, on a GPU
+    floor: bool = False  # measure a component's too, on a GPU
 
 
 @dataclass
@@ -167,7 +167,8 @@ def _floor(engine: SanaEngine, work: Work, checkpoint: Checkpoint) -> Task | Non
 
     if work.component == "picture":
         return None
-    floor = floor_of(checkpoint, work, engine.manifest.precision[cast(ComponentName, work.component)])
+    precision = engine.manifest.precision[cast(ComponentName, work.component)]
+    floor = floor_of(checkpoint, work, precision, tokens=num_tokens(engine, work))
     return None if floor is None else floor.task()
 
 

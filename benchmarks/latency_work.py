@@ -27,7 +27,7 @@ from runtime.prompt import PromptTemplate, PromptTokenizer
 from runtime.request import check_request
 from runtime.schedule import make_schedule
 
-__all__ = ["WORKS", "Arrays", "Work", "component_inputs", "graph_inputs", "open_task", "queued", "step_inputs"]
+__all__ = ["WORKS", "Arrays", "Work", "component_inputs", "graph_inputs", "num_tokens", "open_task", "queued", "step_inputs"]
 
 # The text projection is a part of a picture: by itself it has no peer.
 WORKS = (*(name for name in get_args(ComponentName) if name != "text_projection"), "picture")
@@ -123,6 +123,11 @@ def component_inputs(engine: SanaEngine, work: Work) -> Arrays:
         grid = (manifest.latents.channels, work.height // PX_PER_LATENT, work.width // PX_PER_LATENT)
         return {"latents": normal_batch([4] * work.batch, grid) * np.float32(manifest.latents.scaling_factor)}
     return step_inputs(engine, work.width, work.height, work.batch)
+
+
+def num_tokens(engine: SanaEngine, work: Work) -> int:
+    """Of one text of the text encoder; 0 of other components."""
+    return work.width or component_inputs(engine, work)["input_ids"].shape[1] if work.component == "text_encoder" else 0
 
 
 def graph_inputs(engine: SanaEngine, work: Work) -> Arrays:

@@ -23,6 +23,7 @@ from engines.spec import Precision
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.build import empty
 from sana_ref.quantized_convs import conv_group
+from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
 from sana_ref.variants import DC_AE, DC_AE_LITE, VARIANTS
 
 CONFIG = replace(VARIANTS["sana_1600m_1024px"].transformer, num_layers=2)
@@ -96,9 +97,24 @@ def test_every_precision_has_a_floor(monkeypatch, precision, component):
     assert found.traffic_bytes == decoder_traffic_bytes(DC_AE, **size)
 
 
+def test_floor_of_a_text():
+    """Products by what PyTorch counts of the trunk; traffic by hand, in numbers of a token in a layer."""
+    config = replace(Gemma2Config(), num_hidden_layers=2)
+    checkpoint = SimpleNamespace(text_encoder_config=config)
+    found = floor_of(checkpoint, Work(component="text_encoder", width=0, height=0, batch=2), "bf16", tokens=300)
+    with FlopCounterMode(display=False) as counter:
+        trunk = empty(lambda: Gemma2Encoder(config))
+        trunk(torch.zeros(2, 300, dtype=torch.int64, device="meta"), torch.ones(2, 300, dtype=torch.int64, device="meta"))
+    counts = counter.get_flop_counts()["Global"]
+    linear = sum(count for operator, count in counts.items() if str(operator) in ("aten.mm", "aten.addmm"))
+    assert flops_of(found.products) == linear > 0
+    qkv, out, norm, middle = (8 + 2 * 4) * 256, 8 * 256, 4 * 2304, 3 * 9216
+    assert found.traffic_bytes == 2 * 2 * 300 * 2 * (qkv + out + 2 * norm + middle)
+
+
 def test_what_has_no_floor():
     checkpoint = SimpleNamespace(transformer_config=CONFIG, vae_config=DC_AE)
-    for component, precision in (("denoiser", "nvfp4"), ("text_encoder", "bf16"), ("picture", "fp16")):
+    for component, precision in (("denoiser", "nvfp4"), ("text_encoder", "int8"), ("picture", "fp16")):
         assert floor_of(checkpoint, Work(component=component, width=512, height=512, batch=1, steps=1), precision) is None
 
 

@@ -29,7 +29,7 @@ from benchmarks.latency_parity import engine_errors, golden_complaints
 from benchmarks.latency_peers import PEERS
 from benchmarks.latency_run import Bench, Plan, measure
 from benchmarks.latency_timing import Task, cpu_clock
-from benchmarks.latency_work import Work, graph_inputs
+from benchmarks.latency_work import Work, component_inputs, graph_inputs
 from benchmarks.latency_yardstick import cpu_gemm
 from engines.gpu import current_target
 from engines.parity_report import ErrorStats, bound_from, check_size
@@ -110,7 +110,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SanaEngi
 def test_figures_have_the_peers_beside_them(
     engine: SanaEngine, recorded: Path, parameters: int, step_name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.latency_figures.floor_ms", lambda *_: (0.75, 0.125))
+    monkeypatch.setattr("benchmarks.latency_figures.floor_ms", lambda *_: ({"floor": 0.875}, "floor: in words"))
     stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
     errors = {name: {"engine": stats, "pytorch": stats} for name in ("denoiser", "decoder")}
     size = {"width": 64, "height": 64}
@@ -126,9 +126,7 @@ def test_figures_have_the_peers_beside_them(
     step = found[f"{step_name}_fp16_ms"]
     assert step["peer"] == {"diffusers_eager": 30.0, "torch_compile_max_autotune": 15.0, "floor": 0.875}
     assert step["value"] == pytest.approx(1.0)  # the fake's events are a millisecond apart
-    assert step["note"].startswith(
-        "rms error 1.00 x PyTorch's; floor: products 0.75 ms, traffic 0.12; GPU at 1755 MHz; random weights; TensorRT for "
-    )
+    assert step["note"].startswith("rms error 1.00 x PyTorch's; floor: in words; GPU at 1755 MHz; random weights; TensorRT for ")
     decode = {name for name in found if name.startswith("decode")}
     assert decode == {f"decode_{'tiny_' if parameters < 100_000_000 else ''}64px_{precision}_ms"}
     assert ("tiny_picture_gpu_ms" in found) == (parameters < 100_000_000)
@@ -137,7 +135,7 @@ def test_figures_have_the_peers_beside_them(
 
 def test_a_bundle_that_draws_nothing_is_timed_by_itself(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.latency_figures.device_info", lambda: SimpleNamespace(capability=(9, 0)))
-    monkeypatch.setattr("benchmarks.latency_figures.floor_ms", lambda *_: None)
+    monkeypatch.setattr("benchmarks.latency_figures.floor_ms", lambda *_: ({}, ""))
     alone = SimpleNamespace(manifest=SimpleNamespace(components=("decoder",)))
     checkpoint = SimpleNamespace(sources={"transformer": SimpleNamespace(shapes={"weight": (1_600_000_000,)})})
     stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
@@ -227,29 +225,39 @@ def test_two_bundles_of_one_call(recorded: Path, monkeypatch: pytest.MonkeyPatch
     assert given == [["fp16", "fp8"]]
 
 
-def test_a_floor_is_what_took_turns_and_traffic(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_figures, "floor_of", lambda *_: Floor(products=(), traffic_bytes=3_000_000_000))
+def test_a_floor_is_what_took_turns_and_traffic(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    floors = Floor(products=(), traffic_bytes=3_000_000_000)
+    monkeypatch.setattr(latency_figures, "floor_of", lambda checkpoint, found, precision, tokens: floors if not tokens else None)
     monkeypatch.setattr(latency_figures, "copy_rate", lambda gpu: 4e12)
     beside = record()
     references = beside.references | {PRODUCTS: next(iter(beside.references.values())).model_copy(update={"ms": 6.0})}
-    assert latency_figures.floor_ms(model_of(1), beside.model_copy(update={"references": references})) == (6.0, 0.75)
-    assert latency_figures.floor_ms(model_of(1), beside) is None  # none was measured
+    found = beside.model_copy(update={"references": references})
+    words = "floor: products 6.00 ms, traffic 0.75"
+    assert latency_figures.floor_ms(engine, model_of(1), found) == ({"floor": 6.75}, words)
+    assert latency_figures.floor_ms(engine, model_of(1), beside) == ({}, "")  # none was measured
+    text = found.model_copy(update={"component": "text_encoder", "width": 0, "height": 0})
+    assert latency_figures.floor_ms(engine, model_of(1), text) == ({}, "")  # its tokens were counted
 
 
 def test_a_floor_takes_turns_with_the_work(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where there is one and it was asked for."""
     made = []
     products = Floor(products=(), traffic_bytes=1)
-    monkeypatch.setattr("benchmarks.latency_floor.floor_of", lambda _, work, precision: made.append(work.component) or products)
+    monkeypatch.setattr(
+        "benchmarks.latency_floor.floor_of", lambda _, work, precision, tokens: made.append((work.component, tokens)) or products
+    )
     monkeypatch.setattr(Floor, "task", lambda self: Task(PRODUCTS, lambda: time.sleep(1e-4), cpu_clock))
     monkeypatch.setattr(latency_run, "gpu_memory_used", lambda: 1)
     bench = Bench(gpu=True, run="1" * 12, yardstick=cpu_gemm((64, 64, 64)), meter=EnergyMeter(None))
-    for component, asked, there in (("denoiser", True, True), ("denoiser", False, False), ("picture", True, False)):
-        work = Work(component=component, width=64, height=64, batch=1, steps=1)
+    works = (("denoiser", True, True), ("denoiser", False, False), ("picture", True, False), ("text_encoder", True, True))
+    for component, asked, there in works:
+        size = {"width": 0, "height": 0} if component == "text_encoder" else {"width": 64, "height": 64}
+        work = Work(component=component, batch=1, steps=1, **size)
         found = measure(engine, work, bench, Plan(rounds=3, pictures=3, floor=asked), model_of(1))
         assert (PRODUCTS in found.references) == there
         assert all(other.rms_error is None for other in found.references.values())
-    assert made == ["denoiser"]
+    text = component_inputs(engine, Work(component="text_encoder", width=0, height=0, batch=1))["input_ids"]
+    assert made == [("denoiser", 0), ("text_encoder", text.shape[1])]
 
 
 @pytest.mark.slow
