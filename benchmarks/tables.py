@@ -46,7 +46,7 @@ WORDS = {  # figure: what it is, in the order of the table
     "picture_1600m_1024px_20step_fp8_ms": "Sana-1.6B, prompt to PNG, 20 steps, 1024 px, FP8",
     "sprint_1600m_1024px_1step_gpu_ms": "Sana-Sprint-1.6B, prompt to PNG, one step, 1024 px: the GPU's time",
     "sprint_1600m_1024px_1step_wall_ms": "… all of it",
-    "start_1600m_s": "Sana-1.6B, from SanaEngine(bundle) to the first picture",
+    "start_1600m_s": "Sana-1.6B, from SanaEngine(bundle) to the first picture, kernels compiled before",
     "peak_1600m_1024px_fp16_gb": "… peak memory of the GPU",
     "peak_1600m_1024px_low_memory_gb": "… with low_memory",
     "cpp_tiny_start_s": "sana-tiny in C++ and in Python (peer), 512 px: from opening the bundle to the first picture, TensorRT",
