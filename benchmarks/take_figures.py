@@ -36,6 +36,8 @@ from runtime.together import default_threads
 __all__ = ["GROUPS", "Group", "Runner", "asked_for", "main"]
 
 LATENCY = ("benchmarks/latency.py", "--rounds", "50", "--pictures", "50", "--record", "--note", "random weights")
+# What kernels take, for the report's roofline: kept in the history, and no figure.
+KERNELS = ("benchmarks/latency.py", "--rounds", "50", "--kernels", "--peers", "none", "--note", "random weights")
 RUNTIME = ("benchmarks/runtime_figures.py", "--record", "--note", "random weights")
 COMPILED = ("--peers", "eager,reduce-overhead,max-autotune")
 NEEDED_S = 60  # a figure is not begun if less is left: the shortest take this long
@@ -67,6 +69,10 @@ def _latency(bundles: str, components: str, *more: str) -> tuple[str, ...]:
     return (*LATENCY, "--model", "@model", "--bundle", *bundles.split(), "--components", components, *more)
 
 
+def _kernels(bundles: str, components: str, *more: str) -> tuple[str, ...]:
+    return (*KERNELS, "--bundle", *bundles.split(), "--components", components, *more)
+
+
 _STEP = ("--components", "text_projection,denoiser")
 _DECODER = ("--components", "decoder", "--min-side", "256", "--default-side", "1024")
 _FP8, _INT8 = ("--precision", "fp8", "--no-calibrate"), ("--precision", "int8", "--no-calibrate")
@@ -86,6 +92,7 @@ GROUPS: Mapping[str, Group] = {
             # Without max-autotune, whose tuning takes twelve minutes for a sixteenth of these pixels.
             "4096px": _latency("@large", "decoder", "--sizes", "4096", "--peers", "eager,reduce-overhead"),
             "peak": (*RUNTIME, "@large", "--decoder", "--side", "4096"),
+            "kernels": _kernels("@bf16 @fp8 @int8", "decoder", "--sizes", "1024"),
         },
     ),
     "sprint": Group(
@@ -104,6 +111,7 @@ GROUPS: Mapping[str, Group] = {
         },
         figures={
             "formats": _latency("@fp16 @fp8 @int8", "denoiser", "--sizes", "1024", "--peers", "none"),
+            "kernels": _kernels("@fp16 @fp8 @int8", "denoiser", "--sizes", "1024"),
             "1024px": _latency("@fp16 @fp8", "denoiser", "--sizes", "1024", *COMPILED),
             "2048px": _latency("@fp16 @fp8", "denoiser", "--sizes", "2048", *COMPILED),
             "4096px": _latency("@fp16 @fp8", "denoiser", "--sizes", "4096", *COMPILED),
@@ -113,7 +121,10 @@ GROUPS: Mapping[str, Group] = {
         about="steps of Sana-0.6B in fp16 and FP8",
         checkpoint=("--variant", "sana_600m_1024px", "--small-text-encoder"),
         bundles={"fp16": _STEP, "fp8": (*_STEP, *_FP8)},
-        figures={"1024px": _latency("@fp16 @fp8", "denoiser", "--sizes", "1024", *COMPILED)},
+        figures={
+            "1024px": _latency("@fp16 @fp8", "denoiser", "--sizes", "1024", *COMPILED),
+            "kernels": _kernels("@fp16 @fp8", "denoiser", "--sizes", "1024"),
+        },
     ),
     "whole": Group(
         about="Sana-1.6B with Gemma: texts, pictures, start, memory, launches",
@@ -124,6 +135,7 @@ GROUPS: Mapping[str, Group] = {
             "runtime": (*RUNTIME, "@fp16", "--name", "1600m"),
             "text": _latency("@fp16", "text_encoder", "--batches", "2", "--text-tokens", "300", *COMPILED),
             "instructed": _latency("@fp16", "text_encoder", "--batches", "2", *COMPILED),
+            "kernels": _kernels("@fp16", "text_encoder", "--batches", "2", "--text-tokens", "300"),
         },
     ),
 }
