@@ -134,8 +134,14 @@ class Record(_Model):
     def title(self) -> str:
         """In words, without the machine."""
         what = f"{self.component}, {self.steps} steps" if self.component == "picture" else self.component
-        size = f"{self.width} x {self.height} px, " if self.width else ""
-        return f"{self.model} {what}, {self.precision}, {size}batch {self.batch}, {self.backend}"
+        return f"{self.model} {what}, {self.precision}, {self.size}, {self.backend}"
+
+    @property
+    def size(self) -> str:
+        """In words."""
+        if self.component == "text_encoder":
+            return f"{self.width} tokens, batch {self.batch}" if self.width else f"batch {self.batch}"
+        return f"{self.width} x {self.height} px, batch {self.batch}"
 
 
 class History:

@@ -119,7 +119,7 @@ def _history(by_key: Mapping[Key, list[Record]]) -> list[str]:
             ratios = [row.references[row.yardstick].ratio / start for row in rows]
             series.append(
                 Series(
-                    name=_size(rows[0]),
+                    name=rows[0].size + (f", {rows[0].steps} steps" if rows[0].component == "picture" else ""),
                     points=[(float(runs.index(row.run) + 1), ratio) for row, ratio in zip(rows, ratios, strict=True)],
                     words=[f"run {row.run}, commit {row.commit}, {row.date}: {row.device.p50:.3f} ms" for row in rows],
                     filled=[row.accepted for row in rows],
@@ -136,16 +136,10 @@ def _times(dates: Sequence[str]) -> list[str]:
     return [date[11:16] if day == before else day for date, day, before in zip(dates, days, ["", *days], strict=False)]
 
 
-def _size(record: Record) -> str:
-    size = f"{record.width} x {record.height} px, " if record.width else ""
-    steps = f", {record.steps} steps" if record.component == "picture" else ""
-    return f"{size}batch {record.batch}{steps}"
-
-
 def _sizes(latest: Sequence[Record]) -> list[str]:
     groups: dict[str, list[Record]] = defaultdict(list)
     for record in latest:
-        if record.width:
+        if record.component != "text_encoder":
             what = f"{record.component}, {record.steps} steps" if record.component == "picture" else record.component
             where = f"{record.precision}, batch {record.batch}, {record.backend}, {record.machine}"
             groups[f"{record.model} {what}, {where}"].append(record)

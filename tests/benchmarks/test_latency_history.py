@@ -97,4 +97,6 @@ def test_a_damaged_line_is_named(tmp_path: Path, line: str, why: str) -> None:
 def test_titles() -> None:
     assert record().title == "sana-tiny denoiser, fp16, 512 x 512 px, batch 1, onnxruntime"
     assert record(component="text_encoder", width=0, height=0).title == "sana-tiny text_encoder, fp16, batch 1, onnxruntime"
+    text = record(component="text_encoder", width=300, height=0, batch=2)
+    assert text.title == "sana-tiny text_encoder, fp16, 300 tokens, batch 2, onnxruntime"
     assert "picture, 20 steps" in record(component="picture", steps=20).title

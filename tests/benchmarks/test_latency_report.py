@@ -17,7 +17,7 @@ from fakes import HOST_TABLE, fake_inputs, write_fake_bundle
 from latency_records import record
 
 from benchmarks import latency_kernels
-from benchmarks.latency_history import Kernel, Kernels
+from benchmarks.latency_history import HISTORY, History, Kernel, Kernels
 from benchmarks.latency_kernels import Profiler, layer_cost, node_cost, ort_kernels, trt_kernels
 from benchmarks.latency_report import floor_ms, page, write_report
 from benchmarks.latency_work import Work
@@ -89,6 +89,22 @@ def test_a_run_without_kernels_hides_no_roofline() -> None:
 def test_no_kernels_are_said_plainly() -> None:
     text = page([record(kernels=Kernels(why="not there: TensorRT's profiler said nothing, and PyTorch sees no GPU"))])
     assert "No kernels: not there: TensorRT&#x27;s profiler said nothing" in text
+
+
+def test_a_text_has_no_pixels() -> None:
+    """Nor a place among the sizes."""
+    texts = [record(component="text_encoder", width=tokens, height=0, run=str(n) * 12) for n, tokens in enumerate((0, 300))]
+    found = page([*texts, record()])
+    assert found.count("<svg") == 2 + 1  # a history of each component, a denoiser's sizes
+    assert "300 tokens, batch 1" in found
+    assert " x 0 px" not in found
+
+
+def test_the_history_that_ships_is_drawn(tmp_path: Path) -> None:
+    records = History(HISTORY).read()
+    assert records
+    text = write_report(tmp_path / "report.html", records, []).read_text(encoding="utf-8")
+    assert all(html.escape(model) in text for model in {each.model for each in records})
 
 
 def test_the_page_is_written_whole(tmp_path: Path) -> None:
