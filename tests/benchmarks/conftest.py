@@ -1,4 +1,4 @@
-"""latency.py with a fake bundle and planted clocks."""
+"""latency.py with a fake bundle and planted clocks, and the kernels' cases without a GPU."""
 
 from __future__ import annotations
 
@@ -32,3 +32,10 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Plant:
 def program(bundle: Path, tmp_path: Path) -> Callable[..., int]:
     common = ["--bundle", str(bundle), "--history", str(tmp_path / "history"), "--components", "denoiser", "--rounds", "30"]
     return lambda *more: latency.main([*common, *more])
+
+
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of kernel_plans.py's cases are shapes without memory."""
+    for name in ("kernel_case", "denoiser_cases", "decoder_cases", "text_cases"):
+        monkeypatch.setattr(f"benchmarks.{name}.DEVICE", "meta")

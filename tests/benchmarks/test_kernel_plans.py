@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 
-from benchmarks import kernel_case, kernel_plans
+from benchmarks import kernel_plans
 from engines.errors import RequestError
 
 
@@ -117,12 +117,11 @@ class Launched:
 
 
 @pytest.mark.parametrize("kernel", kernel_plans.CASES)
+@pytest.mark.usefixtures("on_meta")
 def test_plans_fit_their_kernels(monkeypatch, kernel):
     """Every plan, and the source's own, on tensors without memory."""
     files = (kernel_plans.denoiser_cases, kernel_plans.decoder_cases, kernel_plans.text_cases)
     (cases,) = (each for each in files if kernel in each.CASES)
-    monkeypatch.setattr(cases, "DEVICE", "meta")
-    monkeypatch.setattr(kernel_case, "DEVICE", "meta")
     launched = {}
     for module in [value for value in vars(cases).values() if inspect.ismodule(value) and value.__name__.startswith("plugins.")]:
         for name, value in [*vars(module).items()]:
