@@ -1,8 +1,11 @@
-"""What quantisation to FP8, row by row, and to FP8 or INT8 with a scale that is known, is compared with."""
+"""What quantisation to FP8, row by row, and to FP8 or INT8 with a scale that is known, is compared with, and what GPUs have it."""
 
 import torch
 
-__all__ = ["assert_bits", "assert_e4m3", "quantized_truth"]
+__all__ = ["TARGETS_OF", "assert_bits", "assert_e4m3", "quantized_truth"]
+
+_FP8 = ("sm89", "sm90", "sm100", "sm120")
+TARGETS_OF = {"fp8": _FP8, "int8": ("sm80", "sm86", *_FP8)}  # architectures that have the numbers
 
 
 def quantized_truth(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from parity.bound import assert_parity
-from parity.eight_bits import assert_bits
+from parity.eight_bits import TARGETS_OF, assert_bits
 from parity.interpreter import interpret
 from torch.nn import functional as F
 from triton.language.semantic import TritonSemantic
@@ -347,10 +347,14 @@ def test_hopper_multiplies_int8_by_warp_groups(tmp_path, name):
     assert re.search(r"\bIGMMA\.64x\d+x32\.S8\.S8", disassembled(tmp_path, name, 90))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_cubins_of_static_quantize(kind):
-    made = quantize.compile_cubins(kind, ["sm90"], "bf16", 130, 4, 0.25)
+@pytest.mark.parametrize(
+    ("kind", "target"),
+    [pytest.param(kind, sm, marks=() if sm == "sm90" else pytest.mark.slow) for kind in KINDS for sm in TARGETS_OF[kind]],
+)
+def test_cubins_of_static_quantize(kind, target):
+    made = quantize.compile_cubins(kind, [target], "bf16", 130, 4, 0.25)
     launch = Launch.from_json(made["launch"])
+    assert launch.cubin(made["cubins"], target)[:4] == b"\x7fELF"
     assert launch.op == quantize.OP[kind]
     dims = [(2, 9, 15, 130)]
     assert [evaluate(size, dims) for size in launch.outputs[0].shape] == list(dims[0])

@@ -9,7 +9,7 @@ import torch
 from attention_graph import DTYPES, ONNX_TYPES
 from onnx import helper
 from parity.bound import assert_parity
-from parity.eight_bits import assert_bits, assert_e4m3, quantized_truth
+from parity.eight_bits import TARGETS_OF, assert_bits, assert_e4m3, quantized_truth
 from parity.interpreter import interpret
 
 from plugins import cubin
@@ -361,9 +361,17 @@ def test_quantized_cubins(target, rows):
         assert args[6:11] == [["out", 0], ["out", 1], ["out", 2], ["i32", ["dim", 0, 1]], ["f32", EPS]]
 
 
-@pytest.mark.parametrize("rows", [FIRST, SECOND], ids=str)
+QUICK = [("int8", "sm80"), ("e4m3", "sm89")]
+# What quantises is the same code with either rows: one of them is enough elsewhere.
+SLOW = [(kind, sm, FIRST) for kind, of in (("int8", "int8"), ("e4m3", "fp8")) for sm in TARGETS_OF[of] if (kind, sm) not in QUICK]
+
+
 @pytest.mark.parametrize(
-    ("kind", "target"), [("int8", "sm80"), ("e4m3", "sm89"), pytest.param("int8", "sm120", marks=pytest.mark.slow)]
+    ("kind", "target", "rows"),
+    [
+        *((*each, rows) for each in QUICK for rows in (FIRST, SECOND)),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in (*SLOW, ("int8", "sm120", SECOND))),
+    ],
 )
 def test_static_cubins(kind, target, rows):
     """As the plain ones, with the scale behind eps, and no tensor of scales."""
