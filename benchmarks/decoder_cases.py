@@ -8,7 +8,7 @@ import torch
 import triton
 
 from benchmarks.kernel_case import DEVICE, SHARED, Call, Case, Plan, grid_of, half
-from plugins import conv3x3, conv3x3_kernels, conv3x3_quantized, conv3x3_upsample, multiscale_projection, static_quantize
+from plugins import conv3x3, conv3x3_kernels, conv3x3_quantized, conv3x3_upsample, conv_taps, multiscale_projection, static_quantize
 
 __all__ = ["CASES"]
 
@@ -129,6 +129,32 @@ def upsampling() -> Iterator[Case]:
         yield Case(f"{module.OP} {side}x{side}x{channels} to {outputs} bf16", plans, launch, source)
 
 
+def ends() -> Iterator[Case]:
+    module, side, channels, outputs = conv_taps, 1024, 128, 3
+    columns, dtype = 9 * outputs, torch.bfloat16
+    x, vector, weight = (
+        half(1, side, side, channels, dtype=dtype),
+        half(channels, dtype=dtype),
+        half(channels, columns, dtype=dtype),
+    )
+    taps, y = half(1, columns, side, side, dtype=torch.float32), half(1, side, side, outputs, dtype=dtype)
+
+    def launch(plan: Plan) -> Call:
+        constants = {"C": channels, "PADDED": channels, "COLUMNS": columns, "PADDED_COLUMNS": 32, **plan}
+        programs = (-(-side * side // plan["BLOCK_M"]), 1)
+        return lambda: module.taps_kernel[programs](x, vector, vector, weight, taps, side * side, module.EPS, **constants)
+
+    def summed(plan: Plan) -> Call:
+        programs = (-(-side * side // plan["BLOCK"]), 1)
+        return lambda: module.sum_kernel[programs](taps, vector, y, side, side, N=outputs, **plan)
+
+    plans = grid_of(BLOCK_M=(32, 64, 128), num_warps=(4, 8))
+    source = {"BLOCK_M": module.BLOCK_M, "num_warps": module.NUM_WARPS}
+    yield Case(f"{module.OP} {side}x{side}x{channels} bf16", plans, launch, source)
+    source = {"BLOCK": module.SUM_BLOCK, "num_warps": module.SUM_WARPS}
+    yield Case(f"{module.SUM} {side}x{side} bf16", grid_of(BLOCK=(256, 512, 1024), num_warps=(2, 4, 8)), summed, source)
+
+
 def second_scales() -> Iterator[Case]:
     module, head_dim = multiscale_projection, 32
     for side, channels in ((32, 3072), (64, 3072), (128, 1536)):
@@ -167,6 +193,7 @@ CASES: Mapping[str, Callable[[], Iterator[Case]]] = {
     "conv3x3_norm": normed_convolutions,
     "conv3x3_upsample": upsampling,
     "conv3x3_quantized": quantized_convolutions,
+    "conv_taps": ends,
     "multiscale_projection": second_scales,
     "static_quantize": static_quantizing,
 }

@@ -60,6 +60,8 @@ def cost(launch: Launch, dims: Sequence[tuple[int, ...]]) -> tuple[int, int]:
         return 2 * math.prod(dims[0][:3]) * math.prod(dims[1]), size
     if launch.op == "MultiscaleProjection":  # x (B, h, w, C), near (25, C), mix (C, D)
         return 2 * math.prod(dims[0][:3]) * (math.prod(dims[1]) + math.prod(dims[2])), size
+    if launch.op == "NormedTaps":  # x (B, h, w, C), weight (C, 9 N)
+        return 2 * math.prod(dims[0][:3]) * math.prod(dims[3]), size
     if launch.op == "CrossAttention":  # q (B, N, H D), keys (blocks, B, 1, H, L, D): scores and their sums of values
         return 4 * math.prod(dims[0]) * dims[1][-2], size
     if launch.op == "CausalAttention":  # out (B, S, H D): a token meets half of the keys, and half of the values

@@ -16,6 +16,7 @@ from plugins import (
     causal_attention,
     conv3x3,
     conv3x3_upsample,
+    conv_taps,
     cross_attention,
     gated_depthwise_conv,
     modulated_norm,
@@ -35,7 +36,7 @@ from sana_ref.components import (
     TextEncoderForExport,
     TextRowsForExport,
 )
-from sana_ref.fused_decoder import FusedDecoder, one_projection
+from sana_ref.fused_decoder import FusedDecoder, in_taps, one_projection
 from sana_ref.quantization import QuantizationPlan, group_of
 from sana_ref.step import OUTPUTS, DenoiserStep
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
@@ -248,13 +249,16 @@ def decoder_plugins(config: AutoencoderDCConfig, *, fused: bool) -> dict[str, in
     num_norms = sum(depth for width, depth in residual if width <= conv3x3.MAX_NORM)
     num_convs = 2 * sum(depth for _, depth in residual) - num_norms
     num_ups = sum(depth > 0 for depth in depths[:-1]) + (depths[0] == 0)  # an empty first stage: the last convolution
-    num_convs += 1 + (depths[0] > 0)  # the first and the last of all
+    in_one = in_taps(widths[0], config.in_channels, config.decoder_conv_act_fn)
+    num_convs += 1 + (depths[0] > 0 and not in_one)  # the first and the last of all
+    num_taps = int(depths[0] > 0 and in_one)
     scaled = [
         depth
         for kind, sizes, depth in zip(types, config.decoder_qkv_multiscales, depths, strict=True)
         if kind != "ResBlock" and one_projection(config.attention_head_dim, sizes)
     ]
     counts = {conv3x3.NORM: num_norms, conv3x3.OP: num_convs, conv3x3_upsample.OP: num_ups}
+    counts |= dict.fromkeys(conv_taps.INPUTS, num_taps)
     attention = (gated_depthwise_conv.OP, qkv_linear_attention.APPLY, qkv_linear_attention.STATE)
     counts |= dict.fromkeys(attention, num_attention) | {multiscale_projection.OP: sum(scaled)}
     return {op: count for op, count in counts.items() if count}

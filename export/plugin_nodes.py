@@ -17,6 +17,7 @@ from plugins import (
     conv3x3,
     conv3x3_quantized,
     conv3x3_upsample,
+    conv_taps,
     cross_attention,
     fp8_quantize,
     gated_depthwise_conv,
@@ -102,6 +103,15 @@ def _conv3x3_upsample(node: onnx.NodeProto, type_of: Mapping[str, Any], targets:
     return conv3x3_upsample.compile_cubins(targets, _TYPE_NAMES[x.elem_type], channels, outputs, repeats, nearest)
 
 
+def _conv_taps(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    first, last = type_of[node.input[0]].shape, type_of[node.input[-1]]
+    eps = next((attribute.f for attribute in node.attribute if attribute.name == "eps"), conv_taps.EPS)
+    channels, outputs = 1, last.shape.dim[-1].dim_value
+    if node.op_type == conv_taps.OP:  # of which the last is a weight (C, 9 N), not a vector of N
+        channels, outputs = first.dim[-1].dim_value, outputs // 9
+    return conv_taps.compile_cubins(node.op_type, targets, _TYPE_NAMES[last.elem_type], channels, outputs, eps=eps)
+
+
 def _quantized_conv3x3(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     x, last = type_of[node.input[0]], type_of[node.input[-1]]  # the last is a vector of as many as there are channels out
     given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
@@ -161,6 +171,7 @@ _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     conv3x3.OP: _conv3x3,
     **dict.fromkeys(conv3x3_quantized.OPS, _quantized_conv3x3),
     conv3x3_upsample.OP: _conv3x3_upsample,
+    **dict.fromkeys(conv_taps.INPUTS, _conv_taps),
     cross_attention.OP: _cross_attention,
     fp8_quantize.OP: _fp8_quantize,
     gated_sum.OP: _gated_sum,

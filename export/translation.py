@@ -21,6 +21,7 @@ from plugins import (
     causal_attention,
     conv3x3,
     conv3x3_upsample,
+    conv_taps,
     cross_attention,
     gated_depthwise_conv,
     modulated_norm,
@@ -127,6 +128,18 @@ def _conv3x3_upsample(x: Any, weight: Any, bias: Any, repeats: int = 0, nearest:
     return _CONV3X3_UPSAMPLE(x, weight, bias, repeats=repeats, nearest=int(nearest))
 
 
+_TAPS = _sana_op(conv_taps.OP, conv_taps.INPUTS[conv_taps.OP], {"eps": OpSchema.AttrType.FLOAT}, "taps")
+_TAP_SUM = _sana_op(conv_taps.SUM, conv_taps.INPUTS[conv_taps.SUM], {"channels": OpSchema.AttrType.INT})
+
+
+def _normed_taps(x: Any, norm_weight: Any, norm_bias: Any, weight: Any, eps: float = conv_taps.EPS) -> Any:
+    return _TAPS(x, norm_weight, norm_bias, weight, eps=eps)
+
+
+def _tap_sum(taps: Any, bias: Any) -> Any:
+    return _TAP_SUM(taps, bias, channels=bias.shape[0])
+
+
 _MULTISCALE_PROJECTION = _sana_op(
     multiscale_projection.OP, multiscale_projection.INPUTS, dict.fromkeys(("channels", "heads"), OpSchema.AttrType.INT)
 )
@@ -218,8 +231,10 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
         torch.ops.sana.modulated_norm.default: _modulated_norm,
         torch.ops.sana.multiscale_projection.default: _multiscale_projection,
+        torch.ops.sana.normed_taps.default: _normed_taps,
         torch.ops.sana.qkv_linear_attention.default: _qkv_linear_attention,
         torch.ops.sana.relu_linear_attention.default: _relu_linear_attention,
+        torch.ops.sana.tap_sum.default: _tap_sum,
         torch.ops.aten.scaled_dot_product_attention.default: _scaled_dot_product_attention,
         torch.ops.aten.exp.default: _folded_exp,
         torch.ops.aten.pow.Scalar: _folded_power,

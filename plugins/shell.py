@@ -52,8 +52,10 @@ OPS = (
     "LinearAttentionState",
     "ModulatedNorm",
     "MultiscaleProjection",
+    "NormedTaps",
     "ReluLinearAttention",
     "RotateHeads",
+    "TapSum",
 )
 FIELDS = ("launch", "cubins")
 NOTHING = b"\0"  # the cubins of a node without kernels: TensorRT drops an empty field

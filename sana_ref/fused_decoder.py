@@ -26,9 +26,10 @@ from sana_ref.autoencoder import (
 )
 from sana_ref.layers import GLUMBConv
 
-__all__ = ["HEAD_DIMS", "KERNEL_SIZE", "MAX_NORM", "FusedDecoder", "of_corners", "one_projection"]
+__all__ = ["HEAD_DIMS", "KERNEL_SIZE", "MAX_NORM", "MAX_OUTPUTS", "FusedDecoder", "in_taps", "of_corners", "one_projection"]
 
 MAX_NORM = 256  # channels, up to which a program of the convolution's kernel has all of a pixel's, and can normalise them
+MAX_OUTPUTS = 3  # channels of a picture, up to which the norm and convolution at the end have kernels of their own
 HEAD_DIMS, KERNEL_SIZE = (16, 32, 64), 5  # of an attention's other scale, for which there is a kernel
 _NAMES = {function: name for name, function in ACTIVATIONS.items()}
 
@@ -58,9 +59,17 @@ class FusedDecoder(nn.Module):
             assert isinstance(stage, nn.Sequential)
             for block in stage:
                 x = _block(block, x)
-        x = self.activation(self.norm_out.channels_last(x))
-        x = _up(self.conv_out, x) if isinstance(self.conv_out, UpBlock) else _conv3x3(self.conv_out, x)
-        return x.permute(0, 3, 1, 2)
+        return self._end(x).permute(0, 3, 1, 2)
+
+    def _end(self, x: Tensor) -> Tensor:
+        norm, conv = self.norm_out, self.conv_out
+        if isinstance(conv, nn.Conv2d) and in_taps(conv.in_channels, conv.out_channels, _NAMES[self.activation]):
+            assert norm.bias is not None
+            assert conv.bias is not None
+            taps = conv_ops.normed_taps(x, norm.weight, norm.bias, conv.weight.permute(1, 0, 2, 3).flatten(1), norm.eps)
+            return conv_ops.tap_sum(taps, conv.bias)
+        x = self.activation(norm.channels_last(x))
+        return _up(conv, x) if isinstance(conv, UpBlock) else _conv3x3(conv, x)
 
 
 def _block(block: nn.Module, x: Tensor) -> Tensor:
@@ -95,6 +104,11 @@ def _attention(attention: MultiscaleLinearAttention, x: Tensor) -> Tensor:
     num_heads = qkv.shape[-1] // (3 * attention.head_dim)
     out = ops.qkv_linear_attention(qkv.flatten(1, 2), num_heads, interleaved=True).unflatten(1, x.shape[1:3])
     return x + attention.norm_out.channels_last(attention.to_out(out))
+
+
+def in_taps(channels: int, outputs: int, activation: str) -> bool:
+    """Whether there are kernels for such an end of a decoder."""
+    return activation == "relu" and channels <= MAX_NORM and outputs <= MAX_OUTPUTS
 
 
 def one_projection(head_dim: int, kernel_sizes: Sequence[int]) -> bool:

@@ -12,6 +12,7 @@ from benchmarks.plugin_costs import PRODUCT, Launched, attributed, cost, launche
 from plugins import (
     causal_attention,
     conv3x3,
+    conv_taps,
     cross_attention,
     gated_depthwise_conv,
     linear,
@@ -96,6 +97,20 @@ CASES = {  # attributes, shapes of inputs, FLOPs, numbers of 16 bits and of 32 t
         2 * B * 64 * C * (25 + D),
         3 * B * 64 * C + 25 * C + C * D,
         0,
+    ),
+    "taps": (
+        lambda: conv_taps.compile_cubins(conv_taps.OP, TARGET, "bf16", C, 3),
+        [(B, 8, 8, C), (C,), (C,), (C, 27)],
+        2 * B * 64 * C * 27,
+        B * 64 * C + 2 * C + C * 27,
+        B * 64 * 27,
+    ),
+    "sum of taps": (
+        lambda: conv_taps.compile_cubins(conv_taps.SUM, TARGET, "bf16", 1, 3),
+        [(B, 27, 8, 8), (3,)],
+        0,
+        3 + B * 64 * 3,
+        B * 64 * 27,
     ),
     "norm": (
         lambda: modulated_norm.compile_cubins(TARGET, "fp16", modulated_norm.Variant(dim=C, rows=(0, 1), time_rows=2), 1e-6),

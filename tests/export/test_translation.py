@@ -124,6 +124,28 @@ def test_a_convolution_to_more_pixels_is_a_single_node_that_can_have_a_kernel():
     assert attributes["cubins"]
 
 
+class End(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm_weight, self.norm_bias = nn.Parameter(torch.zeros(16)), nn.Parameter(torch.zeros(16))
+        self.weight, self.bias = nn.Parameter(torch.zeros(16, 27)), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_ops.tap_sum(conv_ops.normed_taps(x, self.norm_weight, self.norm_bias, self.weight, 1e-3), self.bias)
+
+
+def test_an_end_of_a_decoder_is_two_nodes_that_can_have_kernels():
+    spec = of_pictures(16, ("h", "w", 3), {"NormedTaps": 1, "TapSum": 1})
+    with torch.device("meta"):
+        model = with_function_bodies(export_module(End().half(), spec))
+    proto = ir.serde.serialize_model(model)
+    assert add_cubins(proto, ["sm80"]) == 2
+    first, second = ({each.name: onnx.helper.get_attribute_value(each) for each in node.attribute} for node in proto.graph.node)
+    assert first["eps"] == pytest.approx(1e-3)
+    assert second["channels"] == 3
+    assert all(each["launch"] and each["cubins"] for each in (first, second))
+
+
 @pytest.mark.slow
 def test_convolutions_are_single_nodes_that_can_have_kernels():
     spec = of_pictures(16, ("h", "w", 16), {"Conv3x3": 1, "Conv3x3Norm": 1})

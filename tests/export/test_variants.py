@@ -49,6 +49,17 @@ def test_a_decoder_of_residual_blocks(tmp_path):
     assert bundle.manifest.plugins == {"decoder": {"Conv3x3": 6, "Conv3x3Norm": 5, "Conv3x3Upsample": 5}}
 
 
+def test_a_decoder_that_ends_in_a_norm_and_a_convolution(tmp_path):
+    """As DC-AE's own; sana-tiny's ends in an upsampling one."""
+    full = replace(
+        PARTS["vae"], decoder_layers_per_block=(1,) * 6, decoder_block_types="ResBlock", decoder_qkv_multiscales=((),) * 6
+    )
+    model = write_checkpoint(tmp_path / "full", **PARTS | {"vae": full})
+    bundle = build(request(tmp_path / "bundle", model=model, components=("decoder",)), quiet()).bundle
+    counts = {"Conv3x3": 7, "Conv3x3Norm": 6, "Conv3x3Upsample": 5, "NormedTaps": 1, "TapSum": 1}
+    assert bundle.manifest.plugins == {"decoder": counts}
+
+
 def test_a_decoder_whose_last_block_is_wider_than_the_norms_of_the_convolutions_kernel(tmp_path):
     wide = replace(
         PARTS["vae"],
@@ -66,7 +77,7 @@ def test_a_decoder_whose_last_block_is_wider_than_the_norms_of_the_convolutions_
     [
         (
             DC_AE,
-            {"Conv3x3": 14, "Conv3x3Norm": 6, "Conv3x3Upsample": 5}
+            {"Conv3x3": 13, "Conv3x3Norm": 6, "Conv3x3Upsample": 5, "NormedTaps": 1, "TapSum": 1}
             | dict.fromkeys(("GatedDepthwiseConv", "LinearAttentionApply", "LinearAttentionState", "MultiscaleProjection"), 9),
         ),
         (DC_AE_LITE, {"Conv3x3": 38, "Conv3x3Norm": 3, "Conv3x3Upsample": 5}),
