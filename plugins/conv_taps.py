@@ -72,7 +72,8 @@ def taps_kernel(
     normed_MC = tl.where(normed_MC < 0, 0.0, normed_MC)  # NaN stays NaN, which a maximum would not leave
     weight_CN = tl.load(weight + c_C[:, None] * COLUMNS + n_N[None, :], mask=live_C[:, None] & live_N[None, :], other=0.0)
     taps_MN = tl.dot(normed_MC.to(weight_CN.dtype), weight_CN)
-    tl.store(taps + n_N[None, :] * pixels + (start + m_M)[:, None], taps_MN, mask=live_M[:, None] & live_N[None, :])
+    plane_N = n_N.to(tl.int64) * pixels  # 27 planes of 9000 px are 2**31 elements
+    tl.store(taps + plane_N[None, :] + (start + m_M)[:, None], taps_MN, mask=live_M[:, None] & live_N[None, :])
 
 
 @triton.jit
@@ -88,8 +89,8 @@ def sum_kernel(taps, bias, y, height, width, N: tl.constexpr, BLOCK: tl.constexp
         for tap in tl.static_range(9):
             down, right = tap // 3 - 1, tap % 3 - 1
             there_M = (row_M + down >= 0) & (row_M + down < height) & (column_M + right >= 0) & (column_M + right < width)
-            moved = taps + (n * 9 + tap) * pixels + (down * width + right)
-            sum_M += tl.load(moved + pixel_M, mask=live_M & there_M, other=0.0)
+            sum_M += tl.load(taps + (down * width + right) + pixel_M, mask=live_M & there_M, other=0.0)
+            taps += pixels  # the next plane
         tl.store(y + pixel_M * N + n, sum_M.to(y.dtype.element_ty), mask=live_M)
 
 
