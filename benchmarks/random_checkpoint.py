@@ -129,7 +129,7 @@ def write_random_checkpoint(
             "_class_name": "SanaSprintPipeline" if sprint else "SanaPipeline",
             "scheduler": ["diffusers", scheduler["_class_name"]],
             "text_encoder": ["transformers", "Gemma2Model"],
-            "tokenizer": ["transformers", "GemmaTokenizerFast"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],  # Gemma's class would cut words in Gemma's way
             "transformer": ["diffusers", "SanaTransformer2DModel"],
             "vae": ["diffusers", "AutoencoderDC"],
         },
@@ -137,6 +137,8 @@ def write_random_checkpoint(
     write_json(out / "scheduler" / "scheduler_config.json", scheduler)
     (out / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(str(out / "tokenizer" / "tokenizer.json"))
+    names = {f"{token.strip('<>')}_token": token for token in SPECIAL}
+    write_json(out / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
     parts: tuple[tuple[str, str, Any, Callable[[], nn.Module], torch.dtype], ...] = (
         ("transformer", "diffusion_pytorch_model", variant.transformer, lambda: SanaTransformer2DModel(variant.transformer), dtype),
         ("vae", "diffusion_pytorch_model", DC_AE, lambda: AutoencoderDC(DC_AE), torch.bfloat16),

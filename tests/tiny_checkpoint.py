@@ -98,7 +98,7 @@ def write_checkpoint(
         "_class_name": "SanaSprintPipeline" if sprint else "SanaPipeline",
         "scheduler": ["diffusers", scheduler["_class_name"]],
         "text_encoder": ["transformers", "Gemma2Model"],
-        "tokenizer": ["transformers", "GemmaTokenizerFast"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["diffusers", "SanaTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderDC"],
         "max_sequence_length": MAX_SEQUENCE_LENGTH,
@@ -123,4 +123,6 @@ def write_checkpoint(
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     (folder / "tokenizer").mkdir(exist_ok=True)
     byte_tokenizer().save(str(folder / "tokenizer" / "tokenizer.json"))
+    names = {f"{token.strip('<>')}_token": token for token in SPECIAL}
+    write_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | names)
     return folder
