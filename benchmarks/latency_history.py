@@ -43,6 +43,7 @@ class Reference(_Model):
     ratio: Positive  # of the work to it: median of the paired ratios. Under 1: the work is faster
     ratios: tuple[Positive, ...]  # of each round, in order
     rms_error: NotNegative | None = None  # of a peer's output, relative; none for a yardstick
+    clock: Literal["device", "wall"] = "device"  # whose times `ms` and `ratio` are of: wall for a picture's peers
 
 
 class Times(_Model):

@@ -79,7 +79,7 @@ def _now(by_key: Mapping[Key, list[Record]]) -> str:
         yardstick = now.references[now.yardstick]
         change = "" if before is None else f"{yardstick.ratio / before.references[before.yardstick].ratio - 1:+.1%}"
         peers = "<br>".join(
-            f"{html.escape(name)} {other.ms:.3f} ms ({1 / other.ratio:.2f} x)"
+            f"{html.escape(name)} {other.ms:.3f} ms{' wall' if other.clock == 'wall' else ''} ({1 / other.ratio:.2f} x)"
             for name, other in now.references.items()
             if other.rms_error is not None
         )
@@ -146,14 +146,16 @@ def _sizes(latest: Sequence[Record]) -> list[str]:
     found = []
     for title, rows in groups.items():
         rows.sort(key=lambda row: row.width * row.height)
-        series = [Series(name="this bundle", points=[(_megapixels(row), row.device.p50) for row in rows])]
+        wall = any(other.clock == "wall" for row in rows for other in row.references.values())  # then of all lines
+        mine = [(_megapixels(row), (row.wall if wall else row.device).p50) for row in rows]
+        series = [Series(name="this bundle", points=mine)]
         names = dict.fromkeys(name for row in rows for name, other in row.references.items() if other.rms_error is not None)
         for name in names:
             points = [(_megapixels(row), row.references[name].ms) for row in rows if name in row.references]
             series.append(Series(name=name.replace("_", " "), points=points, dashed=True))
         ticks = [(_megapixels(row), f"{row.width}" if row.width == row.height else f"{row.width}x{row.height}") for row in rows]
         x = Axis(label="px", log=True, ticks=list(dict(ticks).items()))
-        drawing = chart(title, x, Axis(label="ms", log=True), series)
+        drawing = chart(title, x, Axis(label="ms, wall clock" if wall else "ms", log=True), series)
         found.append(f"<section><h3>{html.escape(title)}</h3>{drawing}</section>")
     return found
 

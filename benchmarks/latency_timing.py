@@ -2,7 +2,8 @@
 
 A machine that is busy, hot or throttled slows both, so a ratio of neighbours in time says more than milliseconds do. In each round
 every yardstick runs once and then the task; after the last round the yardsticks run once more. A task's ratio is its time over the
-mean of the yardstick's before and after it.
+mean of the yardstick's before and after it. The device's times are compared, or, where a yardstick's work is a whole program's, the
+wall clock's.
 """
 
 from __future__ import annotations
@@ -97,12 +98,14 @@ class StreamMarks:
 
 @dataclass(frozen=True)
 class Task:
-    """Something that can be called again and again. calls: how many of them one sample averages."""
+    """Something that can be called again and again. calls: how many of them one sample averages. by_wall: as a yardstick it is
+    compared by the wall clock."""
 
     name: str
     call: Call
     stopwatch: Stopwatch
     calls: int = 1
+    by_wall: bool = False
 
     def sample(self) -> Sample:
         """Milliseconds a call."""
@@ -126,12 +129,14 @@ class Rounds:
     """What interleave() measured. n rounds."""
 
     samples: tuple[Sample, ...]  # n, of the task
-    references: Mapping[str, tuple[float, ...]]  # yardstick's name: n + 1 device milliseconds
+    references: Mapping[str, tuple[float, ...]]  # yardstick's name: n + 1 milliseconds of the device, or by the wall clock
+    by_wall: frozenset[str] = frozenset()  # names of the latter
 
     def ratios(self, name: str) -> tuple[float, ...]:
-        """n: the task's time over the mean of its two neighbours'."""
+        """n: the task's time over the mean of its two neighbours', of the same clock."""
         neighbours = (sum(pair) / 2 for pair in pairwise(self.references[name]))
-        return tuple(sample.ms / near for sample, near in zip(self.samples, neighbours, strict=True))
+        mine = (sample.wall_ms if name in self.by_wall else sample.ms for sample in self.samples)
+        return tuple(ms / near for ms, near in zip(mine, neighbours, strict=True))
 
 
 def interleave(task: Task, references: Sequence[Task], *, rounds: int, warm_up: int) -> Rounds:
@@ -153,10 +158,12 @@ def interleave(task: Task, references: Sequence[Task], *, rounds: int, warm_up: 
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
         for reference in _turn(references, number):
-            times[reference.name].append(reference.sample().ms)
+            found = reference.sample()
+            times[reference.name].append(found.wall_ms if reference.by_wall else found.ms)
         if number < rounds:
             samples.append(task.sample())
-    return Rounds(tuple(samples), {name: tuple(values) for name, values in times.items()})
+    by_wall = frozenset(reference.name for reference in references if reference.by_wall)
+    return Rounds(tuple(samples), {name: tuple(values) for name, values in times.items()}, by_wall)
 
 
 def _turn(references: Sequence[Task], number: int) -> list[Task]:

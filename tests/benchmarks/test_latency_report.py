@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,8 @@ from fake_tensorrt import MODULE, FakeContext, FakeCuda, FakeEngine, fake_backen
 from fakes import HOST_TABLE, fake_inputs, write_fake_bundle
 from latency_records import record
 
-from benchmarks import latency_kernels
-from benchmarks.latency_history import HISTORY, History, Kernel, Kernels
+from benchmarks import latency_kernels, latency_report
+from benchmarks.latency_history import HISTORY, History, Kernel, Kernels, Times
 from benchmarks.latency_kernels import Profiler, layer_cost, node_cost, ort_kernels, trt_kernels
 from benchmarks.latency_report import floor_ms, page, write_report
 from benchmarks.latency_work import Work
@@ -60,6 +60,21 @@ def test_the_page_shows_history_sizes_and_kernels() -> None:
     assert text.rstrip().endswith("<h2>More</h2>")
     history = charts(text)[0]
     assert sum("run 1" in (title.text or "") or "run 2" in (title.text or "") for title in history.iter("title")) == 3
+
+
+def test_pictures_and_their_peers_are_drawn_by_one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[str, list[float]]] = []
+
+    def planted(title: str, x: Axis, y: Axis, series: Sequence[Series]) -> str:
+        drawn.append((y.label, [each.points[0][1] for each in series]))
+        return "<svg></svg>"
+
+    monkeypatch.setattr(latency_report, "chart", planted)
+    found = record(component="picture", peers={"diffusers_eager": 90.0}, wall=Times(p50=33.0, p90=33.0, p99=33.0))
+    peer = found.references["diffusers_eager"].model_copy(update={"clock": "wall"})
+    page([found])
+    page([found.model_copy(update={"references": found.references | {"diffusers_eager": peer}})])
+    assert [each for each in drawn if each[0].startswith("ms")] == [("ms", [20.0, 90.0]), ("ms, wall clock", [33.0, 90.0])]
 
 
 def test_runs_of_one_day_are_told_apart_by_their_times() -> None:

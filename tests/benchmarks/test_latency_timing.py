@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, permutations
 from types import SimpleNamespace
 
@@ -60,6 +61,15 @@ def test_work_and_yardstick_take_turns() -> None:
     assert [sample.ms for sample in rounds.samples] == [10, 20, 30]
     assert rounds.ratios("a") == (10 / 2, 20 / 2, 30 / 1)  # each by the mean of its neighbours
     assert rounds.ratios("b") == (1, 2, 3)
+
+
+def test_a_yardstick_by_the_wall_clock() -> None:
+    """The work's time too is then the wall clock's, which has one more here."""
+    clock = Clock(work=[10, 20, 30], a=[1] * 4, b=[9] * 4)
+    rounds = interleave(clock.task("work"), [clock.task("a"), replace(clock.task("b"), by_wall=True)], rounds=3, warm_up=0)
+    assert rounds.references == {"a": (1,) * 4, "b": (10,) * 4}
+    assert rounds.ratios("a") == (10, 20, 30)
+    assert rounds.ratios("b") == (1.1, 2.1, 3.1)
 
 
 def test_a_sample_is_the_mean_of_its_calls() -> None:
