@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     then.add_argument(
         "--against",
         default=GEMM,
-        help=f"what --check takes ratios to: {GEMM} or a peer, such as diffusers_eager; of pictures {GEMM}",
+        help=f"what --check takes ratios to: {GEMM} or a peer, such as diffusers_eager",
     )
     then.add_argument("--percent", type=float, default=2.0, help="a regression is more than this for certain, and …")
     then.add_argument("--floor-ms", type=float, default=0.02, help="… more than this")

@@ -20,7 +20,7 @@ from benchmarks.latency_plan import bundle_plan
 from benchmarks.latency_work import Arrays
 from engines.bundle import Bundle
 from engines.errors import MissingFileError
-from engines.parity_report import Bound, ErrorStats, bound_from, check, check_size, measure
+from engines.parity_report import FACTOR, Bound, ErrorStats, bound_from, check, check_size, measure
 from engines.spec import QUANTIZED, ComponentName, Precision
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import DecoderForExport, TextEncoderForExport
@@ -32,7 +32,7 @@ from sana_ref.step import DenoiserStep
 if TYPE_CHECKING:
     from runtime import SanaEngine
 
-__all__ = ["dtype_of", "engine_errors", "golden_complaints", "network_output", "peer_error", "wider"]
+__all__ = ["dtype_of", "engine_errors", "golden_complaints", "network_output", "peer_error", "picture_error", "wider"]
 
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _DTYPES |= dict.fromkeys(map(str, (Precision.FP16, *QUANTIZED)), torch.float16)
@@ -156,3 +156,13 @@ def peer_error(got: Tensor, exact: Tensor, same: Tensor, *, fp32: bool) -> tuple
     if fp32:  # there only the order of sums differs, and that by more than twice
         return found.rms, check_size(found, Bound(rms=max(bound.rms, FP32_CLOSE), max=max(bound.max, FP32_CLOSE)))
     return found.rms, check(found, bound)
+
+
+def picture_error(got: Tensor, exact: Tensor, same: Tensor, *, fp32: bool) -> tuple[float, list[str]]:
+    """As peer_error, of whole pictures, by rms alone: after many steps an error is a picture that moved a little, whose largest is
+    one pixel's at an edge, and whose mean may be a shade's."""
+    reference = _array(exact)
+    rms, most = measure(_array(got), reference).rms, FACTOR * measure(_array(same), reference).rms
+    most = max(most, FP32_CLOSE) if fp32 else most
+    why = "by PyTorch's own at the same precision"
+    return rms, [] if rms <= most else [f"rms error: got {rms:.3e}; expected at most {most:.3e}, {why}"]

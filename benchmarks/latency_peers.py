@@ -1,7 +1,8 @@
 """The same component as others run it: diffusers' modules (transformers' for the text encoder), eagerly and through torch.compile.
 
 Each has the checkpoint's weights, the bundle's precision and the same inputs, and is called as diffusers' pipeline calls it. Of the
-denoiser a peer does less than ours: neither guidance nor the sampler's update. A peer is checked before it is timed.
+denoiser a peer does less than ours: neither guidance nor the sampler's update. A peer is checked before it is timed. Pictures have
+theirs in latency_pipelines.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from engines.spec import ComponentName
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import select_tokens
 
-__all__ = ["PEERS", "Peer", "checked_peers", "parse_peers"]
+__all__ = ["PEERS", "Peer", "check_layout", "checked_peers", "free", "parse_peers"]
 
 # On the command line: in records and figures.
 PEERS = {
@@ -116,11 +117,10 @@ def checked_peers(
     if not modes:
         yield {}
         return
-    if not (folder / "model_index.json").is_file():
-        raise RequestError(f"--model: got {folder}, which has no model_index.json; peers need diffusers' layout. --peers none")
+    check_layout(folder)
     exact = network_output(component, checkpoint, inputs, wider(dtype), device).cpu()
     same = network_output(component, checkpoint, inputs, dtype, device).cpu()
-    _free(device)
+    free(device)
     peers: dict[str, Peer] = {}
     try:
         for mode in modes:
@@ -138,7 +138,7 @@ def checked_peers(
         yield peers
     finally:
         peers.clear()
-        _free(device)
+        free(device)
 
 
 def _without_gradients(forward: Forward, *, compiled: bool) -> Forward:
@@ -151,7 +151,14 @@ def _without_gradients(forward: Forward, *, compiled: bool) -> Forward:
     return call
 
 
-def _free(device: str) -> None:
+def check_layout(folder: Path) -> None:
+    """Raises RequestError if peers cannot be made of it."""
+    if not (folder / "model_index.json").is_file():
+        raise RequestError(f"--model: got {folder}, which has no model_index.json; peers need diffusers' layout. --peers none")
+
+
+def free(device: str) -> None:
+    """Of peers that nothing refers to any more."""
     dynamo: Any = torch._dynamo
     dynamo.reset()  # compiled code keeps its module, and few shapes of one module may be compiled
     gc.collect()

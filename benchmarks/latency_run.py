@@ -51,7 +51,7 @@ class Plan:
     least_ms: float = 5.0  # of one sample
     peers: Sequence[str] = ()
     model: Path | None = None
-    against: str = GEMM  # the yardstick that --check judges by; pictures always by the GEMM
+    against: str = GEMM  # the yardstick that --check judges by
     note: str = ""
     energy_s: float = 1.0  # how long energy is counted
     floor: bool = False  # measure a component's too, on a GPU
@@ -102,8 +102,8 @@ def gpu_bus_id() -> str:
 def measure(engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint: Checkpoint | None = None) -> Record:
     """One work, in a fresh record that is not accepted.
 
-    checkpoint: of plan.model; peers are left out without it, and for a picture. Raises RequestError as Work.check and as
-    plan.against names something that was not measured.
+    checkpoint: of plan.model; peers are left out without it. Raises RequestError as Work.check and as plan.against names something
+    that was not measured.
     """
     with ExitStack() as stack:
         opened = stack.enter_context(open_task(engine, work))
@@ -121,13 +121,13 @@ def measure(engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint
         gemm = bench.yardstick.name
         references = {gemm: replace(bench.yardstick, calls=calls_for(bench.yardstick, least_ms))}
         errors: dict[str, float] = {}
-        if plan.peers and checkpoint is not None and not picture:
+        if plan.peers and checkpoint is not None:
             for name, peer in _peers(stack, engine, work, bench, plan, checkpoint).items():
-                references[name] = replace(peer.task, calls=calls_for(peer.task, plan.least_ms))
+                references[name] = peer.task if picture else replace(peer.task, calls=calls_for(peer.task, plan.least_ms))
                 errors[name] = peer.rms_error
         if bench.gpu and plan.floor and checkpoint is not None and (floor := _floor(engine, work, checkpoint)) is not None:
             references[floor.name] = replace(floor, calls=calls_for(floor, plan.least_ms))
-        against = _yardstick(work, bench, plan)
+        against = _yardstick(bench, plan)
         if against not in references:
             raise RequestError(f"--against: got {plan.against!r}; measured here were {', '.join(references)}. Add it to --peers.")
         clocks: list[float] = []
@@ -156,9 +156,9 @@ def _noting(stopwatch: Stopwatch, meter: EnergyMeter, clocks: list[float]) -> St
     return watch
 
 
-def _yardstick(work: Work, bench: Bench, plan: Plan) -> str:
-    """By what it is judged. A picture has no peers."""
-    return bench.yardstick.name if plan.against == GEMM or work.component == "picture" else plan.against
+def _yardstick(bench: Bench, plan: Plan) -> str:
+    """By what a work is judged."""
+    return bench.yardstick.name if plan.against == GEMM else plan.against
 
 
 def _floor(engine: SanaEngine, work: Work, checkpoint: Checkpoint) -> Task | None:
@@ -175,20 +175,21 @@ def _floor(engine: SanaEngine, work: Work, checkpoint: Checkpoint) -> Task | Non
 def _peers(stack: ExitStack, engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     from benchmarks.latency_parity import dtype_of
     from benchmarks.latency_peers import checked_peers
+    from benchmarks.latency_pipelines import checked_pipelines
 
-    component = cast(ComponentName, work.component)
+    component = _decisive(work)
+    dtype = dtype_of(component, engine.manifest.precision[component] if bench.gpu else "fp32")  # portable: fp32
+    device = "cuda" if bench.gpu else "cpu"
     assert plan.model is not None
-    return stack.enter_context(
-        checked_peers(
-            component,
-            plan.model,
-            checkpoint,
-            component_inputs(engine, work),
-            plan.peers,
-            dtype=dtype_of(component, engine.manifest.precision[component] if bench.gpu else "fp32"),  # portable: fp32
-            device="cuda" if bench.gpu else "cpu",
-        )
-    )
+    if work.component == "picture":
+        return stack.enter_context(checked_pipelines(plan.model, checkpoint, work, plan.peers, dtype=dtype, device=device))
+    inputs = component_inputs(engine, work)
+    return stack.enter_context(checked_peers(component, plan.model, checkpoint, inputs, plan.peers, dtype=dtype, device=device))
+
+
+def _decisive(work: Work) -> ComponentName:
+    """The component whose precision is the work's."""
+    return cast(ComponentName, "denoiser" if work.component == "picture" else work.component)
 
 
 def _record(
@@ -208,12 +209,15 @@ def _record(
     for name, times in rounds.references.items():
         ratios = tuple(float(f"{ratio:.6g}") for ratio in rounds.ratios(name))
         references[name] = Reference(
-            ms=float(np.median(times)), ratio=float(np.median(ratios)), ratios=ratios, rms_error=errors.get(name)
+            ms=float(np.median(times)),
+            ratio=float(np.median(ratios)),
+            ratios=ratios,
+            rms_error=errors.get(name),
+            clock="wall" if name in rounds.by_wall else "device",
         )
     device = percentiles([sample.ms for sample in rounds.samples])
     wall = percentiles([sample.wall_ms for sample in rounds.samples])
     manifest = engine.manifest
-    component = cast(ComponentName, "denoiser" if work.component == "picture" else work.component)
     return Record(
         run=bench.run,
         accepted=False,
@@ -222,7 +226,7 @@ def _record(
         bundle=engine.bundle.digest,
         component=work.component,
         backend=engine.backend,
-        precision=str(manifest.precision[component]),
+        precision=str(manifest.precision[_decisive(work)]),
         width=work.width,
         height=work.height,
         batch=work.batch,
@@ -230,7 +234,7 @@ def _record(
         rounds=len(rounds.samples),
         device=Times(p50=device.p50, p90=device.p90, p99=device.p99),
         wall=Times(p50=wall.p50, p90=wall.p90, p99=wall.p99),
-        yardstick=_yardstick(work, bench, plan),
+        yardstick=_yardstick(bench, plan),
         references=references,
         turns="each first",
         memory_bytes=memory,

@@ -85,7 +85,7 @@ def row(found: Record) -> str:
     """One record as a line for a terminal."""
     yardstick = found.references[found.yardstick]
     peers = "".join(
-        f"; {name} {other.ms:.3f} ms, {1 / other.ratio:.2f} x ours"
+        f"; {name} {other.ms:.3f} ms{' by the wall clock' if other.clock == 'wall' else ''}, {1 / other.ratio:.2f} x ours"
         for name, other in found.references.items()
         if other.rms_error is not None
     )

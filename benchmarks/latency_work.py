@@ -27,12 +27,25 @@ from runtime.prompt import PromptTemplate, PromptTokenizer
 from runtime.request import check_request
 from runtime.schedule import make_schedule
 
-__all__ = ["WORKS", "Arrays", "Work", "component_inputs", "graph_inputs", "num_tokens", "open_task", "queued", "step_inputs"]
+__all__ = [
+    "SEED",
+    "WORKS",
+    "Arrays",
+    "Work",
+    "component_inputs",
+    "graph_inputs",
+    "new_prompts",
+    "num_tokens",
+    "open_task",
+    "queued",
+    "step_inputs",
+]
 
 # The text projection is a part of a picture: by itself it has no peer.
 WORKS = (*(name for name in get_args(ComponentName) if name != "text_projection"), "picture")
 PROMPT = "a lighthouse on a cliff at dusk"  # of the figures
 TEXT = "a lighthouse at dusk"
+SEED = 5  # of pictures
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -201,17 +214,21 @@ def queued(session: Any, inputs: Mapping[str, NDArray[Any]]) -> Iterator[Callabl
             slot.close()
 
 
+def new_prompts(batch: int) -> Callable[[], list[str]]:
+    """Each call gives prompts that none gave before, so that their text is encoded and not remembered."""
+    numbers = itertools.count()
+    return lambda: [f"{next(numbers)} lighthouses at dusk" for _ in range(batch)]
+
+
 class _Draw:
-    """Each picture has a prompt that no other had, so that its text is encoded and not remembered."""
+    """Pictures of new prompts."""
 
     def __init__(self, engine: SanaEngine, work: Work) -> None:
-        self._engine, self._work = engine, work
-        self._numbers = itertools.count()
+        self._engine, self._work, self._prompts = engine, work, new_prompts(work.batch)
 
     def __call__(self) -> None:
         work = self._work
-        prompts = [f"{next(self._numbers)} lighthouses at dusk" for _ in range(work.batch)]
-        for picture in self._engine.generate(prompts, seed=5, steps=work.steps, width=work.width, height=work.height):
+        for picture in self._engine.generate(self._prompts(), seed=SEED, steps=work.steps, width=work.width, height=work.height):
             png_bytes(picture)
 
     def watch(self, call: Call) -> Sample:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from fake_tensorrt import FakeCuda, fake_backend
 from fakes import write_fake_bundle
-from latency_records import SMALL, Plant, record
+from latency_records import SMALL, Plant, planted, record
 
 from benchmarks import latency, latency_run, latency_session
 from benchmarks.latency_check import Limits
 from benchmarks.latency_energy import EnergyMeter
 from benchmarks.latency_history import History, Record, Times
+from benchmarks.latency_peers import Peer
 from benchmarks.latency_report import page
 from benchmarks.latency_run import Bench, Plan, measure
-from benchmarks.latency_timing import Sample, Stopwatch
+from benchmarks.latency_timing import Sample, Stopwatch, Task
 from benchmarks.latency_work import WORKS, Work, component_inputs, open_task
 from benchmarks.latency_yardstick import cpu_gemm
 from engines.errors import RequestError
@@ -145,12 +149,33 @@ def test_what_was_measured_before_an_interruption_is_kept(
     assert runs(tmp_path) == found
 
 
-def test_pictures_have_no_peers_to_be_judged_by(bundle: Path) -> None:
+def test_pictures_beside_peers_are_compared_by_the_wall_clock(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device's time of a program that waits for its host says little."""
+    drawn: list[str] = []
+
+    @contextmanager
+    def pipelines(
+        folder: Path, checkpoint: object, work: Work, modes: Sequence[str], *, dtype: torch.dtype, device: str
+    ) -> Iterator[dict[str, Peer]]:
+        assert (str(folder), work.component, modes, dtype, device) == ("model", "picture", ("eager",), torch.float32, "cpu")
+        task = Task("diffusers_eager", lambda: drawn.append("peer"), planted(1.0, 3, noise=0.0), by_wall=True)
+        yield {"diffusers_eager": Peer(replace(task, stopwatch=lambda call: Sample(task.stopwatch(call).ms, 40.0)), 1e-3)}
+
+    monkeypatch.setattr("benchmarks.latency_pipelines.checked_pipelines", pipelines)
     bench = Bench(gpu=False, run="0" * 12, yardstick=cpu_gemm(SMALL), meter=EnergyMeter(None))
+    bench.watch = lambda stopwatch: lambda call: Sample(stopwatch(call).ms, 80.0)
     work = Work(component="picture", width=64, height=64, batch=1, steps=1)
+    plan = Plan(pictures=3, peers=("eager",), model=Path("model"))
     with SanaEngine(bundle, backend="onnxruntime") as engine:
-        found = measure(engine, work, bench, Plan(pictures=3, against="diffusers_eager"))
-    assert found.yardstick == bench.yardstick.name
+        found = measure(engine, work, bench, plan, SimpleNamespace())  # type: ignore[arg-type]
+        judged = measure(engine, work, bench, replace(plan, against="diffusers_eager"), SimpleNamespace())  # type: ignore[arg-type]
+    peer = found.references["diffusers_eager"]
+    assert (peer.ms, peer.ratio, peer.rms_error, peer.clock) == (40.0, 2.0, 1e-3, "wall")
+    assert found.references[bench.yardstick.name].clock == "device"
+    assert len(drawn) == 2 * (1 + 4)  # a warm-up, and around three samples: a picture takes long, and is not repeated
+    assert (found.yardstick, judged.yardstick) == (bench.yardstick.name, "diffusers_eager")
+    assert "diffusers_eager 40.000 ms by the wall clock, 0.50 x ours" in latency_session.row(found)
+    assert "diffusers_eager 40.000 ms wall (0.50 x)" in page([found])
 
 
 def test_a_record_says_all(bundle: Path) -> None:
