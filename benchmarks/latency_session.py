@@ -50,11 +50,25 @@ def works(options: argparse.Namespace, engine: SanaEngine) -> Iterator[Work]:
                 yield Work(component=component, width=width, height=height, batch=batch, steps=steps)
 
 
+def to_check(asked: Sequence[Work]) -> list[tuple[ComponentName, Work]]:
+    """Components against PyTorch, each once: those that were asked for, and at their sizes and batches those that pictures are
+    drawn by. The smallest batch comes first."""
+    found: dict[tuple[ComponentName, Work], None] = {}
+    for work in sorted(asked, key=lambda each: each.batch):
+        for component in CHECKED:
+            if work.component == component:
+                found[component, work] = None
+            elif work.component == "picture":  # its prompts with their instruction
+                size = (0, 0) if component == "text_encoder" else (work.width, work.height)
+                found[component, Work(component=component, width=size[0], height=size[1], batch=work.batch)] = None
+    return list(found)
+
+
 def complaints(
     engine: SanaEngine, checkpoint: Checkpoint | None, asked: Sequence[Work]
 ) -> tuple[list[str], dict[str, dict[str, ErrorStats]]]:
     """What is not exact enough: by the bundle's golden inputs and, on a GPU with a checkpoint, by PyTorch for each work that was
-    asked for. A text encoder in 4 or 8 bits has its golden inputs alone.
+    asked for, of a picture its parts. A text encoder in 4 or 8 bits has its golden inputs alone.
 
     And the errors by component, of the first size and the smallest batch.
     """
@@ -66,9 +80,8 @@ def complaints(
     found: dict[str, dict[str, ErrorStats]] = {}
     if checkpoint is None or engine.backend != "tensorrt":
         return wrong, found
-    for work in sorted(asked, key=lambda each: each.batch):
-        component = next((each for each in CHECKED if each == work.component), None)
-        if component is None or (component == "text_encoder" and has_narrow_weights(engine.bundle, component)):
+    for component, work in to_check(asked):
+        if component == "text_encoder" and has_narrow_weights(engine.bundle, component):
             continue
         errors = engine_errors(engine, component, checkpoint, graph_inputs(engine, work))
         found.setdefault(component, errors)

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from benchmarks import latency_parity, latency_session
 from benchmarks.latency_plan import has_narrow_weights
-from benchmarks.latency_session import complaints
+from benchmarks.latency_session import complaints, to_check
 from benchmarks.latency_work import Work
 from engines.parity_report import ErrorStats
 
@@ -62,13 +62,28 @@ def test_each_size_and_batch_is_held_to_pytorch(
 ) -> None:
     engine: Any = SimpleNamespace(backend="tensorrt", bundle=bundle("Gather"))
     checkpoint: Any = object()
-    given = [*works("denoiser", 3, 1), *works("text_encoder", 2), *works("picture", 1)]
+    given = [*works("denoiser", 3, 1), *works("text_encoder", 2)]
     wrong, errors = complaints(engine, checkpoint, given)
     assert sorted(asked) == [("denoiser", 1), ("denoiser", 3), ("text_encoder", 2)]
     assert len(wrong) == 2  # rms and max
     assert all(each.startswith("denoiser, 64 x 64, batch 3: ") for each in wrong)
     assert errors["denoiser"]["engine"] == stats(1.0)  # of the smallest batch
     assert "text_encoder" in capsys.readouterr().out
+
+
+def test_a_pictures_parts_are_held_to_pytorch_once(asked: Asked, bundle: Bundle) -> None:
+    """At its size and batch; what is asked for by itself too is not done twice."""
+    engine: Any = SimpleNamespace(backend="tensorrt", bundle=bundle("Gather"))
+    checkpoint: Any = object()
+    wrong, _ = complaints(engine, checkpoint, [*works("picture", 3, 1), *works("decoder", 3), *works("denoiser", 1)])
+    assert sorted(asked) == sorted((name, batch) for name in ("text_encoder", "denoiser", "decoder") for batch in (1, 3))
+    assert {each.split(": ")[0] for each in wrong} == {
+        "text_encoder, batch 3",
+        "denoiser, 64 x 64, batch 3",
+        "decoder, 64 x 64, batch 3",
+    }
+    sizes = {(component, work.width, work.height, work.steps) for component, work in to_check(works("picture", 1))}
+    assert sizes == {("text_encoder", 0, 0, 1), ("denoiser", 64, 64, 1), ("decoder", 64, 64, 1)}
 
 
 def test_a_whole_prompt_has_no_number_of_tokens(asked: Asked, bundle: Bundle) -> None:
