@@ -40,6 +40,7 @@ LATENCY = ("benchmarks/latency.py", "--rounds", "50", "--pictures", "50", "--rec
 KERNELS = ("benchmarks/latency.py", "--rounds", "50", "--kernels", "--peers", "none", "--note", "random weights")
 RUNTIME = ("benchmarks/runtime_figures.py", "--record", "--note", "random weights")
 COMPILED = ("--peers", "eager,reduce-overhead,max-autotune")
+QUICK = ("--peers", "eager,reduce-overhead")  # without max-autotune, whose tuning takes minutes
 NEEDED_S = 60  # a figure is not begun if less is left: the shortest take this long
 POLL_S = 0.2  # between two looks at what runs
 STOP_S = 5.0  # from an interrupt to the end of a process that does not mind it
@@ -89,8 +90,8 @@ GROUPS: Mapping[str, Group] = {
         },
         figures={
             "1024px": _latency("@bf16 @fp8 @int8", "decoder", "--sizes", "1024", *COMPILED),
-            # Without max-autotune, whose tuning takes twelve minutes for a sixteenth of these pixels.
-            "4096px": _latency("@large", "decoder", "--sizes", "4096", "--peers", "eager,reduce-overhead"),
+            # max-autotune's tuning takes twelve minutes for a sixteenth of these pixels
+            "4096px": _latency("@large", "decoder", "--sizes", "4096", *QUICK),
             "peak": (*RUNTIME, "@large", "--decoder", "--side", "4096"),
             "kernels": _kernels("@bf16 @fp8 @int8", "decoder", "--sizes", "1024"),
         },
@@ -99,7 +100,7 @@ GROUPS: Mapping[str, Group] = {
         about="Sprint, one step, prompt to PNG",
         checkpoint=("--variant", "sprint_1600m_1024px"),
         bundles={"fp16": ()},
-        figures={"picture": _latency("@fp16", "picture", "--steps", "1", "--peers", "none")},
+        figures={"picture": _latency("@fp16", "picture", "--steps", "1", *QUICK)},
     ),
     "steps": Group(
         about="steps of Sana-1.6B in fp16, FP8 and INT8",
@@ -131,7 +132,7 @@ GROUPS: Mapping[str, Group] = {
         checkpoint=("--variant", "sana_1600m_1024px"),
         bundles={"fp16": ("--max-side", "1024"), "fp8": ("--max-side", "1024", *_FP8)},
         figures={
-            "picture": _latency("@fp8", "picture", "--peers", "none"),
+            "picture": _latency("@fp8", "picture", *QUICK),
             "runtime": (*RUNTIME, "@fp16", "--name", "1600m"),
             "text": _latency("@fp16", "text_encoder", "--batches", "2", "--text-tokens", "300", *COMPILED),
             "instructed": _latency("@fp16", "text_encoder", "--batches", "2", *COMPILED),

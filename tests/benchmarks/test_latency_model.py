@@ -63,7 +63,8 @@ def test_portable_graphs_beside_diffusers(tmp_path: Path, monkeypatch: pytest.Mo
     found = History(history).read()
     assert len(found) == 7  # a text encoder, and three works of two sizes
     for each in found:
-        assert ("diffusers_eager" in each.references) == (each.component != "picture")
+        assert "diffusers_eager" in each.references
+        assert each.references["diffusers_eager"].clock == ("wall" if each.component == "picture" else "device")
         assert (each.kernels is None) == (each.component == "picture")
     assert "diffusers_eager" in report.read_text()
     with SanaEngine(bundle.path, backend="onnxruntime") as engine:
@@ -79,18 +80,23 @@ def test_portable_graphs_beside_diffusers(tmp_path: Path, monkeypatch: pytest.Mo
 def test_engines_beside_diffusers(tmp_path: Path, recorded: Path) -> None:
     bundle = build(request(tmp_path / "bundle", precision=Precision.FP16, targets=targets_of("current")), quiet()).bundle
     history, report = tmp_path / "history", tmp_path / "report.html"
-    arguments = ["--bundle", str(bundle.path), "--history", str(history), *SETTINGS, "--peers", ",".join(PEERS), "--check"]
-    assert latency.main([*arguments, "--record", "--report", str(report)]) == 0
+    arguments = ["--bundle", str(bundle.path), "--history", str(history), *SETTINGS, "--check"]
+    parts = ["--components", "text_encoder,denoiser,decoder", "--peers", ",".join(PEERS)]
+    assert latency.main([*arguments, *parts, "--record", "--report", str(report)]) == 0
+    assert recorded.read_text().count("\n") == 3
+    picture = ["--components", "picture", "--peers", "eager,reduce-overhead"]  # tuning takes minutes, and is of the parts alone
+    assert latency.main([*arguments, *picture]) == 0
     for each in History(history).read():
         assert each.backend == "tensorrt"
         assert each.device.p50 <= each.wall.p99
         assert each.memory_bytes > 0
         assert each.energy_j or each.energy_note or each.component
-        if each.component != "picture":
-            assert set(PEERS.values()) <= each.references.keys()
+        drawn = each.component == "picture"
+        modes = ("eager", "reduce-overhead") if drawn else tuple(PEERS)
+        assert {PEERS[mode] for mode in modes} <= each.references.keys()
+        if not drawn:
             assert each.kernels is not None
             assert each.kernels.kernels, each.kernels.why
-    assert recorded.read_text().count("\n") == 3
 
 
 @pytest.fixture
@@ -131,6 +137,48 @@ def test_figures_have_the_peers_beside_them(
     assert decode == {f"decode_{'tiny_' if parameters < 100_000_000 else ''}64px_{precision}_ms"}
     assert ("tiny_picture_gpu_ms" in found) == (parameters < 100_000_000)
     assert len(lines) == (3 if parameters < 100_000_000 else 2)
+
+
+@pytest.mark.parametrize(("sprint", "steps"), [(False, 20), (True, 1)])
+def test_figures_of_pictures_have_the_peers_that_drew_them(engine: SanaEngine, recorded: Path, sprint: bool, steps: int) -> None:
+    """Beside the wall clock's times, of which theirs are."""
+    peers = {"diffusers_eager": 900.0, "torch_compile_reduce_overhead": 600.0}
+    found = record(component="picture", precision="fp8", width=1024, height=1024, steps=steps, peers=peers)
+    checkpoint = model_of(1_600_000_000)
+    checkpoint.transformer_config = SimpleNamespace(guidance_embeds=sprint)
+    for given in (found, record(component="picture", precision="fp8", width=1024, height=1024, steps=steps)):
+        assert record_figures(engine, checkpoint, [given], {}, steps=steps, pictures=2, note="")
+    lines = [json.loads(line) for line in recorded.read_text().splitlines()]
+    rows = [(line["figure"], line["peer"], "peers: PNG by Pillow" in line["note"]) for line in lines]
+    if sprint:
+        name = "sprint_1600m_1024px_1step"
+        assert rows == [
+            (f"{name}_gpu_ms", {}, False),
+            (f"{name}_wall_ms", peers, True),
+            (f"{name}_gpu_ms", {}, False),
+            (f"{name}_wall_ms", {}, False),
+        ]
+    else:
+        assert rows == [("picture_1600m_1024px_20step_fp8_ms", given, bool(given)) for given in (peers, {})]
+
+
+def test_on_a_gpu_pipelines_have_half_the_bits(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The denoiser's half, or fp16 beside a quantised one."""
+    asked: list[tuple[object, ...]] = []
+
+    def pipelines(*arguments: object, **options: object) -> Any:
+        asked.append((arguments[3], options["dtype"], options["device"]))
+        return nullcontext({})
+
+    monkeypatch.setattr("benchmarks.latency_pipelines.checked_pipelines", pipelines)
+    monkeypatch.setattr(latency_run, "gpu_memory_used", lambda: 1)
+    bench = Bench(gpu=True, run="1" * 12, yardstick=cpu_gemm((64, 64, 64)), meter=EnergyMeter(None))
+    work = Work(component="picture", width=64, height=64, batch=1, steps=1)
+    plan = Plan(pictures=3, peers=("eager", "reduce-overhead"), model=tiny())
+    for precision in (Precision.BF16, Precision.FP8):
+        monkeypatch.setitem(engine.manifest.precision, "denoiser", precision)
+        measure(engine, work, bench, plan, model_of(1))
+    assert asked == [(plan.peers, torch.bfloat16, "cuda"), (plan.peers, torch.float16, "cuda")]
 
 
 def test_a_bundle_that_draws_nothing_is_timed_by_itself(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:

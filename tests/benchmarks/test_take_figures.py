@@ -212,3 +212,10 @@ def test_the_programs_take_these_words(name: str) -> None:
         if program == take_figures.LATENCY[0]:
             options = latency.parser().parse_args(words)
             assert options.model is not None or not options.record
+
+
+@pytest.mark.parametrize("name", ["sprint", "whole"])
+def test_pictures_are_taken_beside_peers(name: str) -> None:
+    program, *words = GROUPS[name].figures["picture"]
+    assert program == take_figures.LATENCY[0]
+    assert latency.parser().parse_args(words).peers == "eager,reduce-overhead"
