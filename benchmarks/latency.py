@@ -186,7 +186,7 @@ def _measured(options: argparse.Namespace) -> int:
     sessions = [Session(options, bundle, run_name) for bundle in options.bundle]
     codes = [session() for session in sessions]
     code = 1 if 1 in codes else max(codes)
-    if options.record and not code and (checkpoint := sessions[0].checkpoint) is not None:
+    if options.record and code != 1 and (checkpoint := sessions[0].checkpoint) is not None:
         from benchmarks.latency_figures import record_step_ratios
 
         record_step_ratios(checkpoint, [found for session in sessions for found in session.records], note=options.note)

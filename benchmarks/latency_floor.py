@@ -79,13 +79,11 @@ class Floor:
 
 
 def floor_of(checkpoint: Checkpoint, work: Work | Record, precision: str, *, tokens: int = 0) -> Floor | None:
-    """None: there is none of NVFP4, of pictures, nor of a text encoder whose weights have 4 or 8 bits. tokens: of a text."""
+    """None: there is none of NVFP4, nor of pictures. tokens: of a text."""
     size = {"width": work.width, "height": work.height}
     if precision == Precision.NVFP4 or work.component == "picture":
         return None
     if work.component == "text_encoder":
-        if precision in NARROW:
-            return None
         return text_floor(checkpoint.text_encoder_config, rows=tokens * work.batch, precision=precision)
     if work.component == "decoder":
         return decoder_floor(checkpoint.vae_config, batch=work.batch, precision=precision, **size)

@@ -2,7 +2,7 @@
 
 A line is compared with lines of its own key: same model, component, backend, precision, size, batch, steps, machine, yardsticks
 and peers. Bundle, commit and versions are not of the key, for they are what changes. A run is accepted if a person says so, and
-the first of its key always; later runs are judged by the last that was accepted.
+the first of its work always, whatever takes turns with it; later runs are judged by the last of their key that was accepted.
 """
 
 from __future__ import annotations
@@ -122,9 +122,13 @@ class Record(_Model):
     @property
     def key(self) -> Key:
         """And all that took turns with it: peers leave other caches behind than a GEMM does, by 5 % of sana-tiny's step on a CPU,
-        and another clock of a GPU. And, of several, in which order they did."""
+        and another clock of a GPU. And, of several, in which order they did. Peers do wait for the processor."""
         turns = (self.turns,) if len(self.references) > 1 else ()
-        return (*self.work, *sorted(self.references), *turns)
+        return (*self.work, *((self.machine,) if self.has_peers else ()), *sorted(self.references), *turns)
+
+    @property
+    def has_peers(self) -> bool:
+        return any(other.rms_error is not None for other in self.references.values())
 
     @property
     def was_busy(self) -> bool:

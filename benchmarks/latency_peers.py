@@ -11,6 +11,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from torch import Tensor
 from benchmarks.latency_parity import network_output, peer_error, wider
 from benchmarks.latency_timing import Task, TorchEvents, cpu_clock
 from benchmarks.latency_work import Arrays
-from engines.errors import RequestError
+from engines.errors import ParityError, RequestError
 from engines.spec import ComponentName
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import select_tokens
 
-__all__ = ["PEERS", "Peer", "check_layout", "checked_peers", "free", "parse_peers"]
+__all__ = ["PEERS", "Peer", "check_layout", "checked_peers", "free", "parse_peers", "timed"]
 
 # On the command line: in records and figures.
 PEERS = {
@@ -124,21 +125,49 @@ def checked_peers(
     peers: dict[str, Peer] = {}
     try:
         for mode in modes:
-            name = PEERS[mode]
-            x = {key: torch.tensor(array, device=device) for key, array in inputs.items()}
-            forward = MAKERS[component](folder, checkpoint, x, dtype, None if mode == "eager" else mode)
-            call = _without_gradients(forward, compiled=mode != "eager")
-            for _ in range(3):  # the third run of a compiled one is the first from its CUDA graph
-                call()
-            rms, wrong = peer_error(call().clone(), exact, same, fp32=dtype == torch.float32)
-            if wrong:
-                say(f"{component}, {name}: {'; '.join(wrong)}. It is not timed.")
-                continue
-            peers[name] = Peer(Task(name, call, TorchEvents() if device == "cuda" else cpu_clock), rms)
+            make = partial(_checked, component, folder, checkpoint, inputs, mode, exact, same, dtype, device)
+            peers |= timed(component, PEERS[mode], make, say, device)
         yield peers
     finally:
         peers.clear()
         free(device)
+
+
+def _checked(
+    component: ComponentName,
+    folder: Path,
+    checkpoint: Checkpoint,
+    inputs: Arrays,
+    mode: str,
+    exact: Tensor,
+    same: Tensor,
+    dtype: torch.dtype,
+    device: str,
+) -> Peer:
+    """Raises ParityError for another output than PyTorch's."""
+    x = {key: torch.tensor(array, device=device) for key, array in inputs.items()}
+    forward = MAKERS[component](folder, checkpoint, x, dtype, None if mode == "eager" else mode)
+    call = _without_gradients(forward, compiled=mode != "eager")
+    for _ in range(3):  # the third run of a compiled one is the first from its CUDA graph
+        call()
+    rms, wrong = peer_error(call().clone(), exact, same, fp32=dtype == torch.float32)
+    if wrong:
+        raise ParityError("; ".join(wrong))
+    return Peer(Task(PEERS[mode], call, TorchEvents() if device == "cuda" else cpu_clock), rms)
+
+
+def timed(what: str, name: str, make: Callable[[], Peer], say: Callable[[str], object], device: str) -> dict[str, Peer]:
+    """The peer by its name. None, and why is said, if it does not run, or not as exactly as PyTorch; what it is beside is timed all
+    the same."""
+    try:
+        return {name: make()}
+    except Exception as error:
+        why = str(error) if isinstance(error, ParityError) else repr(error)
+    say(f"{what}, {name}: {why}. It is not timed.")
+    gc.collect()  # what it took; not free(), which would forget what was compiled for others
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return {}
 
 
 def _without_gradients(forward: Forward, *, compiled: bool) -> Forward:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.large_convolutions import ConvolutionsByRows
 from benchmarks.latency_parity import picture_error, wider
-from benchmarks.latency_peers import PEERS, Peer, check_layout, free
+from benchmarks.latency_peers import PEERS, Peer, check_layout, free, timed
 from benchmarks.latency_timing import Task, TorchEvents, cpu_clock
 from benchmarks.latency_work import SEED, Work, new_prompts
 from engines.errors import ParityError
@@ -62,28 +62,22 @@ def checked_pipelines(
     try:
         for mode in modes:
             pipeline = partial(_Pipeline, folder, checkpoint, work, dtype, device, None if mode == "eager" else mode)
-            peers |= _checked(PEERS[mode], pipeline, exact, same, say)
+            peers |= timed("picture", PEERS[mode], partial(_checked, PEERS[mode], pipeline, exact, same), say, device)
         yield peers
     finally:
         peers.clear()
         free(device)
 
 
-def _checked(
-    name: str, make: Callable[[], _Pipeline], exact: Tensor, same: Tensor, say: Callable[[str], object]
-) -> dict[str, Peer]:
-    """The peer by its name; none, and why is said, if it draws something else."""
+def _checked(name: str, make: Callable[[], _Pipeline], exact: Tensor, same: Tensor) -> Peer:
+    """Raises ParityError if it draws something else."""
     pipeline = make()
     for _ in range(3):  # the third picture of a compiled one is the first that only replays CUDA graphs
         pipeline()
-    try:
-        rms, wrong = picture_error(pipeline.checked(), exact, same, fp32=pipeline.dtype == torch.float32)
-    except ParityError as error:  # a number that is not finite, or another size
-        rms, wrong = 0.0, [str(error)]
+    rms, wrong = picture_error(pipeline.checked(), exact, same, fp32=pipeline.dtype == torch.float32)
     if wrong:
-        say(f"picture, {name}: {'; '.join(wrong)}. It is not timed.")
-        return {}
-    return {name: Peer(Task(name, pipeline, TorchEvents() if pipeline.device == "cuda" else cpu_clock, by_wall=True), rms)}
+        raise ParityError("; ".join(wrong))
+    return Peer(Task(name, pipeline, TorchEvents() if pipeline.device == "cuda" else cpu_clock, by_wall=True), rms)
 
 
 def _checked_prompts(work: Work) -> list[str]:

@@ -119,7 +119,7 @@ def _history(by_key: Mapping[Key, list[Record]]) -> list[str]:
             ratios = [row.references[row.yardstick].ratio / start for row in rows]
             series.append(
                 Series(
-                    name=rows[0].size + (f", {rows[0].steps} steps" if rows[0].component == "picture" else ""),
+                    name=_kind(rows[0]),
                     points=[(float(runs.index(row.run) + 1), ratio) for row, ratio in zip(rows, ratios, strict=True)],
                     words=[f"run {row.run}, commit {row.commit}, {row.date}: {row.device.p50:.3f} ms" for row in rows],
                     filled=[row.accepted for row in rows],
@@ -136,9 +136,20 @@ def _times(dates: Sequence[str]) -> list[str]:
     return [date[11:16] if day == before else day for date, day, before in zip(dates, days, ["", *days], strict=False)]
 
 
+def _kind(record: Record) -> str:
+    steps = f", {record.steps} steps" if record.component == "picture" else ""
+    others = len(record.references) - 1
+    return f"{record.size}{steps}" + (f", beside {others} other{'s' if others > 1 else ''}" if others else "")
+
+
 def _sizes(latest: Sequence[Record]) -> list[str]:
+    """Of each work once: of the runs beside peers, where there are such, the latest."""
+    chosen: dict[Key, Record] = {}
+    for record in sorted(latest, key=lambda each: each.date):
+        if record.work not in chosen or record.has_peers >= chosen[record.work].has_peers:
+            chosen[record.work] = record
     groups: dict[str, list[Record]] = defaultdict(list)
-    for record in latest:
+    for record in chosen.values():
         if record.component != "text_encoder":
             what = f"{record.component}, {record.steps} steps" if record.component == "picture" else record.component
             where = f"{record.precision}, batch {record.batch}, {record.backend}, {record.machine}"

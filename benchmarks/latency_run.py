@@ -122,9 +122,7 @@ def measure(engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint
         references = {gemm: replace(bench.yardstick, calls=calls_for(bench.yardstick, least_ms))}
         errors: dict[str, float] = {}
         if plan.peers and checkpoint is not None:
-            for name, peer in _peers(stack, engine, work, bench, plan, checkpoint).items():
-                references[name] = peer.task if picture else replace(peer.task, calls=calls_for(peer.task, plan.least_ms))
-                errors[name] = peer.rms_error
+            errors = _add_peers(stack, references, engine, work, bench, plan, checkpoint)
         if bench.gpu and plan.floor and checkpoint is not None and (floor := _floor(engine, work, checkpoint)) is not None:
             references[floor.name] = replace(floor, calls=calls_for(floor, plan.least_ms))
         against = _yardstick(bench, plan)
@@ -164,12 +162,31 @@ def _yardstick(bench: Bench, plan: Plan) -> str:
 def _floor(engine: SanaEngine, work: Work, checkpoint: Checkpoint) -> Task | None:
     """Products of the least that the work could take; None where there are none."""
     from benchmarks.latency_floor import floor_of
+    from benchmarks.latency_plan import has_narrow_weights
 
-    if work.component == "picture":
+    if work.component == "picture" or (work.component == "text_encoder" and has_narrow_weights(engine.bundle, "text_encoder")):
         return None
     precision = engine.manifest.precision[cast(ComponentName, work.component)]
     floor = floor_of(checkpoint, work, precision, tokens=num_tokens(engine, work))
     return None if floor is None else floor.task()
+
+
+def _add_peers(
+    stack: ExitStack,
+    references: dict[str, Task],
+    engine: SanaEngine,
+    work: Work,
+    bench: Bench,
+    plan: Plan,
+    checkpoint: Checkpoint,
+) -> dict[str, float]:
+    """Their errors. They are among the references until the stack is left, so that nothing holds their memory then."""
+    peers = _peers(stack, engine, work, bench, plan, checkpoint)
+    stack.callback(references.clear)
+    for name, peer in peers.items():
+        once = work.component == "picture"
+        references[name] = peer.task if once else replace(peer.task, calls=calls_for(peer.task, plan.least_ms))
+    return {name: peer.rms_error for name, peer in peers.items()}
 
 
 def _peers(stack: ExitStack, engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["TINY", "Session", "has_gpu", "judge", "row", "tiny_bundle"]
 
 TINY, TINY_BUNDLE = ROOT / "models" / "sana-tiny", ROOT / "out" / "sana-tiny"
+ACCEPT = "Or, that later runs like this are compared with this one: --accept"
 BUSY_PERCENT = 5.0  # caches that are shared with others slow a GEMM and a model differently: by up to 4 % as measured
 CHECKED: tuple[ComponentName, ...] = ("text_encoder", "denoiser", "decoder")  # against PyTorch in the same run
 
@@ -123,10 +124,12 @@ def judge(now: Record, then: Record | None, limits: Limits) -> Verdict | None:
 
 def unlike(now: Record, then: Record) -> str:
     """Why they are not compared, and what to do."""
+    if now.machine != then.machine:
+        return f"NOT COMPARED: run {then.run} of {then.date}, the last accepted one, was on {then.machine}. {ACCEPT} {now.run}"
+    turns = f" ({then.turns}, and now {now.turns})" if now.turns != then.turns else ""
     return (
         f"NOT COMPARED: run {then.run} of {then.date}, the last accepted one, took turns with {', '.join(then.references)}; this "
-        f"one with {', '.join(now.references)}. Give the same --peers, and --record for a floor; later runs like this are compared "
-        "with this one."
+        f"one with {', '.join(now.references)}{turns}. Give the same --peers, and --record for a floor. {ACCEPT} {now.run}"
     )
 
 
@@ -232,7 +235,8 @@ class Session:
                 print(f"{found.title}: {verdict}; measured again", flush=True)
                 with self.open() as engine:
                     again = measure(engine, work, bench, self.plan, self.checkpoint)
-                found = min(found, again, key=lambda each: each.references[each.yardstick].ratio)
+                if again.key == found.key:  # a peer may have failed its check this time
+                    found = min(found, again, key=lambda each: each.references[each.yardstick].ratio)
                 verdict = judge(found, then, self.limits)
             kept.append(found)
             if verdict is None or then is None:
@@ -253,12 +257,12 @@ class Session:
         return 1 if slower else 2 if alone else 0, kept
 
     def keep(self, records: Sequence[Record], *, accept: bool) -> None:
-        """Append them to the history, if it is to have them. accept: not only the first of their kind."""
+        """Append them to the history, if it is to have them. accept: not only the first of their work."""
         if self.options.no_history or not records:
             return
         done = []
         for found in records:
-            accepted = accept or self.history.last_accepted(found.key) is None
+            accepted = accept or self.history.last_of_work(found.work) is None
             done.append(found.model_copy(update={"accepted": accepted}))
         self.history.append(done)
         print(f"run {self.run}, {'accepted' if all(each.accepted for each in done) else 'kept'}: {self.history.folder}")

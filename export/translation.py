@@ -39,7 +39,7 @@ _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 
 
 def _type(tensor: str) -> str:
-    return "tensor(float)" if tensor in ("state", "cos", "sin") else "T"
+    return "tensor(float)" if tensor in ("state", "cos", "sin", "taps") else "T"
 
 
 def _sana_op(name: str, inputs: tuple[str, ...], attributes: dict[str, OpSchema.AttrType], *outputs: str) -> values.Op:

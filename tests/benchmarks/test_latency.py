@@ -54,17 +54,37 @@ def test_a_planted_slow_down_of_five_percent_ends_in_exit_code_one(
 def test_a_run_beside_others_is_not_taken_for_a_check(
     plant: Plant, program: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It was accepted beside a peer. A check without that peer cannot tell, and says so; the next one can."""
+    """It was accepted beside a peer. A check without that peer cannot tell, and says so, until it is accepted."""
     program("--accept")
     path = next((tmp_path / "history").glob("*.jsonl"))
     (accepted,) = runs(tmp_path)
     beside = accepted.references | {"diffusers_eager": next(iter(accepted.references.values()))}
     path.write_text(accepted.model_copy(update={"references": beside}).model_dump_json() + "\n")
     capsys.readouterr()
-    assert program("--check") == 2
-    assert "NOT COMPARED: run" in (said := capsys.readouterr().out)
-    assert "diffusers_eager" in said
+    for _ in range(2):
+        assert program("--check") == 2
+        assert "NOT COMPARED: run" in (said := capsys.readouterr().out)
+        assert "diffusers_eager" in said
+    assert program("--check", "--accept") == 2
     plant.slower = 1.05
+    assert program("--check") == 1
+
+
+def test_a_confirmation_beside_others_does_not_count(
+    plant: Plant, program: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer may have failed its check the first time, or the second. Here the second is as fast as before, but beside a peer."""
+    program()
+    factors = iter([1.2, 1.0])
+    real = latency_session.measure
+
+    def measured(*arguments: object) -> Record:
+        plant.slower = next(factors)
+        made = real(*arguments)
+        beside = made.references | {"diffusers_eager": next(iter(made.references.values()))}
+        return made if plant.slower > 1 else made.model_copy(update={"references": beside})
+
+    monkeypatch.setattr(latency_session, "measure", measured)
     assert program("--check") == 1
 
 

@@ -48,6 +48,9 @@ def test_of_a_machine_what_the_work_needs_counts() -> None:
     ):
         here, there = (record(component=component, backend=backend, machine=machine).key for machine in hosts)
         assert (here == there) is same
+    with_peers = [record(backend="tensorrt", machine=machine, peers={"diffusers_eager": 3.0}) for machine in hosts]
+    assert with_peers[0].key != with_peers[1].key  # they wait for it
+    assert with_peers[0].work == with_peers[1].work
     other = record(backend="tensorrt", machine="NVIDIA L4, 16 x CPU")
     assert other.key != record(backend="tensorrt", machine=hosts[0]).key
 

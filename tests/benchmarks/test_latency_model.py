@@ -6,8 +6,9 @@ import argparse
 import functools
 import json
 import time
+import weakref
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from benchmarks.latency_figures import record_figures, record_step_ratios
 from benchmarks.latency_floor import PRODUCTS, Floor
 from benchmarks.latency_history import History
 from benchmarks.latency_parity import engine_errors, golden_complaints
-from benchmarks.latency_peers import PEERS
+from benchmarks.latency_peers import PEERS, Peer
 from benchmarks.latency_run import Bench, Plan, measure
 from benchmarks.latency_timing import Task, cpu_clock
 from benchmarks.latency_work import Work, component_inputs, graph_inputs
@@ -306,6 +307,31 @@ def test_a_floor_takes_turns_with_the_work(engine: SanaEngine, monkeypatch: pyte
         assert all(other.rms_error is None for other in found.references.values())
     text = component_inputs(engine, Work(component="text_encoder", width=0, height=0, batch=1))["input_ids"]
     assert made == [("denoiser", 0), ("text_encoder", text.shape[1])]
+
+
+def test_nothing_holds_a_peer_when_its_memory_is_freed(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    freed = []
+
+    class Weights:
+        def __call__(self) -> None:
+            time.sleep(1e-4)
+
+    @contextmanager
+    def held() -> Iterator[dict[str, Peer]]:
+        weights = Weights()
+        alive, found = weakref.ref(weights), {"diffusers_eager": Peer(Task("diffusers_eager", weights, cpu_clock), 0.0)}
+        del weights
+        yield found
+        found.clear()
+        freed.append(alive() is None)
+
+    monkeypatch.setattr(latency_run, "_peers", lambda stack, *_: stack.enter_context(held()))
+    bench = Bench(gpu=False, run="1" * 12, yardstick=cpu_gemm((64, 64, 64)), meter=EnergyMeter(None))
+    for component in ("denoiser", "picture"):
+        work = Work(component=component, width=64, height=64, batch=1, steps=1)
+        found = measure(engine, work, bench, Plan(rounds=3, pictures=3, peers=["eager"]), model_of(1))
+        assert found.references["diffusers_eager"].rms_error == 0.0
+    assert freed == [True, True]
 
 
 @pytest.mark.slow

@@ -87,6 +87,23 @@ def test_a_wrong_peer_is_not_timed(checkpoint: Checkpoint, said: list[str], monk
     assert said[0].endswith("It is not timed.")
 
 
+def test_a_peer_that_fails_is_left_out(checkpoint: Checkpoint, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are timed, and so is what they are beside."""
+    real = latency_peers.MAKERS["decoder"]
+
+    def without_memory(*arguments: Any) -> Any:
+        if not said:
+            raise torch.OutOfMemoryError("got 139 GiB")
+        return real(*arguments)
+
+    monkeypatch.setitem(latency_peers.MAKERS, "decoder", without_memory)
+    with peers(checkpoint, "decoder", ["eager"], said) as found:
+        assert not found
+    assert "decoder, diffusers_eager: OutOfMemoryError('got 139 GiB'). It is not timed." in said
+    with peers(checkpoint, "decoder", ["eager"], said) as found:
+        assert list(found) == ["diffusers_eager"]
+
+
 def test_peers_need_diffusers_layout(checkpoint: Checkpoint, said: list[str], tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="has no model_index"), peers(checkpoint, "decoder", ["eager"], said, tmp_path):
         pass

@@ -96,6 +96,16 @@ def test_other_noise_is_not_timed(drawn: Drawn, said: list[str], monkeypatch: py
     assert "rms error" in said[0]
 
 
+def test_a_pipeline_that_fails_is_not_timed(drawn: Drawn, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_memory(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("got 139 GiB")
+
+    monkeypatch.setattr(latency_pipelines._Pipeline, "__call__", without_memory)
+    with drawn() as found:
+        assert not found
+    assert said == ["picture, diffusers_eager: OutOfMemoryError('got 139 GiB'). It is not timed."]
+
+
 def test_what_is_no_picture_is_not_timed(drawn: Drawn, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As one whose networks overflow."""
     nothing = torch.full((2, 3, 96, 64), torch.nan)
