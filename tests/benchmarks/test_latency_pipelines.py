@@ -45,6 +45,7 @@ def drawn(said: list[str]) -> Drawn:
     return make
 
 
+@pytest.mark.slow
 def test_diffusers_draws_what_pytorch_draws(drawn: Drawn, said: list[str]) -> None:
     with drawn(ROOT / "models" / "sana-tiny") as found:
         assert found.keys() == {"diffusers_eager"}, said
@@ -57,6 +58,7 @@ def test_diffusers_draws_what_pytorch_draws(drawn: Drawn, said: list[str]) -> No
     assert said == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_sprint(drawn: Drawn, said: list[str], tmp_path: Path, steps: int) -> None:
     """With fresh noise in each step but the last; two steps have a middle that others are refused."""
@@ -67,6 +69,7 @@ def test_sprint(drawn: Drawn, said: list[str], tmp_path: Path, steps: int) -> No
     assert said == []
 
 
+@pytest.mark.slow
 def test_each_call_has_new_prompts(drawn: Drawn) -> None:
     with drawn() as found:
         asked: list[dict[str, Any]] = []
@@ -88,6 +91,7 @@ def test_other_weights_are_not_timed(drawn: Drawn, said: list[str], tmp_path: Pa
     assert said[0].endswith("It is not timed.")
 
 
+@pytest.mark.slow
 def test_other_noise_is_not_timed(drawn: Drawn, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     real, factors = latency_pipelines._latents, iter([1, 1, 1.001])  # of both references, and of the peer
     monkeypatch.setattr(latency_pipelines, "_latents", lambda *arguments: next(factors) * real(*arguments))
@@ -106,6 +110,7 @@ def test_a_pipeline_that_fails_is_not_timed(drawn: Drawn, said: list[str], monke
     assert said == ["picture, diffusers_eager: OutOfMemoryError('got 139 GiB'). It is not timed."]
 
 
+@pytest.mark.slow
 def test_what_is_no_picture_is_not_timed(drawn: Drawn, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """As one whose networks overflow."""
     nothing = torch.full((2, 3, 96, 64), torch.nan)

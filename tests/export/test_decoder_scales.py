@@ -53,6 +53,7 @@ def test_statistics_are_those_of_all_runs(decoder):
     }
 
 
+@pytest.mark.slow
 def test_the_recipes_method_finds_the_scale(decoder):
     """The largest number that was seen becomes 127; with a percentile, some are larger."""
     seen = observed(decoder, 100)

@@ -146,6 +146,7 @@ def test_groups_that_stay(tmp_path):
     assert len(conv.output) == 1
 
 
+@pytest.mark.slow
 def test_scales_that_no_kernel_takes(tmp_path):
     wrong = {"transformer_blocks.0.attn1.to_qkv": 1.0, "transformer_blocks.7.ff.conv_point": 1.0}
     with pytest.raises(

@@ -134,6 +134,7 @@ class End(nn.Module):
         return conv_ops.tap_sum(conv_ops.normed_taps(x, self.norm_weight, self.norm_bias, self.weight, 1e-3), self.bias)
 
 
+@pytest.mark.slow
 def test_an_end_of_a_decoder_is_two_nodes_that_can_have_kernels():
     spec = of_pictures(16, ("h", "w", 3), {"NormedTaps": 1, "TapSum": 1})
     with torch.device("meta"):
