@@ -142,7 +142,7 @@ def ends() -> Iterator[Case]:
     def launch(plan: Plan) -> Call:
         constants = {"C": channels, "PADDED": channels, "COLUMNS": columns, "PADDED_COLUMNS": 32, **plan}
         programs = (-(-side * side // plan["BLOCK_M"]), 1)
-        return lambda: module.taps_kernel[programs](x, vector, vector, weight, taps, side * side, module.EPS, **constants)
+        return lambda: module.taps_kernel[programs](x, vector, vector, weight, taps, side * side, conv3x3.EPS, **constants)
 
     def summed(plan: Plan) -> Call:
         programs = (-(-side * side // plan["BLOCK"]), 1)

@@ -166,7 +166,7 @@ def _measured(options: argparse.Namespace) -> int:
 
     gpu = has_gpu() and options.backend != "onnxruntime"
     if not options.bundle:
-        options.bundle, options.model = [tiny_bundle()], options.model or TINY
+        options.model = options.model or TINY
     prepare_torch(gpu, options.threads)
     words = options.peers if options.peers is not None else "eager" if options.model else "none"
     if words != "none":
@@ -182,6 +182,7 @@ def _measured(options: argparse.Namespace) -> int:
         raise RequestError(f"--against: got {options.against!r}; expected {', '.join([GEMM, *known])}. Add it to --peers.")
     if options.record and options.model is None:
         raise RequestError("--record: expected --model as well: figures say how exact they are.")
+    options.bundle = options.bundle or [tiny_bundle()]  # which may take minutes to build: last
     run_name = new_run()
     sessions = [Session(options, bundle, run_name) for bundle in options.bundle]
     codes = [session() for session in sessions]

@@ -59,14 +59,14 @@ def size_name(checkpoint: Checkpoint) -> str:
     return "tiny" if count < 100e6 else f"{round(count / 1e8) * 100}m"
 
 
-def floor_ms(engine: SanaEngine, checkpoint: Checkpoint, found: Record) -> tuple[dict[str, float], str]:
+def floor_beside(engine: SanaEngine, checkpoint: Checkpoint, found: Record) -> tuple[dict[str, float], str]:
     """As a peer, and in words: products, which took turns with the work, and traffic at the rate of a copy. Empty: they did not,
     for there is none."""
-    products = found.references.get(PRODUCTS)
-    work = Work(component=found.component, width=found.width, height=found.height, batch=found.batch)
-    floor = floor_of(checkpoint, found, found.precision, tokens=num_tokens(engine, work))
-    if products is None or floor is None:
+    if (products := found.references.get(PRODUCTS)) is None:
         return {}, ""
+    work = Work(component=found.component, width=found.width, height=found.height, batch=found.batch)
+    floor = floor_of(checkpoint, work, found.precision, tokens=num_tokens(engine, work))
+    assert floor is not None  # its products were measured
     traffic_ms = 1000 * floor.traffic_bytes / copy_rate(gpu=True)
     return {"floor": round(products.ms + traffic_ms, 4)}, f"floor: products {products.ms:.2f} ms, traffic {traffic_ms:.2f}"
 
@@ -114,7 +114,7 @@ def record_figures(
             if component not in found:
                 continue
             ratio = errors[component]["engine"].rms / errors[component]["pytorch"].rms
-            floor, words = floor_ms(engine, checkpoint, found[component])
+            floor, words = floor_beside(engine, checkpoint, found[component])
             keep(
                 f"{names[component]}_{found[component].precision}_ms",
                 times[f"{stage}_ms"],
@@ -138,7 +138,7 @@ def record_figures(
     for text in records:
         if (text.component, text.batch) == ("text_encoder", 2) and size != "tiny":
             name = f"encode_text_{text.precision}_ms" if text.width else f"encode_text_instructed_{text.precision}_ms"
-            floor, least = floor_ms(engine, checkpoint, text)
+            floor, least = floor_beside(engine, checkpoint, text)
             words = f"{text.width} tokens" if text.width else "with the instruction"
             keep(name, text.device.p50, words, f"p90 {text.device.p90:.2f} ms", least, _clock(text), peer=_peers(text) | floor)
     return True

@@ -29,7 +29,6 @@ from sana_ref.autoencoder import AutoencoderDC, AutoencoderDCConfig, per_stage
 from sana_ref.build import empty
 
 if TYPE_CHECKING:
-    from benchmarks.latency_history import Record
     from benchmarks.latency_work import Work
     from sana_ref.checkpoint import Checkpoint
     from sana_ref.text_encoder import Gemma2Config
@@ -78,7 +77,7 @@ class Floor:
         return Task(PRODUCTS, captured(calls), TorchEvents())
 
 
-def floor_of(checkpoint: Checkpoint, work: Work | Record, precision: str, *, tokens: int = 0) -> Floor | None:
+def floor_of(checkpoint: Checkpoint, work: Work, precision: str, *, tokens: int = 0) -> Floor | None:
     """None: there is none of NVFP4, nor of pictures. tokens: of a text."""
     size = {"width": work.width, "height": work.height}
     if precision == Precision.NVFP4 or work.component == "picture":

@@ -22,11 +22,11 @@ from benchmarks.latency_parity import network_output, peer_error, wider
 from benchmarks.latency_timing import Task, TorchEvents, cpu_clock
 from benchmarks.latency_work import Arrays
 from engines.errors import ParityError, RequestError
-from engines.spec import ComponentName
+from engines.spec import ComponentName, nearest
 from sana_ref.checkpoint import Checkpoint
 from sana_ref.components import select_tokens
 
-__all__ = ["PEERS", "Peer", "check_layout", "checked_peers", "free", "parse_peers", "timed"]
+__all__ = ["PEERS", "Peer", "attempted", "check_layout", "checked_peers", "free", "parse_peers"]
 
 # On the command line: in records and figures.
 PEERS = {
@@ -49,7 +49,7 @@ def parse_peers(text: str) -> list[str]:
     if words == ["none"]:
         return []
     if wrong := [word for word in words if word not in PEERS]:
-        raise RequestError(f"--peers: got {', '.join(wrong)}; expected some of {', '.join(PEERS)}, or none.")
+        raise RequestError(f"--peers: got {', '.join(wrong)}; {nearest(wrong[0], (*PEERS, 'none'))}.")
     return list(dict.fromkeys(words))
 
 
@@ -126,7 +126,7 @@ def checked_peers(
     try:
         for mode in modes:
             make = partial(_checked, component, folder, checkpoint, inputs, mode, exact, same, dtype, device)
-            peers |= timed(component, PEERS[mode], make, say, device)
+            peers |= attempted(component, PEERS[mode], make, say, device)
         yield peers
     finally:
         peers.clear()
@@ -156,7 +156,7 @@ def _checked(
     return Peer(Task(PEERS[mode], call, TorchEvents() if device == "cuda" else cpu_clock), rms)
 
 
-def timed(what: str, name: str, make: Callable[[], Peer], say: Callable[[str], object], device: str) -> dict[str, Peer]:
+def attempted(what: str, name: str, make: Callable[[], Peer], say: Callable[[str], object], device: str) -> dict[str, Peer]:
     """The peer by its name. None, and why is said, if it does not run, or not as exactly as PyTorch; what it is beside is timed all
     the same."""
     try:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.large_convolutions import ConvolutionsByRows
 from benchmarks.latency_parity import picture_error, wider
-from benchmarks.latency_peers import PEERS, Peer, check_layout, free, timed
+from benchmarks.latency_peers import PEERS, Peer, attempted, check_layout, free
 from benchmarks.latency_timing import Task, TorchEvents, cpu_clock
 from benchmarks.latency_work import SEED, Work, new_prompts
 from engines.errors import ParityError
@@ -62,7 +62,7 @@ def checked_pipelines(
     try:
         for mode in modes:
             pipeline = partial(_Pipeline, folder, checkpoint, work, dtype, device, None if mode == "eager" else mode)
-            peers |= timed("picture", PEERS[mode], partial(_checked, PEERS[mode], pipeline, exact, same), say, device)
+            peers |= attempted("picture", PEERS[mode], partial(_checked, PEERS[mode], pipeline, exact, same), say, device)
         yield peers
     finally:
         peers.clear()

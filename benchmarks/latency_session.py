@@ -124,7 +124,7 @@ def judge(now: Record, then: Record | None, limits: Limits) -> Verdict | None:
 
 def unlike(now: Record, then: Record) -> str:
     """Why they are not compared, and what to do."""
-    if now.machine != then.machine:
+    if (sorted(now.references), now.turns) == (sorted(then.references), then.turns):  # peers wait for the processor
         return f"NOT COMPARED: run {then.run} of {then.date}, the last accepted one, was on {then.machine}. {ACCEPT} {now.run}"
     turns = f" ({then.turns}, and now {now.turns})" if now.turns != then.turns else ""
     return (

@@ -105,7 +105,7 @@ def _conv3x3_upsample(node: onnx.NodeProto, type_of: Mapping[str, Any], targets:
 
 def _conv_taps(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
     first, last = type_of[node.input[0]].shape, type_of[node.input[-1]]
-    eps = next((attribute.f for attribute in node.attribute if attribute.name == "eps"), conv_taps.EPS)
+    eps = next((attribute.f for attribute in node.attribute if attribute.name == "eps"), conv3x3.EPS)
     channels, outputs = 1, last.shape.dim[-1].dim_value
     if node.op_type == conv_taps.OP:  # of which the last is a weight (C, 9 N), not a vector of N
         channels, outputs = first.dim[-1].dim_value, outputs // 9

@@ -132,7 +132,7 @@ _TAPS = _sana_op(conv_taps.OP, conv_taps.INPUTS[conv_taps.OP], {"eps": OpSchema.
 _TAP_SUM = _sana_op(conv_taps.SUM, conv_taps.INPUTS[conv_taps.SUM], {"channels": OpSchema.AttrType.INT})
 
 
-def _normed_taps(x: Any, norm_weight: Any, norm_bias: Any, weight: Any, eps: float = conv_taps.EPS) -> Any:
+def _normed_taps(x: Any, norm_weight: Any, norm_bias: Any, weight: Any, eps: float = conv3x3.EPS) -> Any:
     return _TAPS(x, norm_weight, norm_bias, weight, eps=eps)
 
 
@@ -219,7 +219,8 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     import sana_ref.attention_ops
     import sana_ref.conv_ops
     import sana_ref.gated_conv_ops
-    import sana_ref.ops  # noqa: F401
+    import sana_ref.ops
+    import sana_ref.tap_ops  # noqa: F401
 
     assert onnx.defs.onnx_opset_version() >= OPSET
     return {

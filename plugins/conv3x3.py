@@ -206,6 +206,25 @@ def compile_cubins(
     return found | ({"activation": activation} if op == OP else {"eps": eps})
 
 
+def norm_nodes(x: str) -> "list[onnx.NodeProto]":
+    """Of a function body: x to `normed`, its RMSNorm over the last axis, by norm_weight_wide, norm_bias_wide and attribute eps."""
+    from onnx import AttributeProto, helper
+
+    eps = helper.make_node("Constant", [], ["eps"])
+    eps.attribute.append(AttributeProto(name="value_float", type=AttributeProto.FLOAT, ref_attr_name="eps"))
+    return [
+        eps,
+        helper.make_node("Mul", [x, x], ["square"]),
+        helper.make_node("Constant", [], ["channels_axis"], value_ints=[-1]),
+        helper.make_node("ReduceMean", ["square", "channels_axis"], ["mean"], keepdims=1),
+        helper.make_node("Add", ["mean", "eps"], ["mean_eps"]),
+        helper.make_node("Sqrt", ["mean_eps"], ["root"]),
+        helper.make_node("Div", [x, "root"], ["scaled"]),
+        helper.make_node("Mul", ["scaled", "norm_weight_wide"], ["weighted"]),
+        helper.make_node("Add", ["weighted", "norm_bias_wide"], ["normed"]),
+    ]
+
+
 def function_body(op: str, opset: int = 20) -> "onnx.FunctionProto":
     """OP or NORM in standard ONNX operators, for every reader that has no plugin: fp32 inside, cast back to x's type.
 
@@ -252,15 +271,7 @@ def function_body(op: str, opset: int = 20) -> "onnx.FunctionProto":
     else:
         defaults["eps"] = EPS
         nodes += [
-            from_attribute("eps", "value_float", AttributeProto.FLOAT),
-            node("Mul", "conv conv", "square"),
-            helper.make_node("Constant", [], ["channels_axis"], value_ints=[-1]),
-            node("ReduceMean", "square channels_axis", "mean", keepdims=1),
-            node("Add", "mean eps", "mean_eps"),
-            node("Sqrt", "mean_eps", "root"),
-            node("Div", "conv root", "scaled"),
-            node("Mul", "scaled norm_weight_wide", "weighted"),
-            node("Add", "weighted norm_bias_wide", "normed"),
+            *norm_nodes("conv"),
             node("Add", "residual_wide normed", "y"),
         ]
     return helper.make_function(

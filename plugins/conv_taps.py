@@ -1,6 +1,6 @@
 """The end of DC-AE's decoder, a norm, ReLU and a 3x3 convolution to a picture's few channels: Triton kernels, ONNX bodies, cubins.
 
-Their meaning is in sana_ref/conv_ops.py:
+Their meaning is in sana_ref/tap_ops.py:
 
     NormedTaps   taps = relu(RMSNorm(x)) weight: of each pixel what it gives to each of the nine pixels around, a plane each
     TapSum       y = the sum of what nine pixels give to one, + bias
@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from plugins import cubin
+from plugins.conv3x3 import EPS, norm_nodes
 from plugins.cubin import Cubin
 from plugins.launch import Output
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 OP, SUM = "NormedTaps", "TapSum"
 DOMAIN = "sana"
 INPUTS = {OP: ("x", "norm_weight", "norm_bias", "weight"), SUM: ("taps", "bias")}
-EPS = 1e-5  # as sana_ref.conv_ops.NORM_EPS; a test holds the two together
 TYPES = ("fp16", "bf16")  # of an engine: in fp32 the decoder is not fused (export/components.py)
 MAX_CHANNELS, MAX_OUTPUTS = 256, 3  # C, all of which a program has; N, whose 9 N columns fit into 32
 LEAST = 16  # the shortest side of a block that a tensor core takes
@@ -231,25 +231,12 @@ def function_body(op: str, opset: int = 20) -> "onnx.FunctionProto":
     def node(kind: str, inputs: str, output: str, **attributes: object) -> "onnx.NodeProto":
         return helper.make_node(kind, inputs.split(), [output], **attributes)
 
-    def numbers(name: str, *values: int) -> "onnx.NodeProto":
-        return helper.make_node("Constant", [], [name], value_ints=list(values))
-
     defaults: dict[str, Any] = {"launch": "", "cubins": "", "plugin_version": "", "plugin_namespace": ""}
     if op == OP:
         defaults["eps"] = EPS
-        eps = helper.make_node("Constant", [], ["eps"])
-        eps.attribute.append(AttributeProto(name="value_float", type=AttributeProto.FLOAT, ref_attr_name="eps"))
         nodes = [
             *(node("Cast", name, f"{name}_wide", to=TensorProto.FLOAT) for name in INPUTS[op]),
-            eps,
-            numbers("channels_axis", -1),
-            node("Mul", "x_wide x_wide", "square"),
-            node("ReduceMean", "square channels_axis", "mean", keepdims=1),
-            node("Add", "mean eps", "mean_eps"),
-            node("Sqrt", "mean_eps", "root"),
-            node("Div", "x_wide root", "scaled"),
-            node("Mul", "scaled norm_weight_wide", "weighted"),
-            node("Add", "weighted norm_bias_wide", "normed"),
+            *norm_nodes("x_wide"),
             node("Relu", "normed", "live"),
             node("MatMul", "live weight_wide", "products"),
             node("Transpose", "products", "out", perm=[0, 3, 1, 2]),
@@ -263,7 +250,7 @@ def function_body(op: str, opset: int = 20) -> "onnx.FunctionProto":
             node("Cast", "bias", "bias_wide", to=TensorProto.FLOAT),
             helper.make_node("Constant", [], ["identity"], value=identity),
             node("Shape", "bias", "count"),
-            numbers("others", 1, 1, 1),
+            helper.make_node("Constant", [], ["others"], value_ints=[1, 1, 1]),
             helper.make_node("Concat", ["count", "others"], ["repeats"], axis=0),
             node("Tile", "identity repeats", "own"),
             sums,

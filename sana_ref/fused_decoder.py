@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sana_ref import conv_ops, ops
+from sana_ref import conv_ops, ops, tap_ops
 from sana_ref.autoencoder import (
     ACTIVATIONS,
     FACTOR,
@@ -66,8 +66,8 @@ class FusedDecoder(nn.Module):
         if isinstance(conv, nn.Conv2d) and in_taps(conv.in_channels, conv.out_channels, _NAMES[self.activation]):
             assert norm.bias is not None
             assert conv.bias is not None
-            taps = conv_ops.normed_taps(x, norm.weight, norm.bias, conv.weight.permute(1, 0, 2, 3).flatten(1), norm.eps)
-            return conv_ops.tap_sum(taps, conv.bias)
+            taps = tap_ops.normed_taps(x, norm.weight, norm.bias, conv.weight.permute(1, 0, 2, 3).flatten(1), norm.eps)
+            return tap_ops.tap_sum(taps, conv.bias)
         x = self.activation(norm.channels_last(x))
         return _up(conv, x) if isinstance(conv, UpBlock) else _conv3x3(conv, x)
 

@@ -23,7 +23,7 @@ from runtime import SanaEngine
         (["--batches", "9"], "the bundle takes 1 to 4"),
         (["--against", "diffusers_eager"], "Add it to --peers"),
         (["--peers", "eager"], "expected a --model as well"),
-        (["--peers", "fastest", "--model", "x"], "expected some of eager, reduce-overhead, max-autotune, or none"),
+        (["--peers", "fastest", "--model", "x"], "Valid: eager, reduce-overhead, max-autotune, none"),
         (["--record"], "expected --model"),
         (["--rounds", "2"], "--rounds: got 2; expected at least 3"),
         (["--pictures", "2"], "--pictures: got 2; expected at least 3"),

@@ -117,7 +117,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SanaEngi
 def test_figures_have_the_peers_beside_them(
     engine: SanaEngine, recorded: Path, parameters: int, step_name: str, precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.latency_figures.floor_ms", lambda *_: ({"floor": 0.875}, "floor: in words"))
+    monkeypatch.setattr("benchmarks.latency_figures.floor_beside", lambda *_: ({"floor": 0.875}, "floor: in words"))
     stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
     errors = {name: {"engine": stats, "pytorch": stats} for name in ("denoiser", "decoder")}
     size = {"width": 64, "height": 64}
@@ -184,7 +184,7 @@ def test_on_a_gpu_pipelines_have_half_the_bits(engine: SanaEngine, monkeypatch: 
 
 def test_a_bundle_that_draws_nothing_is_timed_by_itself(recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("benchmarks.latency_figures.device_info", lambda: SimpleNamespace(capability=(9, 0)))
-    monkeypatch.setattr("benchmarks.latency_figures.floor_ms", lambda *_: ({}, ""))
+    monkeypatch.setattr("benchmarks.latency_figures.floor_beside", lambda *_: ({}, ""))
     alone = SimpleNamespace(manifest=SimpleNamespace(components=("decoder",)))
     checkpoint = SimpleNamespace(sources={"transformer": SimpleNamespace(shapes={"weight": (1_600_000_000,)})})
     stats = ErrorStats(rms=1e-3, max=1e-2, mean=0.0)
@@ -275,17 +275,24 @@ def test_two_bundles_of_one_call(recorded: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_floor_is_what_took_turns_and_traffic(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    floors = Floor(products=(), traffic_bytes=3_000_000_000)
-    monkeypatch.setattr(latency_figures, "floor_of", lambda checkpoint, found, precision, tokens: floors if not tokens else None)
+    counted = []
+
+    def floor(checkpoint: object, work: Work, precision: str, tokens: int) -> Floor:
+        counted.append(tokens)
+        return Floor(products=(), traffic_bytes=3_000_000_000)
+
+    monkeypatch.setattr(latency_figures, "floor_of", floor)
     monkeypatch.setattr(latency_figures, "copy_rate", lambda gpu: 4e12)
     beside = record()
     references = beside.references | {PRODUCTS: next(iter(beside.references.values())).model_copy(update={"ms": 6.0})}
     found = beside.model_copy(update={"references": references})
     words = "floor: products 6.00 ms, traffic 0.75"
-    assert latency_figures.floor_ms(engine, model_of(1), found) == ({"floor": 6.75}, words)
-    assert latency_figures.floor_ms(engine, model_of(1), beside) == ({}, "")  # none was measured
+    assert latency_figures.floor_beside(engine, model_of(1), found) == ({"floor": 6.75}, words)
+    assert latency_figures.floor_beside(engine, model_of(1), beside) == ({}, "")  # none was measured
     text = found.model_copy(update={"component": "text_encoder", "width": 0, "height": 0})
-    assert latency_figures.floor_ms(engine, model_of(1), text) == ({}, "")  # its tokens were counted
+    assert latency_figures.floor_beside(engine, model_of(1), text) == ({"floor": 6.75}, words)
+    ids = component_inputs(engine, Work(component="text_encoder", width=0, height=0, batch=1))["input_ids"]
+    assert counted == [0, ids.shape[1]]
 
 
 def test_a_floor_takes_turns_with_the_work(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:

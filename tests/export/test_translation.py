@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from engines.errors import BuildError
 from export.onnx_export import Axis, ExportSpec, TensorSpec, export_module, with_function_bodies
 from export.plugin_nodes import add_cubins
-from sana_ref import conv_ops
+from sana_ref import conv_ops, tap_ops
 from sana_ref.layers import GLUMBConv
 
 SPEC = ExportSpec(
@@ -131,7 +131,7 @@ class End(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.zeros(16, 27)), nn.Parameter(torch.zeros(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_ops.tap_sum(conv_ops.normed_taps(x, self.norm_weight, self.norm_bias, self.weight, 1e-3), self.bias)
+        return tap_ops.tap_sum(tap_ops.normed_taps(x, self.norm_weight, self.norm_bias, self.weight, 1e-3), self.bias)
 
 
 @pytest.mark.slow

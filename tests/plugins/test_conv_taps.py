@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from plugins import conv_taps as op
 from plugins.launch import Launch, evaluate
-from sana_ref import conv_ops, fused_decoder
+from sana_ref import fused_decoder, tap_ops
 from sana_ref.layers import RMSNorm
 
 # (B, h, w, C, N): a block's channels, fewer, more; pixels that no block divides, and more than one block of them; one pixel
@@ -146,10 +146,10 @@ def test_planted_error_is_caught(interpreted):
 def test_truth(shape, dtype):
     """The ops on a CPU are what both together mean."""
     *first, weight, bias = inputs(shape, dtype)
-    taps = conv_ops.normed_taps(*first, flat(weight))
-    check(taps, conv_ops.tap_sum(taps, bias), shape, dtype, f"op {dtype}")
+    taps = tap_ops.normed_taps(*first, flat(weight))
+    check(taps, tap_ops.tap_sum(taps, bias), shape, dtype, f"op {dtype}")
     taps, bias = given_taps(shape, dtype)
-    check_sum(conv_ops.tap_sum(taps, bias), shape, dtype, f"sum {dtype}")
+    check_sum(tap_ops.tap_sum(taps, bias), shape, dtype, f"sum {dtype}")
 
 
 @pytest.mark.gpu
@@ -158,20 +158,19 @@ def test_truth(shape, dtype):
 @pytest.mark.parametrize("shape", [*SUMMED, (2, 70, 65, 128, 3)], ids=str)
 def test_ops_on_gpu(shape, dtype):
     *first, weight, bias = inputs(shape, dtype, "cuda")
-    taps = conv_ops.normed_taps(*first, flat(weight))
-    y = conv_ops.tap_sum(taps, bias)
+    taps = tap_ops.normed_taps(*first, flat(weight))
+    y = tap_ops.tap_sum(taps, bias)
     check(taps, y, shape, dtype, f"op {dtype}")
-    assert torch.equal(conv_ops.tap_sum(conv_ops.normed_taps(*first, flat(weight)), bias), y)
+    assert torch.equal(tap_ops.tap_sum(tap_ops.normed_taps(*first, flat(weight)), bias), y)
 
 
 def test_ops_are_registered_as_pytorch_asks():
     *first, weight, bias = inputs((2, 3, 4, 5, 2), "fp32")
     torch.library.opcheck(torch.ops.sana.normed_taps.default, (*first, flat(weight)))
-    torch.library.opcheck(torch.ops.sana.tap_sum.default, (conv_ops.normed_taps(*first, flat(weight)), bias))
+    torch.library.opcheck(torch.ops.sana.tap_sum.default, (tap_ops.normed_taps(*first, flat(weight)), bias))
 
 
 def test_what_plugin_and_truth_share():
-    assert op.EPS == conv_ops.NORM_EPS
     assert (op.MAX_CHANNELS, op.MAX_OUTPUTS) == (fused_decoder.MAX_NORM, fused_decoder.MAX_OUTPUTS)
 
 
@@ -246,10 +245,10 @@ def test_wrong_tensors():
     with pytest.raises(ValueError, match=r"TapSum: got .*; expected \(B, 9 N, h, w\) fp32"):
         op.launch_sum(taps, bias, torch.empty(2, 5, 7, 3))
     with pytest.raises(ValueError, match=r"normed_taps: got x, norm_weight, norm_bias, weight of shapes"):
-        conv_ops.normed_taps(*first, flat(weight)[:, :-1])
+        tap_ops.normed_taps(*first, flat(weight)[:, :-1])
     with pytest.raises(ValueError, match=r"normed_taps: got dtypes"):
-        conv_ops.normed_taps(*first, flat(weight).float())
+        tap_ops.normed_taps(*first, flat(weight).float())
     with pytest.raises(ValueError, match=r"tap_sum: got taps, bias of shapes"):
-        conv_ops.tap_sum(taps, bias[:2])
+        tap_ops.tap_sum(taps, bias[:2])
     with pytest.raises(ValueError, match=r"tap_sum: got taps, bias of dtypes"):
-        conv_ops.tap_sum(taps.half(), bias)
+        tap_ops.tap_sum(taps.half(), bias)
