@@ -37,10 +37,9 @@ INPUTS = {OP: ("x", "norm_weight", "norm_bias", "weight"), SUM: ("taps", "bias")
 TYPES = ("fp16", "bf16")  # of an engine: in fp32 the decoder is not fused (export/components.py)
 MAX_CHANNELS, MAX_OUTPUTS = 256, 3  # C, all of which a program has; N, whose 9 N columns fit into 32
 LEAST = 16  # the shortest side of a block that a tensor core takes
-# Reasoned, none is measured: of 128 channels a thread has 64 numbers in fp32, and on SM 90 five programs share a multiprocessor, so
-# that some load while others multiply; of 256 twice as many, and two. None spills.
+# The fastest on an H200 (benchmarks/kernel_plans.py --kernels conv_taps); for other GPUs reasoned.
 BLOCK_M, NUM_WARPS = 64, 4
-SUM_BLOCK, SUM_WARPS = 512, 4
+SUM_BLOCK, SUM_WARPS = 256, 8
 
 
 @triton.jit
