@@ -44,6 +44,7 @@ class Reference(_Model):
     ratios: tuple[Positive, ...]  # of each round, in order
     rms_error: NotNegative | None = None  # of a peer's output, relative; none for a yardstick
     clock: Literal["device", "wall"] = "device"  # whose times `ms` and `ratio` are of: wall for a picture's peers
+    note: str = ""  # of a picture's peers: what the PNG takes of `ms`
 
 
 class Times(_Model):
@@ -100,7 +101,9 @@ class Record(_Model):
     yardstick: str  # the name in `references` that it is judged by, if none other is asked for
     references: dict[str, Reference]
     turns: Literal["fixed", "each first"] = "fixed"  # how interleave() orders the references in a round
-    memory_bytes: int  # the most: of the GPU, beyond what was in use before the bundle was opened; of the process, on a CPU
+    # The most: of the GPU, beyond what was in use before the bundle was opened, or none where it was less, because another program
+    # gave memory back meanwhile; of the process, on a CPU.
+    memory_bytes: Annotated[int, Field(ge=0)] | None
     energy_j: Positive | None  # of the whole GPU, for one run of the work; none where NVML does not say
     energy_note: str
     clock_mhz: Positive | None = None  # of the GPU's multiprocessors, median after the samples; none where NVML does not say

@@ -1,7 +1,8 @@
 """A picture as users of diffusers draw it: its own pipeline from a new prompt to the bytes of a PNG, eagerly or by torch.compile.
 
 A call does what diffusers does unless told otherwise: it encodes the empty negative prompt too, which ours remembers, draws noise
-where the networks are, and has Pillow write the PNG, as `picture.save` does. Nothing is tiled, and a size is taken as asked for.
+where the networks are, and has Pillow write the PNG, as `picture.save` does, on one core; what that takes is in the peer's note.
+Nothing is tiled, and a size is taken as asked for.
 
 Before it is timed a pipeline draws pictures from our noise, and they are compared with those that PyTorch draws in the wider type:
 as a whole, because right parts may be put together wrongly, with another schedule, instruction or guidance. That costs two requests
@@ -11,6 +12,8 @@ to sana_ref, one of them in fp32.
 from __future__ import annotations
 
 import io
+import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -77,7 +80,8 @@ def _checked(name: str, make: Callable[[], _Pipeline], exact: Tensor, same: Tens
     rms, wrong = picture_error(pipeline.checked(), exact, same, fp32=pipeline.dtype == torch.float32)
     if wrong:
         raise ParityError("; ".join(wrong))
-    return Peer(Task(name, pipeline, TorchEvents() if pipeline.device == "cuda" else cpu_clock, by_wall=True), rms)
+    stopwatch = TorchEvents() if pipeline.device == "cuda" else cpu_clock
+    return Peer(Task(name, pipeline, stopwatch, by_wall=True, note=pipeline.note), rms)
 
 
 def _checked_prompts(work: Work) -> list[str]:
@@ -129,7 +133,7 @@ class _Pipeline:
             for module in (self._pipeline.text_encoder, self._pipeline.transformer, self._pipeline.vae.decoder):
                 module.forward = _compiled(module.forward, mode)
         self.dtype, self.device, self._checkpoint, self._work = dtype, device, checkpoint, work
-        self._prompts = new_prompts(work.batch)
+        self._prompts, self._png_ms = new_prompts(work.batch), list[float]()
         prompt = checkpoint.prompt
         self._settings: dict[str, Any] = {
             "num_inference_steps": work.steps,
@@ -147,6 +151,10 @@ class _Pipeline:
         generator = torch.Generator(self.device).manual_seed(SEED)
         return self._draw(self._prompts(), generator=generator)
 
+    def note(self) -> str:
+        """Median of all calls."""
+        return f"PNG by Pillow {statistics.median(self._png_ms):.1f} ms"
+
     def checked(self) -> Tensor:
         """What its decoder gives for the reference's prompts and noise, before 8 bits hide small errors."""
         decoded: list[Tensor] = []
@@ -159,7 +167,11 @@ class _Pipeline:
         return torch.cat(decoded)
 
     def _draw(self, prompts: list[str], **noise: Any) -> list[bytes]:
-        return [_png(picture) for picture in self._pipeline(prompt=prompts, **self._settings, **noise).images]
+        pictures = self._pipeline(prompt=prompts, **self._settings, **noise).images
+        began = time.perf_counter()
+        files = [_png(picture) for picture in pictures]
+        self._png_ms.append(1000 * (time.perf_counter() - began))
+        return files
 
 
 def _compiled(forward: Callable[..., Any], mode: str) -> Callable[..., Any]:

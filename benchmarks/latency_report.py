@@ -79,11 +79,13 @@ def _now(by_key: Mapping[Key, list[Record]]) -> str:
         yardstick = now.references[now.yardstick]
         change = "" if before is None else f"{yardstick.ratio / before.references[before.yardstick].ratio - 1:+.1%}"
         peers = "<br>".join(
-            f"{html.escape(name)} {other.ms:.3f} ms{' wall' if other.clock == 'wall' else ''} ({1 / other.ratio:.2f} x)"
+            f"{html.escape(name)} {other.ms:.3f} ms{' wall' if other.clock == 'wall' else ''} ({1 / other.ratio:.2f} x"
+            f"{'; ' + html.escape(other.note) if other.note else ''})"
             for name, other in now.references.items()
             if other.rms_error is not None
         )
         energy = f"{now.energy_j:.3g}" if now.energy_j else "none"
+        memory = "unknown" if now.memory_bytes is None else f"{now.memory_bytes / 1e6:.0f}"
         if not now.energy_j and now.energy_note:
             notes[f"Energy {now.energy_note}."] = None
         times = (now.device.p50, now.device.p90, now.device.p99, now.wall.p50)
@@ -92,7 +94,7 @@ def _now(by_key: Mapping[Key, list[Record]]) -> str:
             f"{html.escape(now.commit)}; bundle {now.bundle[:12]}{f'; GPU at {now.clock_mhz:.0f} MHz' if now.clock_mhz else ''}"
             f"{'; ' + html.escape(now.note) if now.note else ''}</span>"
             + "".join(f"<td>{ms:.3f}" for ms in times)
-            + f"<td>{yardstick.ratio:.4f}<td>{change}<td>{peers}<td>{now.memory_bytes / 1e6:.0f}<td>{energy}</tr>"
+            + f"<td>{yardstick.ratio:.4f}<td>{change}<td>{peers}<td>{memory}<td>{energy}</tr>"
         )
     yardsticks = dict.fromkeys(html.escape(rows[-1].yardstick) for rows in by_key.values())
     notes[f"Yardstick: {'; '.join(yardsticks)}."] = None

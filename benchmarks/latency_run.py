@@ -87,6 +87,12 @@ def gpu_memory_used() -> int:
     return int(total - free)
 
 
+def _gpu_memory(bench: Bench) -> int | None:
+    """Bytes of the GPU beyond those of before. None where another program gave back more than is in use for ours."""
+    taken = gpu_memory_used() - bench.memory_before
+    return taken if taken >= 0 else None
+
+
 def gpu_bus_id() -> str:
     """The PCI address of the first visible GPU."""
     from cuda.bindings import driver
@@ -116,7 +122,7 @@ def measure(engine: SanaEngine, work: Work, bench: Bench, plan: Plan, checkpoint
         else:
             task = replace(task, calls=calls_for(task, plan.least_ms))
         last = task.sample()
-        memory = gpu_memory_used() - bench.memory_before if bench.gpu else peak_memory()
+        memory = _gpu_memory(bench) if bench.gpu else peak_memory()
         least_ms = max(plan.least_ms, YARDSTICK_SHARE * last.wall_ms * task.calls)
         gemm = bench.yardstick.name
         references = {gemm: replace(bench.yardstick, calls=calls_for(bench.yardstick, least_ms))}
@@ -217,7 +223,7 @@ def _record(
     rounds: Rounds,
     errors: dict[str, float],
     *,
-    memory: int,
+    memory: int | None,
     joules: float | None,
     clock_mhz: float | None,
     kernels: Kernels | None,
@@ -231,6 +237,7 @@ def _record(
             ratios=ratios,
             rms_error=errors.get(name),
             clock="wall" if name in rounds.by_wall else "device",
+            note=rounds.notes[name],
         )
     device = percentiles([sample.ms for sample in rounds.samples])
     wall = percentiles([sample.wall_ms for sample in rounds.samples])

@@ -99,16 +99,18 @@ def row(found: Record) -> str:
     """One record as a line for a terminal."""
     yardstick = found.references[found.yardstick]
     peers = "".join(
-        f"; {name} {other.ms:.3f} ms{' by the wall clock' if other.clock == 'wall' else ''}, {1 / other.ratio:.2f} x ours"
+        f"; {name} {other.ms:.3f} ms{' by the wall clock' if other.clock == 'wall' else ''}"
+        f"{f' ({other.note})' if other.note else ''}, {1 / other.ratio:.2f} x ours"
         for name, other in found.references.items()
         if other.rms_error is not None
     )
     energy = f"{found.energy_j:.3g} J" if found.energy_j else f"energy {found.energy_note}"
+    memory = "memory unknown, another program used the GPU" if found.memory_bytes is None else f"{found.memory_bytes / 1e6:.0f} MB"
     clock = f"; GPU at {found.clock_mhz:.0f} MHz" if found.clock_mhz else ""
     return (
         f"{found.title}: p50 {found.device.p50:.3f}, p90 {found.device.p90:.3f}, p99 {found.device.p99:.3f} ms "
         f"(wall {found.wall.p50:.3f}); {yardstick.ratio:.4f} of {found.yardstick} ({yardstick.ms:.3f} ms){peers}; "
-        f"{found.memory_bytes / 1e6:.0f} MB; {energy}{clock}"
+        f"{memory}; {energy}{clock}"
     )
 
 

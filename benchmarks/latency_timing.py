@@ -12,7 +12,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,13 +99,14 @@ class StreamMarks:
 @dataclass(frozen=True)
 class Task:
     """Something that can be called again and again. calls: how many of them one sample averages. by_wall: as a yardstick it is
-    compared by the wall clock."""
+    compared by the wall clock. note: what is to be said of its samples, once they are taken."""
 
     name: str
     call: Call
     stopwatch: Stopwatch
     calls: int = 1
     by_wall: bool = False
+    note: Callable[[], str] = str
 
     def sample(self) -> Sample:
         """Milliseconds a call."""
@@ -131,6 +132,7 @@ class Rounds:
     samples: tuple[Sample, ...]  # n, of the task
     references: Mapping[str, tuple[float, ...]]  # yardstick's name: n + 1 milliseconds of the device, or by the wall clock
     by_wall: frozenset[str] = frozenset()  # names of the latter
+    notes: Mapping[str, str] = field(default_factory=dict)  # yardstick's name: of its samples
 
     def ratios(self, name: str) -> tuple[float, ...]:
         """n: the task's time over the mean of its two neighbours', of the same clock."""
@@ -163,7 +165,8 @@ def interleave(task: Task, references: Sequence[Task], *, rounds: int, warm_up: 
         if number < rounds:
             samples.append(task.sample())
     by_wall = frozenset(reference.name for reference in references if reference.by_wall)
-    return Rounds(tuple(samples), {name: tuple(values) for name, values in times.items()}, by_wall)
+    notes = {reference.name: reference.note() for reference in references}
+    return Rounds(tuple(samples), {name: tuple(values) for name, values in times.items()}, by_wall, notes)
 
 
 def _turn(references: Sequence[Task], number: int) -> list[Task]:

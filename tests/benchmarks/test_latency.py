@@ -178,7 +178,8 @@ def test_pictures_beside_peers_are_compared_by_the_wall_clock(bundle: Path, monk
         folder: Path, checkpoint: object, work: Work, modes: Sequence[str], *, dtype: torch.dtype, device: str
     ) -> Iterator[dict[str, Peer]]:
         assert (str(folder), work.component, modes, dtype, device) == ("model", "picture", ("eager",), torch.float32, "cpu")
-        task = Task("diffusers_eager", lambda: drawn.append("peer"), planted(1.0, 3, noise=0.0), by_wall=True)
+        watch = planted(1.0, 3, noise=0.0)
+        task = Task("diffusers_eager", lambda: drawn.append("peer"), watch, by_wall=True, note=lambda: "PNG by Pillow")
         yield {"diffusers_eager": Peer(replace(task, stopwatch=lambda call: Sample(task.stopwatch(call).ms, 40.0)), 1e-3)}
 
     monkeypatch.setattr("benchmarks.latency_pipelines.checked_pipelines", pipelines)
@@ -194,8 +195,8 @@ def test_pictures_beside_peers_are_compared_by_the_wall_clock(bundle: Path, monk
     assert found.references[bench.yardstick.name].clock == "device"
     assert len(drawn) == 2 * (1 + 4)  # a warm-up, and around three samples: a picture takes long, and is not repeated
     assert (found.yardstick, judged.yardstick) == (bench.yardstick.name, "diffusers_eager")
-    assert "diffusers_eager 40.000 ms by the wall clock, 0.50 x ours" in latency_session.row(found)
-    assert "diffusers_eager 40.000 ms wall (0.50 x)" in page([found])
+    assert "diffusers_eager 40.000 ms by the wall clock (PNG by Pillow), 0.50 x ours" in latency_session.row(found)
+    assert "diffusers_eager 40.000 ms wall (0.50 x; PNG by Pillow)" in page([found])
 
 
 def test_a_record_says_all(bundle: Path) -> None:
@@ -206,10 +207,23 @@ def test_a_record_says_all(bundle: Path) -> None:
     assert found.wall.p50 <= found.wall.p90 <= found.wall.p99
     assert (found.steps, found.batch, found.precision, found.rounds) == (2, 2, "fp16", 3)
     assert found.yardstick == "GEMM 64x64x64 fp32, ONNX Runtime, 1 thread"
+    assert found.memory_bytes is not None
     assert found.memory_bytes > 10 << 20
     assert found.energy_j is None
     assert found.energy_note == "not measured: there is no GPU"
     assert found.clock_mhz is None
+
+
+def test_memory_that_another_program_gave_back_is_none_of_ours(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = iter([3 << 20, 1 << 20])
+    monkeypatch.setattr(latency_run, "gpu_memory_used", lambda: next(used))
+    work = Work(component="decoder", width=64, height=64, batch=1, steps=1)
+    bench = Bench(gpu=True, run="0" * 12, yardstick=cpu_gemm(SMALL), meter=EnergyMeter(None), memory_before=2 << 20)
+    with SanaEngine(bundle, backend="onnxruntime") as engine:
+        more, less = (measure(engine, work, bench, Plan(rounds=3)) for _ in range(2))
+    assert (more.memory_bytes, less.memory_bytes) == (1 << 20, None)
+    assert "; memory unknown, another program used the GPU; energy" in latency_session.row(less)
+    assert "<td>unknown<td>none</tr>" in page([less])
 
 
 def test_the_clock_of_the_gpu_is_noted(bundle: Path) -> None:
