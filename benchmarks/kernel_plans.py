@@ -2,11 +2,12 @@
 
     python benchmarks/kernel_plans.py --out benchmarks/results/kernel_plans_h200.json
     python benchmarks/kernel_plans.py --kernels causal_attention,rotate_heads --out benchmarks/results/kernel_plans_text_h200.json
+    python benchmarks/kernel_plans.py --kernels conv_taps --out benchmarks/results/kernel_plans_end_h200.json
 
 For each kernel, at sizes of Sana-1.6B and 0.6B, of DC-AE's decoder and of Gemma-2-2B: milliseconds in a CUDA graph of every plan
 that fits, the best ones and the source's printed. All plans are compiled first, by a process for each core (--jobs). The constants
 at the top of each file in plugins/ come from such a run; change them where another plan is better at most sizes.
-tests/benchmarks/test_tuning_tables.py holds them to both tables, and says which are slower there and why. Beside the convolution
+tests/benchmarks/test_tuning_tables.py holds them to these tables, and says which are slower there and why. Beside the convolution
 stands cuDNN's, of PyTorch's choice. --out is written after each kernel; a call that finds there what was measured of this commit,
 without changes, on this machine goes on behind it.
 """
