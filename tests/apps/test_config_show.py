@@ -40,6 +40,7 @@ def test_a_folder_of_ones_own(tmp_path, capsys):
     assert f"{tmp_path}/experiment/mine.yaml:5" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_schema_is_asked(capfd):
     assert main(["config", "show", "sana_600m_512px", "trainer.steps=0", "--check"]) == 2
     assert "trainer.steps: got 0; expected greater than or equal to 1 (command line)" in capfd.readouterr().err
@@ -67,6 +68,7 @@ def test_a_file_right_in_configs(name, capfd):
     assert "fits the schema" in printed.err
 
 
+@pytest.mark.slow
 def test_each_is_held_against_its_own_schema(capfd, tmp_path):
     assert main(["config", "show", "build", "precision=fp61", "--check"]) == 2
     assert "precision: got 'fp61'; did you mean 'fp16'?" in capfd.readouterr().err

@@ -26,6 +26,7 @@ def test_it_compares(cpp, tmp_path, capsys, monkeypatch):
     assert embedding.main([str(bundle), "--program", str(cpp / "sana"), "--rounds", "0"]) == 2
 
 
+@pytest.mark.slow
 def test_peak_memory_and_failures():
     code = "data = bytearray(100_000_000)\nfor i in range(0, len(data), 1024): data[i] = 1"
     small, large = (embedding.run([sys.executable, "-c", each], {}) for each in ("", code))

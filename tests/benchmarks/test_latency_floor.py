@@ -63,6 +63,7 @@ def flops_of(products):
     return sum(2 * times * each.rows * each.columns * each.depth for each, _, times in products)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("component", ["denoiser", "decoder"])
 @pytest.mark.parametrize("precision", [each for each in Precision if each != Precision.NVFP4])
 def test_every_precision_has_a_floor(monkeypatch, precision, component):
@@ -118,6 +119,7 @@ def test_what_has_no_floor():
         assert floor_of(checkpoint, Work(component=component, width=512, height=512, batch=1, steps=1), precision) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [32, 64, 256, 1024, 4096])
 def test_small_and_large_decodes_have_their_flops(side):
     flops = flops_of(decoder_floor(DC_AE, width=side, height=side).products)

@@ -73,6 +73,7 @@ def test_diffusers_is_as_exact_as_pytorch(checkpoint: Checkpoint, component: Com
     assert said == []
 
 
+@pytest.mark.slow
 def test_a_wrong_peer_is_not_timed(checkpoint: Checkpoint, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     real = latency_peers.MAKERS["decoder"]
 
@@ -87,6 +88,7 @@ def test_a_wrong_peer_is_not_timed(checkpoint: Checkpoint, said: list[str], monk
     assert said[0].endswith("It is not timed.")
 
 
+@pytest.mark.slow
 def test_a_peer_that_fails_is_left_out(checkpoint: Checkpoint, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The others are timed, and so is what they are beside."""
     real = latency_peers.MAKERS["decoder"]

@@ -88,6 +88,7 @@ def test_each_call_has_new_prompts(drawn: Drawn) -> None:
     assert (asked[0]["num_inference_steps"], asked[0]["width"], asked[0]["height"]) == (2, 64, 96)
 
 
+@pytest.mark.slow
 def test_other_weights_are_not_timed(drawn: Drawn, said: list[str], tmp_path: Path) -> None:
     with drawn(write_checkpoint(tmp_path, **PARTS, seed=1), tiny()) as found:
         assert not found
@@ -104,6 +105,7 @@ def test_other_noise_is_not_timed(drawn: Drawn, said: list[str], monkeypatch: py
     assert "rms error" in said[0]
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_fails_is_not_timed(drawn: Drawn, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def without_memory(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("got 139 GiB")

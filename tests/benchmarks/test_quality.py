@@ -75,6 +75,7 @@ def plain(texts: list[str], seed: int) -> list[Image.Image]:
     return [Image.new("RGB", (256, 256), COLOURS["blue"]) for _ in texts]
 
 
+@pytest.mark.slow
 def test_backgrounds_without_objects_are_misses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.set_num_threads(1)
     report = quality.measure(plain, MODEL, captions=12, seed=0, sprites=None, out=tmp_path, title="blue <b>")

@@ -28,6 +28,7 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SanaEngi
         yield made
 
 
+@pytest.mark.slow
 def test_a_planted_wait_in_each_step_is_the_hosts(engine: SanaEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """3 ms in each, and 20 in each picture, which is no step's."""
     monkeypatch.setattr(runtime_figures, "ROUNDS", 5)

@@ -76,6 +76,7 @@ def test_measures():
     assert (got["embedding_cosine"], got["embedding_least_cosine"]) == (pytest.approx(0.5), pytest.approx(0, abs=1e-9))
 
 
+@pytest.mark.slow
 def test_the_command(capsys, tmp_path):
     out = tmp_path / "out.json"
     assert main(["--model", str(MODEL), "--formats", "int8:int8", "--captions", "1", "--pictures", "0", "--out", str(out)]) == 0

@@ -35,6 +35,7 @@ def build(path, *, targets=TARGETS, expected=1, **options):
     return tensorrt.build_engine(path, targets=targets, expected_plugins={op.OP: expected}, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_one_engine_for_four_architectures(tmp_path, dtype):
     """Dynamic batch and tokens; every attention node becomes a plugin; a weight comes out of the external data."""

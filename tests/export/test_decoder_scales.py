@@ -64,6 +64,7 @@ def test_the_recipes_method_finds_the_scale(decoder):
     assert all(0 < percentile[group] < scale / 1.3 for group, scale in largest.items())
 
 
+@pytest.mark.slow
 def test_what_has_no_range(decoder):
     decoder.up_blocks[1][1].conv1.weight.zero_()
     decoder.up_blocks[1][1].conv1.bias.zero_()

@@ -145,6 +145,7 @@ class Small(nn.Module):
 SMALL_SPEC = ExportSpec(axes=SPEC.axes, inputs=SPEC.inputs[:1], outputs=SPEC.outputs, plugins={})
 
 
+@pytest.mark.slow
 def test_a_lost_plugin_node_is_an_error():
     with pytest.raises(BuildError, match=r"got plugin nodes \{\}; expected \{'ReluLinearAttention': 1\}"):
         export_module(Small(), replace(SMALL_SPEC, plugins={"ReluLinearAttention": 1}))

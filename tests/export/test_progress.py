@@ -40,6 +40,7 @@ def test_how_long_the_rest_takes_is_said_once_if_it_is_long(monkeypatch):
     assert sink.getvalue().splitlines() == ["  runs: 30 s each, about 4 min for the 8 that are left"]
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_the_stage_alone():
     if not reset_peak_memory():
         pytest.skip("this system has no high-water mark that can be reset")

@@ -233,6 +233,7 @@ def test_the_same_bits_twice_and_nothing_done_the_third_time(folder, reference, 
         assert 0 < (F.linear(x, w) - x @ w.T).square().mean() < 0.05 * (x @ w.T).square().mean()
 
 
+@pytest.mark.slow
 def test_a_method_or_prompt_that_changes_makes_another_plan(folder, store):
     checkpoint = checkpoints.load(folder)
     changes = [[], ["method=mse"], ["calibration.seed=7"], ["calibration.rows=11"]]

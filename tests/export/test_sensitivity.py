@@ -49,6 +49,7 @@ def test_the_error_is_of_the_final_latents_of_the_whole_run(reference, plan, run
     assert latent_error(reference, QuantizationPlan(layers={}), runs) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_pass_goes_on_and_each_group_is_measured_alone(reference, plan, runs, tmp_path, monkeypatch):
     real, seen = sensitivity.latent_error, []
 

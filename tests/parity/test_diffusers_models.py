@@ -90,6 +90,7 @@ def test_transformer_gives_the_same_numbers(changes):
 WIDE = [pytest.param(name, marks=pytest.mark.slow) for name in ("sprint_1600m_1024px", "sana_1600m_4kpx")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sana_600m_1024px", *WIDE])
 @torch.no_grad()
 def test_published_width_gives_the_same_numbers(name):

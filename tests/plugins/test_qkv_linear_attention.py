@@ -180,6 +180,7 @@ def test_kernels(interpreted, case):
     assert torch.equal(interleaved, got)  # the same sums, read elsewhere
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rotary", [False, True], ids=["plain", "rotary"])
 def test_a_nan_stays_one(tmp_path, monkeypatch, rotary):
     """Of q in its token, of k and v in all tokens of its head."""

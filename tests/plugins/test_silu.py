@@ -77,6 +77,7 @@ def launches(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
 
 
+@pytest.mark.slow
 def test_forms(launches):
     outputs = interpret("silu_launch:launch", [((numbers(*case),), {"form": case[0]}) for case in CASES])
     for (form, dtype), y in zip(CASES, outputs, strict=True):

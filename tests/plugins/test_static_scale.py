@@ -202,6 +202,7 @@ def apply(qkv, state, out):
 """
 
 
+@pytest.mark.slow
 def test_what_is_no_number_in_a_state_stays_so_in_tf32(tmp_path, monkeypatch):
     """A GPU's own NaN has all bits of the mantissa, and rounded up would be -0."""
     (tmp_path / "static_apply.py").write_text(APPLY)

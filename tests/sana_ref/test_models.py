@@ -107,6 +107,7 @@ def test_transformer_trains(autocast):
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [DC_AE, DC_AE_LITE], ids=["full", "lite"])
 def test_autoencoder_trains_and_halves_five_times(config):
     model = AutoencoderDC(narrow(config))

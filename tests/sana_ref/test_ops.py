@@ -82,6 +82,7 @@ def test_gradients_equal_autograd_of_the_truth(dtype):
         assert (got - true).abs().max().item() <= bound
 
 
+@pytest.mark.slow
 def test_registration():
     """Schema, fake tensors, autograd, and tracing with dynamic shapes."""
     inputs = [t.requires_grad_() for t in qkv((2, 2, 6, 16), torch.float32)]

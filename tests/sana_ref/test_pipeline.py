@@ -108,6 +108,7 @@ def test_fp16_is_the_transformers_alone():
     assert set(component_dtypes(torch.float32).values()) == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_draws_nearly_the_same(reference, dtype):
     half = SanaReference(load(reference.checkpoint.folder), dtype=dtype)

@@ -49,6 +49,7 @@ def test_the_example_of_the_documentation(tmp_path):
     assert settings.trainer.folder == Path("out/train/forest")
 
 
+@pytest.mark.slow
 def test_every_published_size_has_an_experiment():
     assert set(FLOW) <= {cached(name).model.variant for name in EXPERIMENTS}
 
@@ -119,6 +120,7 @@ def test_the_recipes_of_the_papers():
     assert [cached(f"sana_1600m_{side}").objective.flow_shift for side in ("1024px", "2kpx", "4kpx")] == [3.0, 3.0, 6.0]
 
 
+@pytest.mark.slow
 def test_the_program(capsys):
     assert main(["sana_600m_512px", "trainer.steps=3"]) == 0
     assert main(["sana_600m_512px", "trainer.optimizer.kind=adam"]) == 2

@@ -191,6 +191,7 @@ def test_activation_checkpointing_changes_no_loss(tmp_path):
     assert trained(tmp_path / "a")[0] == trained(tmp_path / "b", activation_checkpointing=True)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_fast_feed_forward_changes_no_loss(tmp_path, precision):
     plain, one = trained(tmp_path / "plain", precision=precision)
