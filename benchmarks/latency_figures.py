@@ -134,7 +134,7 @@ def record_figures(
         if sprint == "sprint_":  # without peers, whose times are the wall clock's
             keep(f"{name}gpu_ms", picture.device.p50, words, _clock(picture))
         whole, peers = f"{name}wall_ms" if sprint == "sprint_" else f"{name}ms", _peers(picture)
-        notes = (f"{peer}: {picture.references[peer].note}" for peer in peers)
+        notes = (f"{peer}: {note}" for peer in peers if (note := picture.references[peer].note))
         keep(whole, picture.wall.p50, words, _clock(picture), *notes, peer=peers)
     for text in records:
         if (text.component, text.batch) == ("text_encoder", 2) and size != "tiny":

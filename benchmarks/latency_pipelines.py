@@ -152,7 +152,7 @@ class _Pipeline:
         return self._draw(self._prompts(), generator=generator)
 
     def note(self) -> str:
-        """Median of all calls."""
+        """Median of all calls, those before it is timed too."""
         return f"PNG by Pillow {statistics.median(self._png_ms):.1f} ms"
 
     def checked(self) -> Tensor:

@@ -237,7 +237,7 @@ def _record(
             ratios=ratios,
             rms_error=errors.get(name),
             clock="wall" if name in rounds.by_wall else "device",
-            note=rounds.notes[name],
+            note=rounds.notes.get(name, ""),
         )
     device = percentiles([sample.ms for sample in rounds.samples])
     wall = percentiles([sample.wall_ms for sample in rounds.samples])

@@ -132,7 +132,7 @@ class Rounds:
     samples: tuple[Sample, ...]  # n, of the task
     references: Mapping[str, tuple[float, ...]]  # yardstick's name: n + 1 milliseconds of the device, or by the wall clock
     by_wall: frozenset[str] = frozenset()  # names of the latter
-    notes: Mapping[str, str] = field(default_factory=dict)  # yardstick's name: of its samples
+    notes: Mapping[str, str] = field(default_factory=dict)  # yardstick's name: what it says of its samples
 
     def ratios(self, name: str) -> tuple[float, ...]:
         """n: the task's time over the mean of its two neighbours', of the same clock."""

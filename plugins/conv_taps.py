@@ -38,8 +38,8 @@ TYPES = ("fp16", "bf16")  # of an engine: in fp32 the decoder is not fused (expo
 MAX_CHANNELS, MAX_OUTPUTS = 256, 3  # C, all of which a program has; N, whose 9 N columns fit into 32
 LEAST = 16  # the shortest side of a block that a tensor core takes
 # By measurement on an H200 (benchmarks/results/kernel_plans_end_h200.json), for other GPUs reasoned. At 1024 px of 128 channels 64
-# pixels and four warps take 130 us: each thread has 64 numbers in fp32, and five programs share a multiprocessor. With 32 pixels,
-# 128, or eight warps it is 154 to 177. Sums take 32 to 34 us by any plan.
+# pixels and four warps take 130 us; with 32 pixels, 128, or eight warps it is 154 to 177. Sums take 32 to 34 us by any plan.
+# Reckoned from registers, five programs share a multiprocessor then; of 256 channels, which were not measured, two.
 BLOCK_M, NUM_WARPS = 64, 4
 SUM_BLOCK, SUM_WARPS = 256, 8
 

@@ -90,7 +90,7 @@ def test_engines_beside_diffusers(tmp_path: Path, recorded: Path) -> None:
     for each in History(history).read():
         assert each.backend == "tensorrt"
         assert each.device.p50 <= each.wall.p99
-        assert each.memory_bytes  # no other program's
+        assert each.memory_bytes  # known, for no other program uses the GPU
         assert each.energy_j or each.energy_note or each.component
         drawn = each.component == "picture"
         modes = ("eager", "reduce-overhead") if drawn else tuple(PEERS)
