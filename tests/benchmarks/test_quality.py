@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from PIL import Image
 
 from benchmarks import quality
 from benchmarks.scene_score import CATEGORIES, Score, diversity, frechet_distance, hit, scores, wilson
+from sana_ref.pipeline import SanaReference
 from train.tiny import recogniser
 from train.tiny.captions import ABOVE_BELOW, COLOURS, KIND_NAMES, LEFT_RIGHT, SINGLE, THREE, TWO, Scene
 from train.tiny.evaluate import Question, Verdict
@@ -147,8 +149,9 @@ def test_what_cannot_be_measured_is_named(tmp_path: Path, capsys: pytest.Capture
 
 @pytest.mark.slow
 def test_a_model_folder_is_drawn_by_pytorch_as_a_bundle_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reference itself, with few captions: sana-tiny draws what they say."""
+    """The reference itself, with few captions and steps: sana-tiny draws what they say."""
     monkeypatch.setattr(quality, "DIVERSITY_SEEDS", 2)
+    monkeypatch.setattr(SanaReference, "generate", functools.partialmethod(SanaReference.generate, steps=8))
     assert quality.main([str(MODEL), "--judge", str(MODEL), "--captions", "1", "--out", str(tmp_path)]) == 0
     report = json.loads((tmp_path / "scores.json").read_text())
     assert "PyTorch fp32" in report["title"]

@@ -141,7 +141,7 @@ def test_killed_at_random_moments(old_and_new, builds, tmp_path):
     assert builds.wait() == 0
     lasts = time.monotonic() - begin
     moments = random.Random(0)
-    for _ in range(6):
+    for _ in range(4):
         shutil.rmtree(out)
         shutil.copytree(old_path, out)
         shutil.rmtree(own)

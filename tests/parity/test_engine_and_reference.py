@@ -5,20 +5,32 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_build import PARTS, cache
 from tiny_checkpoint import DPM_SOLVER, SCM, TRANSFORMER, write_checkpoint
 
 from engines.spec import Precision
 from export.build import build
 from export.progress import Progress
 from export.request import BuildRequest
+from export.stages import Runner
 from runtime import SanaEngine
 from runtime.schedule import make_schedule
 from sana_ref.pipeline import SanaReference
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning"),
+    pytest.mark.usefixtures("without_quality"),
+]
 BOUND = 1e-5  # of the largest latent: float32 sums in another order, carried through all steps
 SANA_TINY = Path(__file__).parents[2] / "models" / "sana-tiny"
 SPRINT = replace(TRANSFORMER, guidance_embeds=True, qk_norm="rms_norm_across_heads")
+
+
+@pytest.fixture
+def without_quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build draws pictures of its own, to say how far they are from PyTorch's. Here they are compared step by step."""
+    monkeypatch.setattr(Runner, "quality", lambda *_: None)
 
 
 def drawn_apart(checkpoint: Path, bundle: Path, requests: list[dict], bound: float = BOUND) -> None:
@@ -48,13 +60,13 @@ def make(checkpoint: Path, folder: Path, side: int = 128) -> Path:
         precision=Precision.FP32,
         targets=(),
         opt_side=side,
-        cache=folder / "cache",
+        cache=cache(),
     )
     return build(request, Progress()).bundle.path
 
 
 def test_sana(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", scheduler=DPM_SOLVER)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", scheduler=DPM_SOLVER, **PARTS | {"transformer": TRANSFORMER})
     size = {"width": 128, "height": 64}
     requests: list[dict] = [{"steps": 20}, {"scheduler": "flow_euler", "steps": 5, "negative_prompts": "blue"}]
     requests += [{"steps": 3, "guidance": 1.0}, {"scheduler": make_schedule("flow_dpm_solver", 6, 2.0, "karras")}]
@@ -62,7 +74,7 @@ def test_sana(tmp_path: Path) -> None:
 
 
 def test_sprint(tmp_path: Path) -> None:
-    checkpoint = write_checkpoint(tmp_path / "checkpoint", scheduler=SCM, transformer=SPRINT)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", scheduler=SCM, **PARTS | {"transformer": SPRINT})
     drawn_apart(checkpoint, make(checkpoint, tmp_path), [{"width": 64, "height": 128, "steps": steps} for steps in (1, 2, 4)])
 
 
