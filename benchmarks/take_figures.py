@@ -90,7 +90,7 @@ GROUPS: Mapping[str, Group] = {
         },
         figures={
             "1024px": _latency("@bf16 @fp8 @int8", "decoder", "--sizes", "1024", *COMPILED),
-            # max-autotune's tuning takes twelve minutes for a sixteenth of these pixels
+            # max-autotune would tune for three quarters of an hour (docs/latency.md)
             "4096px": _latency("@large", "decoder", "--sizes", "4096", *QUICK),
             "peak": (*RUNTIME, "@large", "--decoder", "--side", "4096"),
             "kernels": _kernels("@bf16 @fp8 @int8", "decoder", "--sizes", "1024"),
