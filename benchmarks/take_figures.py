@@ -94,6 +94,7 @@ GROUPS: Mapping[str, Group] = {
             "4096px": _latency("@large", "decoder", "--sizes", "4096", *QUICK),
             "peak": (*RUNTIME, "@large", "--decoder", "--side", "4096"),
             "kernels": _kernels("@bf16 @fp8 @int8", "decoder", "--sizes", "1024"),
+            "4096px-kernels": _kernels("@large", "decoder", "--sizes", "4096"),
         },
     ),
     "sprint": Group(
