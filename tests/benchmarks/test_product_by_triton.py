@@ -1,0 +1,84 @@
+"""Products by Triton beside cuBLASLt's."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import product_by_triton
+from benchmarks.product_by_triton import BLOCKS, operands, product, summary
+
+SIZE, SMALL = (70, 48, 80), (32, 32, 32, 4, 2)  # neither is a multiple of the other
+
+
+def errors() -> dict[str, float]:
+    """Of the kernel on a CPU, through Triton's interpreter."""
+    found = {}
+    for dtype in product_by_triton.DTYPES:
+        inputs, exact = operands(SIZE, dtype, "cpu")
+        out = torch.full(exact.shape, torch.nan, dtype=torch.half)
+        product(SMALL, *inputs, out)
+        found[dtype] = float((out.double() - exact).norm() / exact.norm())
+    return found
+
+
+@pytest.mark.slow
+def test_it_is_the_product():
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    for dtype, error in json.loads(done.stdout).items():
+        assert error < 2 * 2**-11 / 3**0.5, dtype  # twice what rounding to fp16 errs, evenly spread
+
+
+@pytest.mark.parametrize(
+    ("capability", "message"), [(None, "got no GPU; expected one"), ((8, 9), r"capability (8, 9); expected (9, 0)")]
+)
+def test_refused(monkeypatch, capsys, capability, message):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr("sys.argv", ["product_by_triton.py"])
+    with pytest.raises(SystemExit):
+        product_by_triton.main()
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_wrong_or_did_not_run_is_not_the_best():
+    ways = [{"by": "Triton", "blocks": blocks} for blocks in BLOCKS[:4]]
+    rows = [
+        {"by": "cuBLASLt", "us": 20.0, "error": 1e-3},
+        ways[0] | {"us": 10.0, "error": 3e-3},
+        ways[1] | {"refused": "out of resource"},
+        ways[2] | {"us": 12.0, "error": float("nan")},
+        ways[3] | {"us": 25.0, "error": 1e-3},
+    ]
+    assert summary(rows) == "cuBLASLt 20.0 us; Triton 25.0 (128 x 128 x 128, 4 warps, 3 stages), 1.25 times as long"
+    assert summary(rows[:-1]) == "cuBLASLt 20.0 us; Triton: none is right"
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != product_by_triton.CAPABILITY,
+    reason="needs a GPU of compute capability 9.0, where engines multiply with cuBLASLt",
+)
+def test_both_are_right(monkeypatch, tmp_path):
+    out = tmp_path / "products.json"
+    monkeypatch.setattr(product_by_triton, "SIZES", [(2048, 2240, 2240)])
+    monkeypatch.setattr(product_by_triton, "BLOCKS", BLOCKS[:2])
+    monkeypatch.setattr("sys.argv", ["product_by_triton.py", "--out", str(out)])
+    assert product_by_triton.main() == 0
+    products = json.loads(out.read_text())["products"]
+    assert len(products) == 2
+    for rows in products.values():
+        assert [row["by"] for row in rows] == ["cuBLASLt", "Triton", "Triton"]
+        for row in rows:
+            assert row["us"] > 0
+            assert row["error"] <= 2 * rows[0]["error"] < 0.01
+
+
+if __name__ == "__main__":
+    print(json.dumps(errors()))
