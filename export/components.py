@@ -21,6 +21,7 @@ from plugins import (
     gated_depthwise_conv,
     modulated_norm,
     multiscale_projection,
+    normed_sum,
     qkv_linear_attention,
     relu_linear_attention,
 )
@@ -142,7 +143,7 @@ def text_encoder(config: Gemma2Config, precision: Precision, max_sequence_length
         module = TextEncoderForExport(Gemma2Encoder(config), length)
     if precision is not Precision.FP32 and config.head_dim <= causal_attention.MAX_HEAD_DIM:
         fuse_text(module)
-    ops = (causal_attention.ATTEND, causal_attention.ROTATE) if module.encoder.fused else ()
+    a_layer = {causal_attention.ATTEND: 1, causal_attention.ROTATE: 1, normed_sum.OP: 2} if module.encoder.fused else {}
     tokens = Axis(name="tokens", minimum=length, example=length + 7, maximum=1 << 16)
     return Component(
         name="text_encoder",
@@ -155,7 +156,7 @@ def text_encoder(config: Gemma2Config, precision: Precision, max_sequence_length
             axes=(*_axes("batch"), tokens),
             inputs=tuple(TensorSpec(name=name, dims=("batch", "tokens"), dtype="int64") for name in TEXT_ENCODER_INPUTS),
             outputs=(TensorSpec(name=TEXT_ENCODER_OUTPUTS[0], dims=("batch", length, config.hidden_size)),),
-            plugins=dict.fromkeys(ops, config.num_hidden_layers),
+            plugins={op: count * config.num_hidden_layers for op, count in a_layer.items()},
         ),
     )
 

@@ -35,6 +35,7 @@ from plugins import (
     gated_depthwise_conv,
     modulated_norm,
     multiscale_projection,
+    normed_sum,
     qkv_linear_attention,
     relu_linear_attention,
 )
@@ -239,6 +240,7 @@ def with_function_bodies(model: ir.Model) -> ir.Model:
         modulated_norm.GATED: functools.partial(modulated_norm.function_body, modulated_norm.GATED),
         modulated_norm.PLAIN: functools.partial(modulated_norm.function_body, modulated_norm.PLAIN),
         multiscale_projection.OP: multiscale_projection.function_body,
+        normed_sum.OP: normed_sum.function_body,
         qkv_linear_attention.APPLY: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.APPLY),
         qkv_linear_attention.STATE: functools.partial(qkv_linear_attention.function_body, qkv_linear_attention.STATE),
         relu_linear_attention.OP: relu_linear_attention.function_body,

@@ -25,6 +25,7 @@ from plugins import (
     linear,
     modulated_norm,
     multiscale_projection,
+    normed_sum,
     qkv_linear_attention,
     relu_linear_attention,
     static_quantize,
@@ -165,6 +166,12 @@ def _multiscale_projection(node: onnx.NodeProto, type_of: Mapping[str, Any], tar
     return multiscale_projection.compile_cubins(targets, _TYPE_NAMES[x.elem_type], channels, channels // heads)
 
 
+def _normed_sum(node: onnx.NodeProto, type_of: Mapping[str, Any], targets: Iterable[Target]) -> dict[str, Any]:
+    x = type_of[node.input[0]]
+    eps = helper.get_node_attr_value(node, "eps")
+    return normed_sum.compile_cubins(targets, _TYPE_NAMES[x.elem_type], x.shape.dim[-1].dim_value, eps)
+
+
 _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     **dict.fromkeys((causal_attention.ATTEND, causal_attention.ROTATE), _causal_attention),
     conv3x3.NORM: _conv3x3,
@@ -179,6 +186,7 @@ _ATTRIBUTES: dict[str, Callable[..., dict[str, Any]]] = {
     modulated_norm.GATED: _modulated_norm,
     modulated_norm.PLAIN: _modulated_norm,
     multiscale_projection.OP: _multiscale_projection,
+    normed_sum.OP: _normed_sum,
     qkv_linear_attention.APPLY: _qkv_linear_attention,
     qkv_linear_attention.STATE: _qkv_linear_attention,
     relu_linear_attention.OP: _relu_linear_attention,

@@ -26,6 +26,7 @@ from plugins import (
     gated_depthwise_conv,
     modulated_norm,
     multiscale_projection,
+    normed_sum,
     qkv_linear_attention,
     relu_linear_attention,
 )
@@ -173,6 +174,13 @@ def _modulated_norm(
     return _NORMS[modulated_norm.GATED](x, branch, time, table, gate_time, gate_table, **attributes)
 
 
+_NORMED_SUM = _sana_op(normed_sum.OP, normed_sum.INPUTS, {"eps": OpSchema.AttrType.FLOAT}, "hidden", "normed")
+
+
+def _normed_sum(x: Any, branch: Any, branch_weight: Any, weight: Any, eps: float) -> Any:
+    return _NORMED_SUM(x, branch, branch_weight, weight, eps=eps)
+
+
 def _scaled_dot_product_attention(
     query: Any,
     key: Any,
@@ -219,6 +227,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     import sana_ref.attention_ops
     import sana_ref.conv_ops
     import sana_ref.gated_conv_ops
+    import sana_ref.norm_ops
     import sana_ref.ops
     import sana_ref.tap_ops  # noqa: F401
 
@@ -232,6 +241,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
         torch.ops.sana.gated_depthwise_conv.default: _gated_depthwise_conv,
         torch.ops.sana.modulated_norm.default: _modulated_norm,
         torch.ops.sana.multiscale_projection.default: _multiscale_projection,
+        torch.ops.sana.normed_sum.default: _normed_sum,
         torch.ops.sana.normed_taps.default: _normed_taps,
         torch.ops.sana.qkv_linear_attention.default: _qkv_linear_attention,
         torch.ops.sana.relu_linear_attention.default: _relu_linear_attention,

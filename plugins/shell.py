@@ -52,6 +52,7 @@ OPS = (
     "LinearAttentionState",
     "ModulatedNorm",
     "MultiscaleProjection",
+    "NormedSum",
     "NormedTaps",
     "ReluLinearAttention",
     "RotateHeads",

@@ -3,7 +3,7 @@
 Our own module rather than transformers' Gemma2Model: attention written out (no fused kernel of PyTorch caps the scores), no cache,
 no buffers, so that it exports with batch and length free and needs torch alone. Parameter names are transformers'.
 Scores, softmax, norms and rotations are fp32 whatever the type of the weights; fp16 weights overflow in between: use bf16 or fp32.
-For engines `fuse` makes attention one op (sana_ref/attention_ops.py).
+For engines `fuse` makes attention one op (sana_ref/attention_ops.py), and what lies between two products another (norm_ops.py).
 Source: Gemma 2, arXiv:2408.00118; Sana uses gemma-2-2b-it.
 """
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sana_ref.attention_ops import causal_attention, rotate
 from sana_ref.config import config_from_json, refuse_unless
+from sana_ref.norm_ops import normed_sum
 
 __all__ = ["Gemma2Config", "Gemma2Encoder", "fuse"]
 
@@ -172,6 +173,19 @@ class Gemma2Layer(nn.Module):
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, sight))
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
+    def fused(
+        self, x: Tensor, normed: Tensor, following: Gemma2RMSNorm, cos: Tensor, sin: Tensor, sight: Sight
+    ) -> tuple[Tensor, Tensor]:
+        """What forward makes of x, and the norm `following` of that. normed: x behind input_layernorm."""
+        branch = self.self_attn(normed, cos, sin, sight)
+        x, normed = _added(x, branch, self.post_attention_layernorm, self.pre_feedforward_layernorm)
+        return _added(x, self.mlp(normed), self.post_feedforward_layernorm, following)
+
+
+def _added(x: Tensor, branch: Tensor, own: Gemma2RMSNorm, following: Gemma2RMSNorm) -> tuple[Tensor, Tensor]:
+    """x + own(branch), and the norm `following` of that."""
+    return normed_sum(x, branch, own.weight, following.weight, own.eps)
+
 
 class Gemma2Encoder(nn.Module):
     """Token ids to hidden states."""
@@ -200,10 +214,16 @@ class Gemma2Encoder(nn.Module):
         cos, sin = rotations(position, config.head_dim, config.rope_theta)
         x = rows * config.hidden_size**0.5
         windows = [config.looks_back(i) for i in range(config.num_hidden_layers)]
-        live = (attention_mask != 0).to(rows.dtype)
-        biases = {} if self.fused else self._biases(position, attention_mask, windows)
+        if self.fused:
+            live = (attention_mask != 0).to(rows.dtype)
+            following = [*(layer.input_layernorm for layer in self.layers), self.norm]
+            normed = following.pop(0)(x)
+            for layer, window, norm in zip(self.layers, windows, following, strict=True):
+                x, normed = layer.fused(x, normed, norm, cos, sin, (window, live))
+            return normed
+        biases = self._biases(position, attention_mask, windows)
         for layer, window in zip(self.layers, windows, strict=True):
-            x = layer(x, cos, sin, (window, live if self.fused else biases[window]))
+            x = layer(x, cos, sin, (window, biases[window]))
         return self.norm(x)
 
     def _biases(self, position: Tensor, attention_mask: Tensor, windows: Sequence[int | None]) -> dict[int | None, Tensor]:
@@ -216,7 +236,8 @@ class Gemma2Encoder(nn.Module):
 
 
 def fuse(model: nn.Module) -> None:
-    """Let attention be computed as an engine is fastest, in place. Meaning and parameters stay; so does a model without a cap."""
+    """Let attention and norms be computed as an engine is fastest, in place. Meaning and parameters stay; so does a model without a
+    cap."""
     for module in model.modules():
         if isinstance(module, Gemma2Encoder) and module.config.attn_logit_softcapping is not None:
             module.fused = True

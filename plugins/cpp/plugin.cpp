@@ -20,12 +20,13 @@ namespace {
 
 using namespace nvinfer1;
 
-constexpr std::array<const char*, 25> kOps = {
+constexpr std::array<const char*, 26> kOps = {
     "CausalAttention",      "Conv3x3",             "Conv3x3Norm",          "Conv3x3Upsample",      "CrossAttention",
     "Fp8Conv3x3",           "Fp8Conv3x3Norm",      "Fp8GatedSum",          "Fp8Linear",            "Fp8Quantize",
     "Fp8StaticQuantize",    "GatedDepthwiseConv",  "GatedModulatedNorm",   "Int8Conv3x3",          "Int8Conv3x3Norm",
     "Int8StaticQuantize",   "Linear",              "LinearAttentionApply", "LinearAttentionState", "ModulatedNorm",
-    "MultiscaleProjection", "NormedTaps",          "ReluLinearAttention",  "RotateHeads",          "TapSum"};
+    "MultiscaleProjection", "NormedSum",           "NormedTaps",           "ReluLinearAttention",  "RotateHeads",
+    "TapSum"};
 constexpr const char *kLaunch = "launch", *kCubins = "cubins", *kVersion = "1", *kNamespace = "";
 
 std::atomic<ILoggerFinder*> logger_finder = nullptr;

@@ -31,7 +31,7 @@ def test_the_manifest_says_what_the_checkpoint_is(built):
         "decoder": "bf16",
     }
     assert manifest.plugins == {
-        "text_encoder": {"CausalAttention": 1, "RotateHeads": 1},
+        "text_encoder": {"CausalAttention": 1, "NormedSum": 2, "RotateHeads": 1},
         "text_projection": {},
         "denoiser": {
             "CrossAttention": 1,

@@ -114,7 +114,7 @@ def test_attention_of_a_text_reads_what_a_product_leaves(monkeypatch, tmp_path, 
     plugins = write_engine_graph(component("text_encoder", Precision.BF16), graphs.folder / TYPED_NAME, tmp_path, targets)
     layers = plugins["RotateHeads"]
     products = {"Linear": 4 * layers} if linear else {}  # q, k, v; what they attend to; gate, up; down
-    assert plugins == {"CausalAttention": layers, "RotateHeads": layers} | products
+    assert plugins == {"CausalAttention": layers, "NormedSum": 2 * layers, "RotateHeads": layers} | products
     graph = onnx.load(tmp_path / TYPED_NAME, load_external_data=False).graph
     maker = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
