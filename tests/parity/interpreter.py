@@ -1,6 +1,8 @@
-"""Runs Triton kernels on a CPU, in a process of its own: Triton reads TRITON_INTERPRET once, when it is first imported."""
+"""Runs Triton kernels on a CPU, in processes of their own: Triton reads TRITON_INTERPRET once, when it is first imported."""
 
+import atexit
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["interpret", "make_language_ready_once"]
+__all__ = ["interpret", "make_language_ready_once", "run_interpreted"]
 
 Call = tuple[tuple[torch.Tensor, ...], dict[str, object]]
 
@@ -17,15 +19,73 @@ Call = tuple[tuple[torch.Tensor, ...], dict[str, object]]
 def interpret(function: str, calls: list[Call]) -> list[torch.Tensor]:
     """For each (inputs, keywords) the output of `function`, "module:name", called as name(*inputs, out, **keywords).
 
-    Each out has the shape and dtype of the call's first input and starts as NaN. All calls share one process, which takes 3 s.
+    Each out has the shape and dtype of the call's first input and starts as NaN. All calls share one process.
     """
     with tempfile.TemporaryDirectory() as folder:
         torch.save(calls, Path(folder, "calls"))
-        environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, __file__, function, folder]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, f"the interpreter process failed:\n{done.stderr}"
+        run_interpreted("import sys; from parity.interpreter import main; main(*sys.argv[1:])", function, folder)
         return torch.load(Path(folder, "outputs"))
+
+
+def run_interpreted(code: str, *arguments: str) -> None:
+    """`python -c code arguments` where kernels are interpreted, with this process's sys.path; fails where it does.
+
+    A fork of one that has imported PyTorch and Triton, which takes 3 s, and nothing else: each `code` imports the kernels anew.
+    """
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    with tempfile.NamedTemporaryFile() as said:
+        request = {"code": code, "arguments": arguments, "path": sys.path, "environment": dict(os.environ), "said": said.name}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+        assert answer == "0\n", f"the interpreter process failed:\n{Path(said.name).read_text(errors='replace')[-6000:]}"
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    environment = os.environ | INTERPRETED | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    started = subprocess.Popen([sys.executable, __file__], **pipes, text=True, env=environment)
+
+    def stop() -> None:
+        started.communicate()  # the end of its input
+
+    atexit.register(stop)
+    return started
+
+
+INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _serve() -> None:
+    """Forks for each line of its input, and says how that ended."""
+    import triton.runtime.interpreter  # noqa: F401  for the forks
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                _become(**json.loads(line))
+                code = 0
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+            finally:
+                sys.stderr.flush()
+                os._exit(code)  # never back into the loop
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _become(code: str, arguments: list[str], path: list[str], environment: dict[str, str], said: str) -> None:
+    """The process that run_interpreted promises."""
+    file = os.open(said, os.O_WRONLY)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(environment | INTERPRETED)
+    sys.path[:], sys.argv = path, ["-c", *arguments]
+    exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
 def make_language_ready_once() -> None:
@@ -71,4 +131,4 @@ def main(function: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    _serve()

@@ -1,9 +1,6 @@
 """The kernels of gated_depthwise_conv, interpreted on a CPU or on a GPU, and the op that runs them, against the truth in fp64."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import onnx
@@ -13,6 +10,7 @@ import torch
 from attention_graph import DTYPES, ONNX_TYPES
 from onnx import helper
 from parity.bound import assert_parity
+from parity.interpreter import run_interpreted
 from torch.nn import functional as F
 
 from plugins import gated_depthwise_conv as op
@@ -80,13 +78,10 @@ torch.save(results, sys.argv[1])
 
 
 def interpret(cases, folder):
-    """NAMES by shape and dtype, from one process: Triton reads TRITON_INTERPRET when it is imported."""
+    """NAMES by shape and dtype, from one process."""
     path = folder / "calls"
     torch.save([inputs(*case) for case in cases], path)
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", INTERPRET, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_interpreted(INTERPRET, str(path))
     return dict(zip(cases, torch.load(path), strict=True))
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from parity.bound import assert_parity
+from parity.interpreter import run_interpreted
 from torch import Tensor
 
 from sana_ref import ops
@@ -124,12 +122,9 @@ def main(file: str) -> None:
 
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tensor, ...]]:
-    """One process for all cases: Triton reads TRITON_INTERPRET once, when it is first imported."""
+    """One process for all cases, of this file as a program."""
     file = tmp_path_factory.mktemp("backward") / "outputs"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, __file__, str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_interpreted("import runpy, sys; runpy.run_path(sys.argv.pop(1), run_name='__main__')", __file__, str(file))
     return torch.load(file)
 
 

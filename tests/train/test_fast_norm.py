@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from parity.interpreter import run_interpreted
 
 CODE = """
 import torch
@@ -35,6 +32,4 @@ for channels, sides in ((64, (7, 9)), (224, (3, 11)), (24, (1, 1))):
 
 @pytest.mark.slow
 def test_the_kernels_equal_the_reference() -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted(CODE)
