@@ -10,6 +10,9 @@ WORKERS ?= 2
 QUICK = $(BIN)/python -m pytest -m "not slow and not gpu"
 HALF := apps benchmarks plugins sana_ref train
 
+# Tests start a hundred processes, and each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check quick-half quick-rest lint type test-gpu clean
 

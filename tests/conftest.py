@@ -1,5 +1,6 @@
 """For all tests."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -20,17 +21,29 @@ settings.load_profile("project")
 
 # Files that take a minute and more, the longest first: else one process begins a long one when the other has nothing left to do.
 LONGEST = (
-    "train/test_tiny.py",
-    "export/test_stages.py",
+    "cpp/test_sanitizers.py",
     "export/test_kills.py",
+    "export/test_plans.py",
+    "export/test_variants.py",
+    "export/test_text_w8a8.py",
+    "parity/test_engine_and_reference.py",
     "train/test_data_program.py",
+    "export/test_stages.py",
     "train/test_parallel.py",
+    "export/test_token_table.py",
+    "train/test_tiny.py",
+    "export/test_variant_recipes.py",
+    "engines/test_bundle_writer.py",
     "benchmarks/test_latency_peers.py",
     "benchmarks/test_latency.py",
 )
 # What these make takes seconds: kernels through an interpreter, programs in C++, a bundle, a trained model. Their tests are slow.
 SLOW_FIXTURES = frozenset({"interpreted", "cpp", "built", "finished"})
 SHARED_CACHE = "SANA_TESTS_CACHE"  # of exports: see tiny_build.cache
+
+
+# The collector walks through all that was imported, again and again, and finds nothing there. Imports come without it.
+gc.disable()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,6 +58,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW_FIXTURES.intersection(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What is there by now stays. What tests leave is collected, though less often: exports make millions of objects."""
+    gc.collect()
+    gc.freeze()
+    session.config.add_cleanup(gc.unfreeze)  # else libraries say at the end that it was never freed
+    gc.set_threshold(50_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
