@@ -195,10 +195,17 @@ def save_fake_table(path: Path, table: np.ndarray, **changes: Any) -> None:
     path.write_bytes(len(header).to_bytes(8, "little") + header + table.tobytes())
 
 
-def run_onnx(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def open_session(model: str | bytes) -> Any:
+    """ONNX Runtime's, of a path or a graph, with one thread: to start others, which then wait busily, takes longer than to run."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = open_session(str(path))
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs), strict=True))
 
