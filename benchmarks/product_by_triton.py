@@ -10,7 +10,6 @@ most twice cuBLASLt's error.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -23,8 +22,7 @@ from triton.runtime.errors import OutOfResources
 
 from benchmarks.figures import machine, versions, write_result
 from benchmarks.graph_timing import graph_ms
-from benchmarks.product_plans import CALLS, CAPABILITY, SIZES
-from benchmarks.writable import writable_file
+from benchmarks.product_plans import CALLS, SIZES, file_to_write
 from plugins import cublas_lt
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # x, w, bias, x_scale, w_scale
@@ -149,21 +147,15 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=writable_file, help="a JSON file to write")
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("got no GPU; expected one: products are measured")
-    if (capability := torch.cuda.get_device_capability()) != CAPABILITY:
-        parser.error(f"got a GPU of compute capability {capability}; expected {CAPABILITY}, where engines multiply with cuBLASLt")
+    out = file_to_write(__doc__)
     found: dict[str, list[dict[str, Any]]] = {}
     for size in SIZES:
         for dtype in DTYPES:
             name = f"{' x '.join(map(str, size))}, {dtype}"
             found[name] = list(measured(size, dtype))
             print(f"{name}: {summary(found[name])}", flush=True)
-    if options.out:
-        write_result(options.out, {"machine": machine(), "versions": versions(), "products": found})
+    if out:
+        write_result(out, {"machine": machine(), "versions": versions(), "products": found})
     return 0
 
 

@@ -15,6 +15,7 @@ import math
 from collections.abc import Iterator
 from ctypes import byref, c_size_t, c_uint16, c_uint32, sizeof
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -118,21 +119,28 @@ def summary(found: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def file_to_write(description: str | None) -> Path | None:
+    """What the command line says; it ends with an error, too, on a GPU where engines do not multiply with cuBLASLt."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=writable_file, help="a JSON file to write")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        parser.error("got no GPU; expected one: algorithms are measured")
+        parser.error("got no GPU; expected one: products are measured")
     if (capability := torch.cuda.get_device_capability()) != CAPABILITY:
         parser.error(f"got a GPU of compute capability {capability}; expected {CAPABILITY}, where engines multiply with cuBLASLt")
+    out: Path | None = options.out
+    return out
+
+
+def main() -> int:
+    out = file_to_write(__doc__)
     found = {}
     for size in SIZES:
         name = " x ".join(map(str, size))
         found[name] = list(rows(size))
         print(f"{name} (tokens x columns x depth)", *summary(found[name]), sep="\n  ", flush=True)
-    if options.out:
-        write_result(options.out, {"machine": machine(), "versions": versions(), "products": found})
+    if out:
+        write_result(out, {"machine": machine(), "versions": versions(), "products": found})
     return 0
 
 

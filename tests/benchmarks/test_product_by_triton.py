@@ -8,6 +8,7 @@ from parity.interpreter import run_interpreted
 
 from benchmarks import product_by_triton
 from benchmarks.product_by_triton import BLOCKS, summary
+from benchmarks.product_plans import CAPABILITY
 
 # 32 rows, columns and depth divide none of the sizes. The bound: twice what rounding to fp16 errs, evenly spread.
 CODE = """
@@ -27,18 +28,6 @@ def test_it_is_the_product():
     run_interpreted(CODE)
 
 
-@pytest.mark.parametrize(
-    ("capability", "message"), [(None, "got no GPU; expected one"), ((8, 9), r"capability (8, 9); expected (9, 0)")]
-)
-def test_refused(monkeypatch, capsys, capability, message):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr("sys.argv", ["product_by_triton.py"])
-    with pytest.raises(SystemExit):
-        product_by_triton.main()
-    assert message in capsys.readouterr().err
-
-
 def test_what_is_wrong_or_did_not_run_is_not_the_best():
     ways = [{"by": "Triton", "blocks": blocks} for blocks in BLOCKS[:4]]
     rows = [
@@ -55,7 +44,7 @@ def test_what_is_wrong_or_did_not_run_is_not_the_best():
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != product_by_triton.CAPABILITY,
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != CAPABILITY,
     reason="needs a GPU of compute capability 9.0, where engines multiply with cuBLASLt",
 )
 def test_both_are_right(monkeypatch, tmp_path):

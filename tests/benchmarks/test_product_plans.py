@@ -5,19 +5,20 @@ import json
 import pytest
 import torch
 
-from benchmarks import product_plans
+from benchmarks import product_by_triton, product_plans
 from benchmarks.product_plans import ENGINES, MATRIX, ROW
 
 
 @pytest.mark.parametrize(
     ("capability", "message"), [(None, "got no GPU; expected one"), ((8, 9), r"capability (8, 9); expected (9, 0)")]
 )
-def test_refused(monkeypatch, capsys, capability, message):
+@pytest.mark.parametrize("program", [product_plans, product_by_triton])
+def test_refused(monkeypatch, capsys, program, capability, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr("sys.argv", ["product_plans.py"])
+    monkeypatch.setattr("sys.argv", ["a program"])
     with pytest.raises(SystemExit):
-        product_plans.main()
+        program.main()
     assert message in capsys.readouterr().err
 
 
