@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from benchmarks.kernel_case import DEVICE, SHARED, Call, Case, Plan, grid_of, half
-from plugins import causal_attention, causal_attention_kernels
+from plugins import causal_attention, causal_attention_kernels, normed_sum
+from plugins.rows import head_and_tail, num_warps
 
 __all__ = ["CASES"]
 
-HEADS, KV_HEADS, DIM = 8, 4, 256
+HEADS, KV_HEADS, DIM, CHANNELS = 8, 4, 256, 2304
 LENGTHS = (300, 500)  # tokens of a prompt, and of one with its instruction
 
 
@@ -58,4 +59,19 @@ def rotation() -> Iterator[Case]:
         )
 
 
-CASES: Mapping[str, Callable[[], Iterator[Case]]] = {"causal_attention": attention, "rotate_heads": rotation}
+def norms() -> Iterator[Case]:
+    module = normed_sum
+    for tokens in LENGTHS:
+        tensors = [half(2, tokens, CHANNELS, dtype=torch.bfloat16) for _ in range(2)]
+        tensors += [half(CHANNELS, dtype=torch.bfloat16) for _ in range(2)]
+        tensors += [half(2, tokens, CHANNELS, dtype=torch.bfloat16) for _ in range(2)]
+
+        def launch(plan: Plan, tensors=tensors, tokens=tokens) -> Call:  # type: ignore[no-untyped-def]
+            row = {"D": CHANNELS, **head_and_tail(CHANNELS)}
+            return lambda: module.kernel[(2 * tokens,)](*tensors, 1e-6, **row, **plan)
+
+        source = {"num_warps": num_warps(CHANNELS, module.CHANNELS)}
+        yield Case(f"{module.OP} 2x{tokens} bf16", grid_of(num_warps=(1, 2, 4, 8, 16)), launch, source)
+
+
+CASES: Mapping[str, Callable[[], Iterator[Case]]] = {"causal_attention": attention, "rotate_heads": rotation, "normed_sum": norms}
