@@ -6,8 +6,8 @@ Its meaning is `normed_sum_truth` in sana_ref/norm_ops.py:
     hidden = x + norm(branch) (1 + branch_weight),  normed = norm(hidden) (1 + weight)
 
 TensorRT for RTX makes one kernel of it too, which takes 7.2 us for 600 rows of 2304 channels in bf16, where an H200's memory would
-allow 2.7. Here, in 4.1, a program has one row of D in its registers, in fp32, so that nothing is read twice, and what it reads is under
-way before the first sum is needed. The second norm is that of the sum before it is rounded.
+allow 2.7. Here, in 4.1, a program has one row of D in its registers, in fp32, so that nothing is read twice, and what it reads is
+under way before the first sum is needed. The second norm is that of the sum before it is rounded.
 
 Dimensions: B texts, S tokens, D channels. x, branch, hidden, normed (B, S, D); branch_weight, weight (D,); all of one type.
 """
