@@ -7,7 +7,8 @@ BUNDLE := $(OUT)/sana-tiny
 PROMPT ?= a red apple on a yellow background
 
 WORKERS ?= 2
-QUICK = $(BIN)/python -m pytest -m "not slow and not gpu"
+# Without parity to diffusers, which takes seconds to import.
+QUICK = $(BIN)/python -m pytest -m "not slow and not gpu" --ignore=tests/parity
 HALF := apps benchmarks plugins sana_ref train
 
 # Tests start a hundred processes, and each would compile all that it imports.

@@ -37,8 +37,9 @@ LONGEST = (
     "benchmarks/test_latency_peers.py",
     "benchmarks/test_latency.py",
 )
-# What these make takes seconds: kernels through an interpreter, programs in C++, a bundle, a trained model. Their tests are slow.
-SLOW_FIXTURES = frozenset({"interpreted", "cpp", "built", "finished"})
+# What these make takes seconds: kernels through an interpreter, programs in C++, graphs, a bundle, a wheel, a trained model. So
+# their tests are slow.
+SLOW_FIXTURES = frozenset({"interpreted", "cpp", "exported", "built", "installed", "finished"})
 SHARED_CACHE = "SANA_TESTS_CACHE"  # of exports: see tiny_build.cache
 
 

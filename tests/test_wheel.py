@@ -42,7 +42,6 @@ def test_it_has_no_tests(installed):
     assert not (installed / "tests").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["build", "runtime", "sana_600m_512px"])
 def test_configurations_are_found_where_there_is_no_checkout(installed, name, tmp_path):
     code = f"import sys; sys.path.insert(0, {str(installed)!r}); from apps.cli.main import main; sys.exit(main(sys.argv[1:]))"

@@ -42,6 +42,7 @@ def arguments(bundles: tuple[Path, Path], out: Path, *more: str) -> list[str]:
     return [*map(str, bundles), "--judge", str(MODEL), "--captions", "1", "--seeds", "2", "--out", str(out), *more]
 
 
+@pytest.mark.slow
 def test_what_is_written(bundles, tmp_path, capsys):
     assert compare_pictures.main(arguments(bundles, tmp_path / "out")) == 0
     summary = json.loads((tmp_path / "out" / "quality.json").read_text())
@@ -106,6 +107,7 @@ def test_inspect_of_a_bundle_without_pictures(bundles, capsys):
     assert "expected a bundle with a quality section" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_recorded_figures(bundles, tmp_path, monkeypatch):
     lines: list[tuple[str, float, str]] = []
     monkeypatch.setattr(compare_pictures, "record", lambda figure, value, unit, *, note: lines.append((figure, value, note)))

@@ -352,6 +352,7 @@ def test_the_golden_inputs_of_a_decoder_alone(tmp_path: Path) -> None:
         assert golden_complaints(engine) == []
 
 
+@pytest.mark.slow
 def test_an_fp8_decoder_is_held_to_the_simulation() -> None:
     """Of its convolutions. With other scales, within a factor of 2, it is within the bound; with coarse ones it is not."""
     checkpoint = load(tiny())

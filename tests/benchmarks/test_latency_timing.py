@@ -114,6 +114,7 @@ print(peak_memory() - before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_sees_what_was_held() -> None:
     """In a process of its own: of one that has held much, the system may take pages away meanwhile."""
     found = subprocess.run([sys.executable, "-c", HELD], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -120,6 +120,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_recorded_figures(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[tuple[str, float, str, str]] = []
     monkeypatch.setattr(quality, "record", lambda figure, value, unit, *, note: lines.append((figure, value, unit, note)))

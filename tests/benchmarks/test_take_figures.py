@@ -50,6 +50,7 @@ def take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple
         path.write_text(PROGRAM)
     monkeypatch.setattr(take_figures, "ROOT", tmp_path / "root")
     monkeypatch.setattr(take_figures, "NEEDED_S", 0)
+    monkeypatch.setattr(take_figures, "POLL_S", 0.02)
     monkeypatch.setenv("TAKEN", str(tmp_path / "log"))
 
     def call(group: Group = GROUP, *arguments: str) -> tuple[int, list[str]]:
@@ -99,6 +100,7 @@ def test_the_cache_goes_before_the_first_figure(take, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "test" / "a").exists()
 
 
+@pytest.mark.slow
 def test_the_cache_stays_for_a_bundle_that_failed(take, tmp_path: Path) -> None:
     cache = tmp_path / "out" / "test" / "cache"
     assert take(replace(GROUP, bundles={"a": ("bad",), "b": ()}))[0] == 1
@@ -160,6 +162,7 @@ def test_words_that_are_wrong(take, capsys: pytest.CaptureFixture[str]) -> None:
     assert take(GROUP, "test.") == (2, [])
 
 
+@pytest.mark.slow
 def test_one_figure_has_the_bundles_that_it_needs(take, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, ran = take(GROUP, "test.two", "--clean")
     assert code == 0

@@ -108,6 +108,7 @@ def test_pkg_config(prefix, sources, drawn, tmp_path):
     check_programs(tmp_path, drawn, tmp_path, LD_LIBRARY_PATH=str(pc.parents[1]))
 
 
+@pytest.mark.slow
 def test_headers_of_tensorrt_that_are_not_there(tmp_path):
     """Where a folder was named that has none, that is an error; where none was, it is said, and what needs them is left out."""
     source = ["cmake", "-S", ROOT / "runtime" / "cpp", "-B"]

@@ -43,6 +43,7 @@ def memory(path: Path, aux_streams: int | None) -> dict[str, int]:
     return report.memory
 
 
+@pytest.mark.slow
 def test_on_one_stream_products_share_their_scratch(tmp_path):
     """The other way round shows what for: a TensorRT that shares it on several streams too would need no such option."""
     path = products(tmp_path / "products.onnx", 6)

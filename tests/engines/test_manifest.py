@@ -69,6 +69,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
     return Manifest(**dict(info), files=files)
 
 
+@pytest.mark.slow
 @given(manifests())
 def test_round_trip(manifest):
     text = manifest.model_dump_json(indent=1)

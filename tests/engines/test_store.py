@@ -87,7 +87,8 @@ def test_an_error_leaves_nothing(tmp_path):
     assert content(store.get_or_make(KEY, Maker())) == WHOLE
 
 
-@pytest.mark.parametrize("start", ["nothing", pytest.param("a damaged entry", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["nothing", "a damaged entry"])
 def test_killed_at_every_step(tmp_path, start):
     store = Store(tmp_path / "store")
     entry = tmp_path / "store" / KEY[:2] / KEY

@@ -50,6 +50,7 @@ def test_each_target_that_is_offered(tmp_path, target):
     assert build(path, targets=[target])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"plugin_namespace": None}, {"plugin_version": "2"}], ids=str)
 def test_a_node_that_is_inlined_fails_the_build(tmp_path, changes):
     """TensorRT itself says nothing: it finds no plugin under the domain's name or that version, and takes the function body."""

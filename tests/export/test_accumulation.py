@@ -73,7 +73,8 @@ def test_a_bias_is_added_in_fp16():
     assert added.inputs[1].name == "linear.bias"
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_other_precisions_are_left_alone(dtype):
     kind = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float32: ir.DataType.FLOAT}[dtype]
     assert {value.dtype for node in products(dtype) for value in node.inputs} == {kind}

@@ -72,6 +72,7 @@ def test_what_has_no_range(decoder):
         observed(decoder).plan("int8", recipe())
 
 
+@pytest.mark.slow
 def test_a_build_that_calibrates(tmp_path):
     """Its scales are those of what its sampling runs decode to; they are kept. FP8's are the parity check's, and so are INT8's
     where the denoiser is not calibrated."""

@@ -17,6 +17,7 @@ from export.onnx_export import ExportSpec, count_plugin_nodes, export_module, wi
 from export.weights import DATA_NAME, parameter_names, write_weights
 from export.widen import widened
 
+pytestmark = pytest.mark.slow
 HALF = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}
 
 
@@ -37,10 +38,7 @@ def exported_toy(dtype: torch.dtype) -> ir.Model:
     return export_module(meta_toy(dtype), SPEC)
 
 
-SLOW = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.bfloat16, torch.float32)]
-
-
-@pytest.fixture(scope="module", params=[torch.float16, *SLOW], ids=str)
+@pytest.fixture(scope="module", params=[torch.float16, torch.bfloat16, torch.float32], ids=str)
 def exported(request, weights, tmp_path_factory) -> tuple[torch.dtype, Path]:
     folder = tmp_path_factory.mktemp("toy")
     model = exported_toy(request.param).clone()
@@ -54,13 +52,11 @@ def relative_rms(got: np.ndarray, exact: np.ndarray) -> float:
     return float(np.sqrt(np.mean((got - exact) ** 2) / np.mean(exact**2)))
 
 
-@pytest.mark.slow
 def test_both_graphs_pass_the_checker(exported):
     for name in ("typed.onnx", "model.onnx"):
         onnx.checker.check_model(str(exported[1] / name), full_check=True)
 
 
-@pytest.mark.slow
 def test_the_op_is_one_node_with_a_body(exported):
     for name in ("typed.onnx", "model.onnx"):
         model = onnx.load(exported[1] / name, load_external_data=False)
@@ -68,7 +64,6 @@ def test_the_op_is_one_node_with_a_body(exported):
         assert [f.name for f in model.functions] == ["ReluLinearAttention"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 1, 1), (1, 7, 9), (3, 16, 4)])
 def test_portable_graph_computes_the_model_at_any_size(exported, weights, batch, height, width):
     dtype, folder = exported
@@ -84,7 +79,6 @@ def test_portable_graph_computes_the_model_at_any_size(exported, weights, batch,
     assert relative_rms(got, expected) <= max(2 * relative_rms(own, expected), 1e-6)
 
 
-@pytest.mark.slow
 def test_portable_graph_stores_weights_at_the_precision_and_computes_in_fp32(exported):
     dtype, folder = exported
     typed, portable = (onnx.load(folder / name, load_external_data=False) for name in ("typed.onnx", "model.onnx"))
@@ -102,7 +96,6 @@ def test_portable_graph_stores_weights_at_the_precision_and_computes_in_fp32(exp
     assert (dtype == torch.float32) == (typed == portable)
 
 
-@pytest.mark.slow
 def test_a_table_of_words_is_widened_after_the_lookup(exported):
     portable = onnx.load(exported[1] / "model.onnx", load_external_data=False)
     lookups = [n for n in portable.graph.node if n.op_type == "Gather" and "words.weight" in n.input]
@@ -118,7 +111,6 @@ def test_names_are_the_checkpoints_and_dimensions_have_names(exported):
     assert not any(re.search(r"\bs\d", name) for name in named)
 
 
-@pytest.mark.slow
 def test_bytes_are_the_same_every_time_and_hold_no_paths(exported, weights, tmp_path):
     dtype, folder = exported
     model = export_module(meta_toy(dtype), SPEC)
@@ -145,13 +137,11 @@ class Small(nn.Module):
 SMALL_SPEC = ExportSpec(axes=SPEC.axes, inputs=SPEC.inputs[:1], outputs=SPEC.outputs, plugins={})
 
 
-@pytest.mark.slow
 def test_a_lost_plugin_node_is_an_error():
     with pytest.raises(BuildError, match=r"got plugin nodes \{\}; expected \{'ReluLinearAttention': 1\}"):
         export_module(Small(), replace(SMALL_SPEC, plugins={"ReluLinearAttention": 1}))
 
 
-@pytest.mark.slow
 def test_an_ignored_weight_is_an_error():
     module = Small()
     export_module(module, SMALL_SPEC)

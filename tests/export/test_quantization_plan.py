@@ -111,6 +111,7 @@ def test_activations_that_are_all_zero_are_named(folder, seen, tmp_path):
         statistics.channels("transformer_blocks.0.attn1.to_out.0")
 
 
+@pytest.mark.slow
 def test_calibrators_against_their_definitions():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(4000, 16, generator=generator)
@@ -178,6 +179,7 @@ def error_of(overrides, name="nvfp4"):
     return plan_layer("layer", name, load_recipe(name, overrides), weight, rows.abs().amax(0), rows)
 
 
+@pytest.mark.slow
 def test_what_outliers_cost_and_what_helps():
     plain = error_of(["awq=null", "low_rank=0"]).error
     searched = error_of(["low_rank=0"])
@@ -189,6 +191,7 @@ def test_what_outliers_cost_and_what_helps():
     assert error_of([*static, "smoothquant=0.5"], "int8").error < 0.5 * error_of([*static, "smoothquant=null"], "int8").error
 
 
+@pytest.mark.slow
 def test_the_search_takes_the_least_error_that_the_simulation_has():
     single = {a: error_of([f"awq=[{a}]", "low_rank=4"]).error for a in (0.0, 0.25, 0.5, 0.75, 1.0)}
     found = error_of(["low_rank=4"])
@@ -317,6 +320,7 @@ def test_notes_hold_the_recipe(folder, store):
     assert json.loads(plan.notes["recipe"])["smoothquant"] == 0.5
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_folder_and_replaces_its_own(folder, store, tmp_path, capsys):
     out = tmp_path / "calibration"
     words = ["--model", str(folder), "--recipe", "int8", "--out", str(out), "--cache", str(store.root), *SMALL]

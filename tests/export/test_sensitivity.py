@@ -73,6 +73,7 @@ def test_a_killed_pass_goes_on_and_each_group_is_measured_alone(reference, plan,
     assert table[one]["nvfp4"] == real(reference, only(plan, one), runs)
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_chosen_recipe_is_the_formats_plans_put_together(reference, plan, store):
     fp8 = make_plan(reference.checkpoint, load_recipe("nvfp4", [*SMALL, "format=fp8"]), store=store, progress=quiet())
     rules = "formats=[{groups:'*.ff.*',format:fp8},{groups:'*.1.attn2.*',format:none}]"

@@ -90,6 +90,7 @@ def error_of(folder, plan):
     return float((got - exact).square().sum() / exact.square().sum())
 
 
+@pytest.mark.slow
 def test_outliers_cost_little_with_smoothing(folder, store, tmp_path):
     """A channel of a norm that is 30 times as large as all others, as transformers have them; k, q and v multiply it by little."""
     other = write(tmp_path / "outlier")

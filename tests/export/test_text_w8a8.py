@@ -129,6 +129,7 @@ def test_the_report_and_the_bound():
     assert 0 < parity["onnxruntime"]["rms"] <= parity["bound"]["rms"]
 
 
+@pytest.mark.slow
 def test_ranges_are_of_the_weights_as_they_are_stored():
     """Those of a build whose table is stored in another way are not taken from the cache."""
     found, plan_ = [], encoder("static").plan
@@ -194,6 +195,7 @@ def of(*keys, **flags):
     return weights_of(load(flags={"precision": "int8", "recipe_keys": ["text_encoder=w8a8", *keys], **flags}))
 
 
+@pytest.mark.slow
 def test_what_a_recipe_says():
     assert of() == {"text_encoder": "w8a8", "text_encoder_table": "host", "text_projection": "int8"}
     assert of("text_encoder_table=int8").keys() == of("text_encoder_table=null").keys() == {"text_encoder", "text_projection"}

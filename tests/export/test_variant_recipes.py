@@ -90,6 +90,7 @@ def of(**flags: object):
     return asked
 
 
+@pytest.mark.slow
 def test_a_build_follows_the_recipe_of_its_variant():
     """With the keys that were asked for; not for another model, under a budget, or by a file."""
     asked = of(precision="nvfp4", recipe_keys=["low_rank=8"])

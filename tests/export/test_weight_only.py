@@ -207,6 +207,7 @@ def test_a_name_that_the_graph_has_not():
         pack_graph(exported(("prompt_embeds",)).clone(), runner().stored(part), {"x": "int8"}, torch.float16, lambda *_: None)
 
 
+@pytest.mark.slow
 def test_what_the_recipes_ask_for():
     int8 = {"text_encoder": "int8", "text_encoder_table": "host", "text_projection": "int8"}
     assert text_weights(load_recipe("int8")) == text_weights(load_recipe("fp8")) == int8
@@ -230,6 +231,7 @@ def of(**flags: object):
     return weights_of(load(flags=flags))
 
 
+@pytest.mark.slow
 def test_what_a_build_is_asked_for(tmp_path):
     assert of(precision="fp16") == of(precision="bf16") == {}
     assert of(precision="nvfp4", plan=tmp_path / "plan")["text_encoder"] == "int4"

@@ -42,6 +42,7 @@ def test_wide_equals_a_wide_copy(wide):
     assert model.linear.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_a_component_runs_wide_with_narrow_weights():
     from tiny_build import RANGES, tiny
 

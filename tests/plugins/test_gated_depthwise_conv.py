@@ -278,6 +278,7 @@ def activations():
     return [(x, weight, layer.conv_depth.bias) for x, weight, layer in zip(wide, filters, layers, strict=True)]
 
 
+@pytest.mark.slow
 def test_activations_are_negative_far_from_zero():
     """Where SiLU's result is nothing beside what tanh's approximation loses."""
     assert all((x < -4).double().mean() > 0.001 and weight.shape == (3, 3, x.shape[-1]) for x, weight, _ in activations())

@@ -303,6 +303,7 @@ def test_any_scalar_can_come_from_the_command_line(value, tmp_path_factory):
     assert str(composed.origins.of(["key"])) == "command line"
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(start=st.sampled_from(["", "key=", "+new=", "++key.a=", "~"]), rest=st.text("key=+~${}[],'\"\\:@/. 1?", max_size=8))
 def test_any_override_composes_or_is_an_error_of_ours(start, rest, tmp_path_factory):

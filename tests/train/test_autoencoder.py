@@ -103,6 +103,7 @@ def test_the_fields_of_an_architecture_are_those_of_the_reference():
     assert set(ArchitectureSettings.model_fields) == fields - {"scaling_factor"}
 
 
+@pytest.mark.slow
 def test_the_sizes_of_sana_tiny():
     full, lite = (AutoencoderTask(architecture(tasks.load(name)[0].autoencoder)).autoencoder for name in list(EXPERIMENTS)[:2])
     assert sum(p.numel() for p in full.parameters()) * 2 < 10.7e6  # bytes in bf16

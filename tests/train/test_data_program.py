@@ -91,6 +91,7 @@ def test_latents_decode_to_their_pictures_and_texts_are_what_drawing_uses(data, 
     torch.testing.assert_close(batch.text[0, 0], empty[0, 0], rtol=1e-4, atol=1e-4)  # so captions can be dropped by a mask
 
 
+@pytest.mark.slow
 def test_encoders_say_what_they_are():
     from sana_ref import checkpoint
 

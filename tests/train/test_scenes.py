@@ -26,6 +26,7 @@ def test_scenes_repeat_and_differ_by_seed() -> None:
     assert not np.array_equal(one.geometry, other.geometry)
 
 
+@pytest.mark.slow
 def test_composed_picture_shows_objects_where_the_scene_says(sprites: Sprites) -> None:
     scenes = draw_scenes(20, seed=1, num_objects=12, kind=LEFT_RIGHT, aspect=320 / 192)
     tensors, colours = SceneTensors.of(scenes, "cpu"), palette("cpu")

@@ -111,6 +111,7 @@ def test_every_key_of_the_schema_is_written_in_a_file():
     assert [key for key in expected if not any(k[: len(key)] == key for k in written)] == []
 
 
+@pytest.mark.slow
 def test_the_recipes_of_the_papers():
     small, large = cached("sana_600m_512px"), cached("sana_1_5_1600m_1024px_fsdp")
     assert (small.trainer.optimizer.kind, small.trainer.optimizer.lr, small.trainer.micro_batch) == ("came", 1e-4, 128)
