@@ -7,7 +7,7 @@ BUNDLE := $(OUT)/sana-tiny
 PROMPT ?= a red apple on a yellow background
 
 WORKERS ?= 2
-# Without parity to diffusers, which takes seconds to import.
+# Without parity to diffusers, whose import alone takes seconds.
 QUICK = $(BIN)/python -m pytest -m "not slow and not gpu" --ignore=tests/parity
 HALF := apps benchmarks plugins sana_ref train
 

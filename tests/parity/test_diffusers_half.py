@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import twins
 from parity.bound import assert_parity
+from small_models import TEXT_CHANNELS, narrow, tiny_transformer_config
 
 from sana_ref.variants import DC_AE, DC_AE_LITE
 
@@ -24,10 +25,10 @@ def narrowed(ours, theirs, dtype):
 )
 @torch.no_grad()
 def test_transformer(changes, dtype):
-    ours, theirs, exact = narrowed(*twins.transformer_twins(twins.tiny_transformer_config(**changes)), dtype)
+    ours, theirs, exact = narrowed(*twins.transformer_twins(tiny_transformer_config(**changes)), dtype)
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(2, 32, 12, 16, generator=generator).to(dtype)
-    text = torch.randn(2, 30, twins.TEXT_CHANNELS, generator=generator).to(dtype)
+    text = torch.randn(2, 30, TEXT_CHANNELS, generator=generator).to(dtype)
     mask = (torch.arange(30) < torch.tensor([[7], [30]])).long()
     timestep = torch.tensor([999.0, 136.5])
     assert_parity(
@@ -42,15 +43,15 @@ def test_transformer(changes, dtype):
 @pytest.mark.parametrize("config", [DC_AE, DC_AE_LITE], ids=["full", "lite"])
 @torch.no_grad()
 def test_autoencoder(config):
-    ours, theirs, exact = narrowed(*twins.autoencoder_twins(twins.narrow(config)), torch.bfloat16)
+    ours, theirs, exact = narrowed(*twins.autoencoder_twins(narrow(config)), torch.bfloat16)
     images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
     latents = exact.encode(images.float(), return_dict=False)[0]
     assert_parity(ours.encode(images), same=theirs.encode(images, return_dict=False)[0], exact=latents, name="encoder")
-    narrow = latents.bfloat16()
+    halved = latents.bfloat16()
     assert_parity(
-        ours.decode(narrow),
-        same=theirs.decode(narrow, return_dict=False)[0],
-        exact=exact.decode(narrow.float(), return_dict=False)[0],
+        ours.decode(halved),
+        same=theirs.decode(halved, return_dict=False)[0],
+        exact=exact.decode(halved.float(), return_dict=False)[0],
         name="decoder",
     )
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from parity import twins
+from small_models import TEXT_CHANNELS, narrow, tiny_transformer_config
 
 from sana_ref.autoencoder import AutoencoderDC
 from sana_ref.text_encoder import Gemma2Config, Gemma2Encoder
@@ -72,10 +73,10 @@ def test_published_text_encoder_has_the_same_parameters():
 )
 @torch.no_grad()
 def test_transformer_gives_the_same_numbers(changes):
-    config = twins.tiny_transformer_config(**changes)
+    config = tiny_transformer_config(**changes)
     ours, theirs = twins.transformer_twins(config)
     generator = torch.Generator().manual_seed(1)
-    text = torch.randn(2, 30, twins.TEXT_CHANNELS, generator=generator)
+    text = torch.randn(2, 30, TEXT_CHANNELS, generator=generator)
     mask = (torch.arange(30) < torch.tensor([[7], [30]])).long()
     timestep = torch.tensor([0.98, 0.5] if config.guidance_embeds else [999.0, 136.5])
     guidance = torch.tensor([0.45, 0.1]) if config.guidance_embeds else None
@@ -94,11 +95,11 @@ WIDE = [pytest.param(name, marks=pytest.mark.slow) for name in ("sprint_1600m_10
 @pytest.mark.parametrize("name", ["sana_600m_1024px", *WIDE])
 @torch.no_grad()
 def test_published_width_gives_the_same_numbers(name):
-    config = dataclasses.replace(VARIANTS[name].transformer, num_layers=1, caption_channels=twins.TEXT_CHANNELS)
+    config = dataclasses.replace(VARIANTS[name].transformer, num_layers=1, caption_channels=TEXT_CHANNELS)
     ours, theirs = twins.transformer_twins(config)
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 32, 6, 8, generator=generator)
-    text = torch.randn(1, 10, twins.TEXT_CHANNELS, generator=generator)
+    text = torch.randn(1, 10, TEXT_CHANNELS, generator=generator)
     timestep = torch.tensor([0.98 if config.guidance_embeds else 999.0])
     guidance = torch.tensor([0.45]) if config.guidance_embeds else None
     expected = theirs(latents, text, timestep, guidance, return_dict=False)[0]
@@ -109,7 +110,7 @@ def test_published_width_gives_the_same_numbers(name):
 @pytest.mark.parametrize("config", [DC_AE, DC_AE_LITE], ids=["full", "lite"])
 @torch.no_grad()
 def test_autoencoder_gives_the_same_numbers(config):
-    ours, theirs = twins.autoencoder_twins(twins.narrow(config))
+    ours, theirs = twins.autoencoder_twins(narrow(config))
     generator = torch.Generator().manual_seed(1)
     # 64 x 64 px has 4, 16 and 64 pixels in the stages with attention: below and above diffusers' switch at 32
     for height, width in ((64, 64), (128, 128), (96, 224)):

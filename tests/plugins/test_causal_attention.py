@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from attention_graph import DTYPES, ONNX_TYPES
-from onnx import TensorProto, helper
+from attention_graph import DTYPES
+from function_bodies import run_bodies
+from onnx import helper
 from parity.bound import assert_parity
 from parity.interpreter import interpret
 
@@ -183,33 +182,25 @@ def test_op_on_gpu(case):
     assert torch.equal(attention_ops.causal_attention(*inputs, **case.options), got)
 
 
-def body_model(case):
-    kind = ONNX_TYPES[case.dtype]
+def run_body(case, inputs):
     layout = op.layout(case.heads, case.kv_heads, case.dim)
     numbers = {"scale": case.dim**-0.5, "cap": case.cap, "window": op.ALL if case.window is None else case.window}
     nodes = [
         helper.make_node(op.ROTATE, op.INPUTS[op.ROTATE], ["turned"], domain=op.DOMAIN, launch="unused", **layout[op.ROTATE]),
         helper.make_node(op.ATTEND, op.INPUTS[op.ATTEND], ["out"], domain=op.DOMAIN, **layout[op.ATTEND], **numbers),
     ]
-    value = helper.make_tensor_value_info
-    inputs = [value("qkv", kind, ["b", "s", (case.heads + 2 * case.kv_heads) * case.dim])]
-    inputs += [value(name, TensorProto.FLOAT, ["s", case.dim // 2]) for name in ("cos", "sin")]
-    inputs.append(value("live", kind, ["b", "s"]))
-    graph = helper.make_graph(nodes, "attention", inputs, [value("out", kind, ["b", "s", case.heads * case.dim])])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
-    bodies = [op.function_body(name) for name in op.INPUTS]
-    return helper.make_model(graph, functions=bodies, opset_imports=opsets, ir_version=10)
+    table = ["s", case.dim // 2]
+    sizes = {"qkv": ["b", "s", (case.heads + 2 * case.kv_heads) * case.dim], "cos": table, "sin": table, "live": ["b", "s"]}
+    given = {name: (t, sizes[name]) for name, t in zip(sizes, inputs, strict=True)}
+    made = {"out": (inputs[0].dtype, ["b", "s", case.heads * case.dim])}
+    return run_bodies(nodes, [op.function_body(name) for name in op.INPUTS], given, made)
 
 
 @pytest.mark.parametrize("case", [*cases(["fp16", "fp32"])], ids=str)
 def test_function_bodies(case):
     """In ONNX Runtime, with one of the plugin's attributes."""
-    model = body_model(case)
-    onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     inputs = case.inputs()
-    fed = {name: t.numpy() for name, t in zip(("qkv", "cos", "sin", "live"), inputs, strict=True)}
-    got = torch.from_numpy(session.run(None, fed)[0])
+    (got,) = run_body(case, inputs)
     check(got, case, inputs, f"body {case}")
     with pytest.raises(AssertionError, match="expected at most"):
         check(got * 1.02, case, inputs, "2 % too much")

@@ -1,10 +1,9 @@
 """The kernel (interpreted on a CPU, or on a GPU), ONNX function body and cubins of conv3x3_upsample, against PyTorch in fp64."""
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from attention_graph import DTYPES, ONNX_TYPES
+from attention_graph import DTYPES
+from function_bodies import run_bodies
 from onnx import helper
 from parity.bound import assert_parity
 from parity.interpreter import interpret
@@ -162,31 +161,21 @@ def test_op_is_registered_as_pytorch_asks():
         torch.library.opcheck(torch.ops.sana.conv3x3_upsample.default, (*inputs((2, 3, 4, 8, 4, repeats), "fp32"), repeats))
 
 
-def body_model(dtype, channels, outputs, repeats):
-    shapes = {
-        "x": ["b", "h", "w", channels],
-        "weight": [4 * outputs, 3, 3, channels],
-        "bias": [4 * outputs],
-        "out": ["b", "2*h", "2*w", outputs],
-    }
-    values = {each: helper.make_tensor_value_info(each, ONNX_TYPES[dtype], shape) for each, shape in shapes.items()}
+def run_body(given, repeats):
+    x, weight, bias = given
     attributes = {"repeats": repeats} if repeats else {}  # 0 is the body's default
     node = helper.make_node(op.OP, op.INPUTS, ["out"], domain=op.DOMAIN, launch="unused", **attributes)
-    graph = helper.make_graph([node], "conv", [values[each] for each in op.INPUTS], [values["out"]])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
-    return helper.make_model(graph, functions=[op.function_body()], opset_imports=opsets, ir_version=10)
+    sizes = (["b", "h", "w", x.shape[-1]], list(weight.shape), list(bias.shape))
+    inputs = {name: (t, each) for name, t, each in zip(op.INPUTS, given, sizes, strict=True)}
+    return run_bodies([node], [op.function_body()], inputs, {"out": (x.dtype, ["b", "2*h", "2*w", len(bias) // 4])})
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_function_body(dtype):
     """In ONNX Runtime, with an attribute of the plugin's on the node."""
     for shape in SHAPES:
-        model = body_model(dtype, *shape[3:])
-        onnx.checker.check_model(model, full_check=True)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         given = inputs(shape, dtype)
-        feeds = dict(zip(op.INPUTS, (t.numpy() for t in given), strict=True))
-        got = torch.from_numpy(session.run(None, feeds)[0])
+        (got,) = run_body(given, shape[-1])
         check(got, given, shape[-1], f"body {shape} {dtype}")
         with pytest.raises(AssertionError, match="expected at most"):
             check(got * 1.02, given, shape[-1], "2 % too much")

@@ -1,11 +1,10 @@
 """The kernels (interpreted on a CPU, or on a GPU), ONNX function bodies and cubins of conv_taps, against PyTorch in fp64."""
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from attention_graph import DTYPES, ONNX_TYPES
-from onnx import TensorProto, helper
+from attention_graph import DTYPES
+from function_bodies import run_bodies
+from onnx import helper
 from parity.bound import assert_parity
 from parity.interpreter import interpret
 from torch.nn import functional as F
@@ -174,33 +173,21 @@ def test_what_plugin_and_truth_share():
     assert (op.MAX_CHANNELS, op.MAX_OUTPUTS) == (fused_decoder.MAX_NORM, fused_decoder.MAX_OUTPUTS)
 
 
-def body_model(dtype, channels, outputs):
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_function_bodies(shape, dtype):
     """Both, one behind the other; taps is an output too."""
-    kind, value = ONNX_TYPES[dtype], helper.make_tensor_value_info
-    given = [value("x", kind, ["b", "h", "w", channels])]
-    given += [value(name, kind, [channels]) for name in ("norm_weight", "norm_bias")]
-    given += [value("weight", kind, [channels, 9 * outputs]), value("bias", kind, [outputs])]
-    made = [value("taps", TensorProto.FLOAT, ["b", 9 * outputs, "h", "w"]), value("out", kind, ["b", "h", "w", outputs])]
+    *first, weight, bias = inputs(shape, dtype)
+    channels, outputs = shape[3:]
     nodes = [
         helper.make_node(op.OP, op.INPUTS[op.OP], ["taps"], domain=op.DOMAIN, launch="unused"),
         helper.make_node(op.SUM, op.INPUTS[op.SUM], ["out"], domain=op.DOMAIN, channels=outputs),
     ]
-    graph = helper.make_graph(nodes, "end", given, made)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
-    bodies = [op.function_body(name) for name in op.INPUTS]
-    return helper.make_model(graph, functions=bodies, opset_imports=opsets, ir_version=10)
-
-
-@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_function_bodies(shape, dtype):
-    model = body_model(dtype, *shape[3:])
-    onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    *first, weight, bias = inputs(shape, dtype)
     names = ("x", "norm_weight", "norm_bias", "weight", "bias")
-    fed = {name: t.numpy() for name, t in zip(names, (*first, flat(weight), bias), strict=True)}
-    taps, y = (torch.from_numpy(found) for found in session.run(None, fed))
+    sizes = (["b", "h", "w", channels], [channels], [channels], [channels, 9 * outputs], [outputs])
+    fed = {name: (t, each) for name, t, each in zip(names, (*first, flat(weight), bias), sizes, strict=True)}
+    made = {"taps": (torch.float32, ["b", 9 * outputs, "h", "w"]), "out": (bias.dtype, ["b", "h", "w", outputs])}
+    taps, y = run_bodies(nodes, [op.function_body(name) for name in op.INPUTS], fed, made)
     check(taps, y, shape, dtype, f"bodies {shape} {dtype}")
     with pytest.raises(AssertionError, match="expected at most"):
         check(taps * 1.02, y, shape, dtype, "2 % too much")

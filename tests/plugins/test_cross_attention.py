@@ -3,12 +3,11 @@
 import json
 from dataclasses import dataclass
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from attention_graph import DTYPES, ONNX_TYPES
+from attention_graph import DTYPES
+from function_bodies import run_bodies
 from onnx import helper
 from parity.bound import assert_parity
 from parity.interpreter import interpret
@@ -177,30 +176,19 @@ def test_op_on_gpu(case, monkeypatch):
     assert torch.equal(attention_ops.cross_attention(*inputs, case.block), got)
 
 
-def body_model(case):
-    kind = ONNX_TYPES[case.dtype]
-
-    def value(name, *shape):
-        return helper.make_tensor_value_info(name, kind, shape)
-
+def run_body(case, inputs):
     names = ("q", "keys", "values", "bias")
     node = helper.make_node(op.OP, names, ["out"], domain=op.DOMAIN, block=case.block, launch="unused")
-    width, text = case.heads * case.dim, ("blocks", "k", "b", case.heads, "l", case.dim)
-    inputs = [value("q", "kb", "n", width), value("keys", *text), value("values", *text), value("bias", "kb", "l")]
-    graph = helper.make_graph([node], "attention", inputs, [value("out", "kb", "n", width)])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
-    return helper.make_model(graph, functions=[op.function_body()], opset_imports=opsets, ir_version=10)
+    whole, text = ["kb", "n", case.heads * case.dim], ["blocks", "k", "b", case.heads, "l", case.dim]
+    given = {name: (t, sizes) for name, t, sizes in zip(names, inputs, (whole, text, text, ["kb", "l"]), strict=True)}
+    return run_bodies([node], [op.function_body()], given, {"out": (inputs[0].dtype, whole)})
 
 
 @pytest.mark.parametrize("case", [*cases(["fp16", "fp32"])], ids=str)
 def test_function_body(case):
     """In ONNX Runtime, with one of the plugin's attributes."""
-    model = body_model(case)
-    onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     inputs = case.inputs()
-    fed = {name: t.numpy() for name, t in zip(("q", "keys", "values", "bias"), inputs, strict=True)}
-    got = torch.from_numpy(session.run(None, fed)[0])
+    (got,) = run_body(case, inputs)
     check(got, case, inputs, f"body {case}")
     with pytest.raises(AssertionError, match="expected at most"):
         check(got * 1.02, case, inputs, "2 % too much")

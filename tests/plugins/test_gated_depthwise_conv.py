@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from attention_graph import DTYPES, ONNX_TYPES
+from attention_graph import DTYPES
+from function_bodies import run_bodies
 from onnx import helper
 from parity.bound import assert_parity
 from parity.interpreter import run_interpreted
@@ -149,30 +148,16 @@ def test_parameters_keep_their_dtype_beside_half_precision():
     torch.testing.assert_close([dweight.double(), dbias.double()], wanted[2:], rtol=1e-4, atol=1e-4)
 
 
-def body_model(dtype, channels):
-    kind = ONNX_TYPES[dtype]
-    shapes = {
-        "x": ["b", "h", "w", channels],
-        "weight": [3, 3, channels],
-        "bias": [channels],
-        "out": ["b", "h", "w", channels // 2],
-    }
-    values = {name: helper.make_tensor_value_info(name, kind, shape) for name, shape in shapes.items()}
-    node = helper.make_node(op.OP, ["x", "weight", "bias"], ["out"], domain=op.DOMAIN, channels=channels, launch="unused")
-    graph = helper.make_graph([node], "conv", [values[name] for name in ("x", "weight", "bias")], [values["out"]])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
-    return helper.make_model(graph, functions=[op.function_body()], opset_imports=opsets, ir_version=10)
-
-
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_function_body(dtype):
     """In ONNX Runtime, with an attribute of the plugin's on the node."""
     for shape in SHAPES:
         _, *given = inputs(shape, dtype)
-        model = body_model(dtype, 2 * shape[-1])
-        onnx.checker.check_model(model, full_check=True)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        got = torch.from_numpy(session.run(None, dict(zip(("x", "weight", "bias"), (t.numpy() for t in given), strict=True)))[0])
+        channels, names = 2 * shape[-1], ("x", "weight", "bias")
+        node = helper.make_node(op.OP, names, ["out"], domain=op.DOMAIN, channels=channels, launch="unused")
+        sizes = (["b", "h", "w", channels], [3, 3, channels], [channels])
+        fed = {name: (t, each) for name, t, each in zip(names, given, sizes, strict=True)}
+        (got,) = run_bodies([node], [op.function_body()], fed, {"out": (given[0].dtype, ["b", "h", "w", channels // 2])})
         exact = plain(*(t.double() for t in given))
         assert_parity(got, same=plain(*given), exact=exact, name=f"function body {shape} {dtype}")
         with pytest.raises(AssertionError, match="expected at most"):

@@ -2,11 +2,10 @@
 
 import json
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from attention_graph import DTYPES, ONNX_TYPES
+from attention_graph import DTYPES
+from function_bodies import run_bodies
 from onnx import helper
 from parity.bound import assert_parity
 from parity.eight_bits import TARGETS_OF, assert_bits, assert_e4m3, quantized_truth
@@ -292,32 +291,18 @@ def test_quantized_kernel_on_gpu(case, dtype):
         check_static(kind, (hidden, bits), case, given, f"kernel {case} {dtype} {kind}")
 
 
-def body_model(dtype, case, given):
-    name = op.PLAIN if len(case[1]) == 2 else op.GATED
-    kind = ONNX_TYPES[dtype]
-    free = [["b", "n"]] * 2 + [["b"], [6]] * 2
-    inputs = [
-        helper.make_tensor_value_info(each, kind, [*sizes, t.shape[-1]])
-        for each, sizes, t in zip(op.INPUTS[name], free, given, strict=False)
-    ]
-    outputs = [helper.make_tensor_value_info(each, kind, ["b", "n", case[0][2]]) for each in ("hidden", "normed")]
-    attributes = {"rows": case[1], "rms": int(case[3]), "eps": EPS, "launch": "unused"}
-    node = helper.make_node(name, op.INPUTS[name], ["hidden", "normed"], domain=op.DOMAIN, **attributes)
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
-    graph = helper.make_graph([node], "norm", inputs, outputs)
-    return helper.make_model(graph, functions=[op.function_body(name)], opset_imports=opsets, ir_version=10)
-
-
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_function_bodies(case, dtype):
     """In ONNX Runtime, with an attribute of the plugin's on the node."""
     given = tensors(case, dtype)
-    model = body_model(dtype, case, given)
-    onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    feeds = {value.name: t.numpy() for value, t in zip(session.get_inputs(), given, strict=True)}
-    got = [torch.from_numpy(each) for each in session.run(None, feeds)]
+    name = op.PLAIN if len(case[1]) == 2 else op.GATED
+    attributes = {"rows": case[1], "rms": int(case[3]), "eps": EPS, "launch": "unused"}
+    node = helper.make_node(name, op.INPUTS[name], ["hidden", "normed"], domain=op.DOMAIN, **attributes)
+    free = [["b", "n"]] * 2 + [["b"], [6]] * 2
+    fed = {each: (t, [*sizes, t.shape[-1]]) for each, sizes, t in zip(op.INPUTS[name], free, given, strict=False)}
+    made = dict.fromkeys(("hidden", "normed"), (given[0].dtype, ["b", "n", case[0][2]]))
+    got = run_bodies([node], [op.function_body(name)], fed, made)
     check(got, case, given, f"body {case} {dtype}")
     with pytest.raises(AssertionError, match=r"normed: .* expected at most"):
         check([got[0], got[1] * 1.02], case, given, "2 % too much")

@@ -1,10 +1,9 @@
 """The kernel (interpreted, or on a GPU), ONNX function body and cubins of multiscale_projection, against PyTorch in fp64."""
 
-import onnx
-import onnxruntime
 import pytest
 import torch
-from attention_graph import DTYPES, ONNX_TYPES
+from attention_graph import DTYPES
+from function_bodies import run_bodies
 from onnx import helper
 from parity.bound import assert_parity
 from parity.interpreter import interpret
@@ -105,30 +104,20 @@ def test_op_is_registered_as_pytorch_asks():
     torch.library.opcheck(torch.ops.sana.multiscale_projection.default, tuple(inputs((2, 3, 4, 32, 16), "fp32")))
 
 
-def body_model(dtype, channels, head_dim):
-    shapes = {
-        "x": ["b", "h", "w", channels],
-        "near": [25, channels],
-        "mix": [channels, head_dim],
-        "out": ["b", "h", "w", 2 * channels],
-    }
-    values = {each: helper.make_tensor_value_info(each, ONNX_TYPES[dtype], shape) for each, shape in shapes.items()}
-    attributes = op.body_attributes(channels, head_dim)
+def run_body(given, channels, head_dim):
+    attributes, sides = op.body_attributes(channels, head_dim), ["b", "h", "w"]
     node = helper.make_node(op.OP, op.INPUTS, ["out"], domain=op.DOMAIN, launch="unused", **attributes)
-    graph = helper.make_graph([node], "projection", [values[each] for each in op.INPUTS], [values["out"]])
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(op.DOMAIN, 1)]
-    return helper.make_model(graph, functions=[op.function_body()], opset_imports=opsets, ir_version=10)
+    sizes = ([*sides, channels], [25, channels], [channels, head_dim])
+    inputs = {name: (t, each) for name, t, each in zip(op.INPUTS, given, sizes, strict=True)}
+    return run_bodies([node], [op.function_body()], inputs, {"out": (given[0].dtype, [*sides, 2 * channels])})
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "fp32"])
 def test_function_body(dtype):
     """In ONNX Runtime, with an attribute of the plugin's on the node."""
     for shape in SHAPES:
-        model = body_model(dtype, *shape[3:])
-        onnx.checker.check_model(model, full_check=True)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         given = inputs(shape, dtype)
-        got = torch.from_numpy(session.run(None, dict(zip(op.INPUTS, (t.numpy() for t in given), strict=True)))[0])
+        (got,) = run_body(given, *shape[3:])
         check(got, given, f"body {shape} {dtype}")
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -43,7 +42,10 @@ def picture(info: str | None = INFO.model_dump_json()) -> Image.Image:
     return image
 
 
+@pytest.mark.slow
 def test_pixels_as_diffusers() -> None:
+    from diffusers.image_processor import VaeImageProcessor
+
     halves = (np.arange(256, dtype=np.float32) + 0.5) / 255 * 2 - 1  # where rounding decides
     decoded = np.concatenate([np.random.default_rng(0).normal(0, 1, 3 * 64 * 64 - 256).astype(np.float32), halves])
     decoded = decoded.reshape(1, 3, 64, 64)

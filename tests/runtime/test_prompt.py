@@ -8,9 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import SanaPipeline
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 from engines.errors import CheckpointError, RequestError, SpecError
 from runtime.prompt import PromptCutWarning, PromptTemplate, PromptTokenizer, check_prompts
@@ -40,6 +38,9 @@ def path(tmp_path_factory) -> Path:
 
 def diffusers_tokens(path: Path, prompts: list[str], chi: list[str] | None, length: int):
     """What diffusers feeds its text encoder, and the mask after its selection."""
+    from diffusers import SanaPipeline
+    from transformers import PreTrainedTokenizerFast
+
     fed = {}
 
     def text_encoder(ids, attention_mask):
@@ -53,6 +54,7 @@ def diffusers_tokens(path: Path, prompts: list[str], chi: list[str] | None, leng
     return fed["ids"], fed["mask"], fed["mask"][:, [0, *range(-length + 1, 0)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [4, 16, 60])
 @pytest.mark.parametrize("chi", [CHI, None])
 @pytest.mark.filterwarnings("ignore::runtime.prompt.PromptCutWarning")
@@ -67,6 +69,7 @@ def test_as_diffusers(path: Path, chi: list[str] | None, length: int) -> None:
     np.testing.assert_array_equal(got.selected_mask, selected)
 
 
+@pytest.mark.slow
 def test_negative_prompts_have_no_instruction(path: Path) -> None:
     tokenizer = PromptTokenizer(path, PromptTemplate(complex_human_instruction="\n".join(CHI), max_sequence_length=20))
     got = tokenizer.encode(["", "blur"], negative=True)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from parity.twins import TEXT_CHANNELS, narrow, randomise, tiny_transformer_config
+from small_models import TEXT_CHANNELS, narrow, randomise, tiny_transformer_config
 from torch.export import Dim, export
 
 from sana_ref.autoencoder import AutoencoderDC
