@@ -6,144 +6,24 @@ The engines of the bundle are the fake's description of the portable graph besid
 
 import functools
 import json
-import os
 import re
 import shutil
-import subprocess
-from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 
-import onnx
 import pytest
 from cpp_bundles import letters_bundle, sprint_bundle
-from cpp_pictures import onnxruntime_library
+from cpp_trt import ACTIVATIONS, REQUEST, WORDS
 from fakes import HOST_TABLE, only
 
 from benchmarks import cpp_runtime
-from engines.bundle import Bundle, TensorRTInfo
-from engines.digest import file_sha256
-from engines.errors import MissingFileError, ParityError, SanaError, TensorRTVersionError
-from engines.spec import COMPONENTS, Target
+from engines.bundle import Bundle
+from engines.errors import MissingFileError, ParityError, SanaError
+from engines.spec import COMPONENTS
 from engines.token_table import TABLE_NAME
 from runtime import SanaEngine
 from runtime.image import read_picture, save_png
 from runtime.kernel_cache import KernelCache
 from runtime.trt_backend import ALIGNMENT
-
-ACTIVATIONS = {"text_encoder": 5000, "text_projection": 6000, "denoiser": 70_000, "decoder": 30_000}  # bytes
-TYPES = {onnx.TensorProto.INT64: "int64", onnx.TensorProto.FLOAT: "float32"}
-
-
-@pytest.fixture(scope="module")
-def fake(cpp: Path) -> Path:
-    """The folder with both libraries."""
-    folder = cpp / "fake"
-    if not (folder / "libtensorrt_rtx.so.1").exists():
-        pytest.skip("set TENSORRT_ROOT to an SDK of TensorRT for RTX: the fake is built from its headers")
-    return folder
-
-
-LEVELS_LINES = ["out levels uint8 4", "out not_finite int32 1"]
-
-
-def write_engine(folder: Path, component: str, target: Target, levels: bool = True) -> str:
-    """levels: it is not of before, when decoders' engines had none."""
-    graph = folder / component / "model.onnx"
-    model = onnx.load(graph, load_external_data=False).graph
-    lines = [f"graph {graph}", f"activations {ACTIVATIONS[component]}"]
-    for word, tensors in (("in", model.input), ("out", model.output)):
-        for each in tensors:
-            kind = each.type.tensor_type
-            name = "bfloat16" if each.name == "inputs_embeds" else TYPES[kind.elem_type]  # as a table on the host has them
-            lines.append(f"{word} {each.name} {name} {len(kind.shape.dim)}")
-    lines += LEVELS_LINES if levels and component == "decoder" else []
-    name = f"{component}/{target}.engine"
-    (folder / name).write_text("\n".join(lines))
-    return name
-
-
-@pytest.fixture(scope="module")
-def engines(cpp: Path, fake: Path) -> Callable[[Callable[..., Path], Path], Path]:
-    """A fake bundle with the fake's engines."""
-    said = subprocess.run([cpp / "sana", "--version"], capture_output=True, text=True, check=True).stdout
-    version = re.search(r"RTX (\d+\.\d+)", said)
-    assert version is not None
-    built_by = TensorRTInfo(flavor="rtx", version=f"{version[1]}.0.0")
-
-    def make(write: Callable[..., Path], folder: Path, levels: bool = True) -> Path:
-        write(folder, targets=(Target.SM89,), tensorrt=built_by)
-        path = folder / "manifest.json"
-        document = json.loads(path.read_bytes())
-        for component in COMPONENTS:
-            name = write_engine(folder, component, Target.SM89, levels)
-            document["files"][name] |= {"sha256": file_sha256(folder / name), "size": (folder / name).stat().st_size}
-        path.write_text(json.dumps(document))
-        return folder
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def bundle(engines, tmp_path_factory) -> Path:
-    return engines(letters_bundle, tmp_path_factory.mktemp("trt") / "b")
-
-
-class Ran:
-    def __init__(self, done: subprocess.CompletedProcess[str], log: Path) -> None:
-        self.code, self.output, self.error = done.returncode, done.stdout, done.stderr
-        self.pictures = [Path(line) for line in done.stdout.splitlines() if line.endswith(".png")]
-        self.log = log.read_text().splitlines() if log.exists() else []
-
-    def count(self, word: str) -> int:
-        return sum(line.startswith(word) for line in self.log)
-
-    def runs(self, component: str) -> list[dict[str, int]]:
-        """The addresses of each launch, and the arena's size as "arena"."""
-        found = []
-        for line in self.log:
-            if line.startswith(f"run {component} arena "):
-                size, *addresses = line.split()[3:]
-                found.append({"arena": int(size)} | {name: int(at) for name, at in (each.split("=") for each in addresses)})
-        return found
-
-
-@pytest.fixture
-def environment(fake: Path, tmp_path: Path) -> dict[str, str]:
-    return {
-        "LD_LIBRARY_PATH": str(fake),
-        "SANA_TENSORRT": str(fake / "libtensorrt_rtx.so.1"),
-        "SANA_ONNXRUNTIME": str(onnxruntime_library()),
-        "SANA_CACHE_DIR": str(tmp_path / "cache"),
-        "FAKE_CUDA_SM": "89",
-    }
-
-
-@pytest.fixture
-def sana(cpp: Path, environment: dict[str, str], bundle: Path, tmp_path: Path) -> Callable[..., Ran]:
-    numbers = iter(range(100))
-
-    def call(*arguments: object, command: tuple[str, ...] = ("sana", "generate"), of: Path = bundle, **changes: str) -> Ran:
-        folder = tmp_path / str(next(numbers))
-        folder.mkdir()
-        more = {**os.environ, **environment, "FAKE_GPU_LOG": str(folder / "log"), **changes}
-        program, *words = command
-        words += [str(of), *map(str, arguments), "--out", str(folder)] if words == ["generate"] else map(str, arguments)
-        done = subprocess.run([cpp / program, *words], capture_output=True, text=True, env=more, check=False)
-        return Ran(done, folder / "log")
-
-    return call
-
-
-REQUEST = ["--seed", 3, "--steps", 5, "--scheduler", "flow_dpm_solver", "--width", 96, "--negative", "blue"]
-WORDS = {"seed": 3, "steps": 5, "scheduler": "flow_dpm_solver", "width": 96, "negative_prompts": "blue"}
-
-
-@pytest.fixture(scope="module")
-def expected(bundle: Path) -> list[bytes]:
-    """Pictures of "a cat" in Python, of the seeds 3, 4, …"""
-    with SanaEngine(bundle, backend="onnxruntime") as engine:
-        return [engine.generate("a cat", **(WORDS | {"seed": 3 + i}))[0].tobytes() for i in range(4)]
 
 
 def test_same_pixels_as_python(sana, expected) -> None:
@@ -335,27 +215,6 @@ def test_a_folder_that_cannot_be_written_is_said_and_does_no_harm(sana, tmp_path
     assert drawn.error.count("cannot be written, so the next start compiles kernels again") == 1
 
 
-def test_out_of_memory(sana) -> None:
-    drawn = sana("a cat", *REQUEST, FAKE_GPU_MEMORY="90000")
-    assert drawn.code == 2
-    assert "error: GPU memory: got 1.0 kB free of 2.0 MB; expected " in drawn.error
-    assert ". Draw smaller pictures, or fewer at a time, or close other programs that use the GPU." in drawn.error
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("load", "cannot load on NVIDIA Fake (none given). TensorRT says:\n  the fake does not want this engine"),
-        ("context", "TensorRT made no execution context for it."),
-        ("run", "TensorRT could not run the engine."),
-    ],
-)
-def test_what_fails_says_why(sana, what, message) -> None:
-    drawn = sana("a cat", *REQUEST, FAKE_TENSORRT_FAILS=what)
-    assert drawn.code == 2
-    assert message in drawn.error
-
-
 def parts(error: str) -> list[str]:
     """Of the start, in the order in which they were over."""
     return re.findall(r"sana: (.+) after \d+\.\d{6} s\n", error)
@@ -379,66 +238,6 @@ def test_a_start_does_what_it_can_at_the_same_time(sana, expected) -> None:
     for _, own, files, most in memory:
         assert 1 < float(own) + float(files) <= float(most) + 1
     assert parts(sana("a cat", *REQUEST).error) == []
-
-
-def test_of_several_errors_the_first_is_python_s(sana, bundle, tmp_path) -> None:
-    """Whichever thread is slow: of engines that fail that of the first component, and the GPU before a file that was changed."""
-    for slow in ("text_encoder", "decoder"):
-        failed = sana("a cat", *REQUEST, FAKE_TENSORRT_FAILS="load", FAKE_TENSORRT_SLOW=slow)
-        assert failed.code == 2
-        assert f"{bundle}/text_encoder/sm89.engine: got an engine that TensorRT" in failed.error
-    changed = tmp_path / "changed"
-    shutil.copytree(bundle, changed)
-    engine = changed / "decoder" / "sm89.engine"
-    engine.write_bytes(engine.read_bytes()[:-1] + b"?")
-    named = ["a cat", *REQUEST, "--backend", "tensorrt"]
-    refused = sana(*named, of=changed, FAKE_CUDA_SLOW="0.2")
-    assert "decoder/sm89.engine was changed: got SHA-256" in refused.error
-    assert refused.pictures == []
-    assert refused.count("load") == 0
-    assert "cuDeviceGetCount: got CUDA_ERROR_OF_SOME_KIND" in sana(*named, of=changed, FAKE_CUDA_FAILS="cuDeviceGetCount").error
-    context = sana(*named, of=changed, FAKE_CUDA_FAILS="cuDevicePrimaryCtxRetain").error
-    assert "CUDA, cuDevicePrimaryCtxRetain: some kind." in context
-
-
-def test_a_tensorrt_that_is_not_there_or_too_old(sana, tmp_path) -> None:
-    missing = sana("a cat", "--backend", "tensorrt", SANA_TENSORRT=str(tmp_path / "none.so"))
-    assert "error: got no TensorRT (" in missing.error
-    old = sana("a cat", "--backend", "tensorrt", FAKE_TENSORRT_OLD="1")
-    assert "and expected that or a newer 1.x" in old.error
-    auto = sana("a cat", *REQUEST, SANA_TENSORRT=str(tmp_path / "none.so"))
-    assert "onnxruntime" in auto.error
-    assert "because TensorRT cannot run this bundle here: got no TensorRT (" in auto.error
-
-
-def test_plugins_that_are_not_there(sana, bundle, tmp_path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(bundle, other)
-    document = json.loads((other / "manifest.json").read_bytes())
-    document["plugins"]["denoiser"] = {"Linear": 1}
-    (other / "manifest.json").write_text(json.dumps(document))
-    missing = tmp_path / "none.so"
-    said = sana("a", "--backend", "tensorrt", of=other, SANA_PLUGINS=str(missing)).error
-    assert said.startswith(
-        f"sana: error: {missing}: TensorRT cannot load the plugins; expected the library that plugins/cpp builds."
-    )
-    assert "There is no such file." in said
-    assert "cannot load the plugins" in sana("a", of=other, SANA_PLUGINS=str(missing)).error  # "auto" does not hide it
-
-
-def test_engines_of_another_tensorrt(sana, bundle, tmp_path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(bundle, other)
-    path = other / "manifest.json"
-    document = json.loads(path.read_bytes())
-    document["tensorrt"]["version"] = "1.2.3"
-    path.write_text(json.dumps(document))
-    found = Bundle.open(bundle, verify=False).manifest.tensorrt
-    assert found is not None
-    with pytest.raises(TensorRTVersionError) as caught:
-        Bundle.open(other, verify=False).check_tensorrt(flavor=found.flavor, version=found.version)
-    said = sana("a", "--backend", "tensorrt", of=other).error
-    assert said == f"sana: error: {caught.value}\n"
 
 
 def test_the_benchmark(cpp, bundle, environment, monkeypatch) -> None:
