@@ -137,7 +137,7 @@ def test_only_the_first_signal_interrupts(first):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
 def test_interrupted(tmp_path, number, workers):
     """Also where the working folder has a train.py of its own."""
     (tmp_path / "train.py").write_text("raise SystemExit('the wrong program')")
