@@ -60,18 +60,17 @@ def rotation() -> Iterator[Case]:
 
 
 def norms() -> Iterator[Case]:
-    module = normed_sum
+    row = {"D": CHANNELS, **head_and_tail(CHANNELS)}
+    source = {"num_warps": num_warps(CHANNELS, normed_sum.CHANNELS)}
     for tokens in LENGTHS:
-        tensors = [half(2, tokens, CHANNELS, dtype=torch.bfloat16) for _ in range(2)]
-        tensors += [half(CHANNELS, dtype=torch.bfloat16) for _ in range(2)]
-        tensors += [half(2, tokens, CHANNELS, dtype=torch.bfloat16) for _ in range(2)]
+        x, branch, hidden, normed = (half(2, tokens, CHANNELS, dtype=torch.bfloat16) for _ in range(4))
+        weights = [half(CHANNELS, dtype=torch.bfloat16) for _ in range(2)]
+        tensors = (x, branch, *weights, hidden, normed)
 
         def launch(plan: Plan, tensors=tensors, tokens=tokens) -> Call:  # type: ignore[no-untyped-def]
-            row = {"D": CHANNELS, **head_and_tail(CHANNELS)}
-            return lambda: module.kernel[(2 * tokens,)](*tensors, 1e-6, **row, **plan)
+            return lambda: normed_sum.kernel[(2 * tokens,)](*tensors, 1e-6, **row, **plan)
 
-        source = {"num_warps": num_warps(CHANNELS, module.CHANNELS)}
-        yield Case(f"{module.OP} 2x{tokens} bf16", grid_of(num_warps=(1, 2, 4, 8, 16)), launch, source)
+        yield Case(f"{normed_sum.OP} 2x{tokens} bf16", grid_of(num_warps=(1, 2, 4, 8, 16)), launch, source)
 
 
 CASES: Mapping[str, Callable[[], Iterator[Case]]] = {"causal_attention": attention, "rotate_heads": rotation, "normed_sum": norms}
