@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -221,4 +222,21 @@ def test_the_programs_take_these_words(name: str) -> None:
 def test_pictures_are_taken_beside_peers(name: str) -> None:
     program, *words = GROUPS[name].figures["picture"]
     assert program == take_figures.LATENCY[0]
-    assert latency.parser().parse_args(words).peers == "eager,reduce-overhead"
+    assert latency.parser().parse_args(words).peers == "eager,reduce-overhead,max-autotune"
+
+
+@pytest.mark.parametrize("own", [None, "GROUPS"])
+def test_what_max_autotune_need_not_time(own: str | None, take, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless somebody says otherwise. What it leaves out is said beside its figures."""
+    (name, value), *_ = take_figures.TUNING.items()
+    monkeypatch.delenv(name, raising=False)
+    if own is not None:
+        monkeypatch.setenv(name, own)
+    (tmp_path / "root" / "figure.py").write_text(f"import os\nprint(os.environ[{name!r}])\n{PROGRAM}")
+    take()
+    assert (tmp_path / "out" / "test" / "logs" / "figure one.log").read_text().splitlines()[0] == (own or value)
+    described = "GROUPS={}, KERNEL_H=3"  # as inductor has it
+    assert [groups for groups in (1, 32, 1120, 11200) if re.search(value, described.format(groups))] == [1, 32]
+    asked = [words for group in GROUPS.values() for words in group.figures.values() if take_figures.COMPILED[1] in words]
+    assert asked
+    assert {latency.parser().parse_args(words[1:]).note for words in asked} == {take_figures.SPARED}
