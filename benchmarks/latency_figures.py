@@ -134,8 +134,8 @@ def record_figures(
         if sprint == "sprint_":  # without peers, whose times are the wall clock's
             keep(f"{name}gpu_ms", picture.device.p50, words, _clock(picture))
         whole, peers = f"{name}wall_ms" if sprint == "sprint_" else f"{name}ms", _peers(picture)
-        notes = (f"{peer}: {note}" for peer in peers if (note := picture.references[peer].note))
-        keep(whole, picture.wall.p50, words, _clock(picture), *notes, peer=peers)
+        of_peers = (f"{peer}: {said}" for peer in peers if (said := picture.references[peer].note))
+        keep(whole, picture.wall.p50, words, _clock(picture), *of_peers, peer=peers)
     for text in records:
         if (text.component, text.batch) == ("text_encoder", 2) and size != "tiny":
             name = f"encode_text_{text.precision}_ms" if text.width else f"encode_text_instructed_{text.precision}_ms"

@@ -150,8 +150,9 @@ def test_figures_of_pictures_have_the_peers_that_drew_them(engine: SanaEngine, r
     checkpoint = model_of(1_600_000_000)
     checkpoint.transformer_config = SimpleNamespace(guidance_embeds=sprint)
     for given in (found, record(component="picture", precision="fp8", width=1024, height=1024, steps=steps)):
-        assert record_figures(engine, checkpoint, [given], {}, steps=steps, pictures=2, note="")
+        assert record_figures(engine, checkpoint, [given], {}, steps=steps, pictures=2, note="random weights")
     lines = [json.loads(line) for line in recorded.read_text().splitlines()]
+    assert all(line["note"].count("random weights") == 1 for line in lines)
     both = "diffusers_eager: PNG by Pillow 200 ms; torch_compile_reduce_overhead: PNG by Pillow 201 ms"
     rows = [(line["figure"], line["peer"], both in line["note"]) for line in lines]
     assert sum("Pillow" in line["note"] for line in lines) == 1
