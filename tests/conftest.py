@@ -51,6 +51,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if SHARED_CACHE not in os.environ:  # xdist's workers inherit it, and so does a run that a test starts
         os.environ[SHARED_CACHE] = tempfile.mkdtemp(prefix="sana-tests-cache-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(SHARED_CACHE), ignore_errors=True))
+    os.environ["SANA_CACHE_DIR"] = os.environ[SHARED_CACHE]  # nothing is taken from the user's own cache, or left there
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

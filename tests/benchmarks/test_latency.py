@@ -311,7 +311,7 @@ def test_sana_tiny_on_this_machines_own_clocks(tmp_path: Path, monkeypatch: pyte
     """
     bundle = tmp_path / "bundle"
     build = "export/build_engine.py --model models/sana-tiny --target onnx --components text_projection,denoiser".split()
-    build += ["--default-side", "256", "--max-side", "512", "--out", str(bundle)]
+    build += ["--precision", "fp32", "--max-side", "512", "--out", str(bundle)]  # fp32: exported for tests/parity too
     subprocess.run([sys.executable, *build], cwd=ROOT, check=True)
     monkeypatch.setattr(latency_session, "has_gpu", lambda: False)
     arguments = ["--bundle", str(bundle), "--history", str(tmp_path / "history"), "--components", "denoiser", "--sizes", "256"]
